@@ -1,0 +1,234 @@
+//! What the commands share: opening the model and the library, threads, JSON, progress, interruption.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use quorate_lens::Library;
+use quorate_model::Model;
+use serde::Serialize;
+
+use crate::embedded;
+
+/// Flags of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// Model folder (config.json, safetensors, tokenizer.json); left out, the embedded model
+    #[arg(short, long, global = true, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Compute threads; left out, all cores
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Pattern library file; left out, library.sqlite in the home folder
+    #[arg(long, global = true, value_name = "FILE")]
+    pub library: Option<PathBuf>,
+    /// One JSON document on stdout; everything else goes to stderr
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress, no notes
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+impl Common {
+    /// The folder of the chosen model.
+    pub fn model_path(&self) -> Result<PathBuf> {
+        match &self.model {
+            Some(path) if path.exists() => Ok(path.clone()),
+            Some(path) => bail!(
+                "there is no model at {}; help: give a folder with config.json and *.safetensors, or leave -m out for the embedded model",
+                path.display()
+            ),
+            None => Ok(embedded::unpacked()?.join("model")),
+        }
+    }
+
+    /// Number of compute threads.
+    pub fn thread_count(&self) -> Result<usize> {
+        match self.threads {
+            Some(n @ 1..=1024) => Ok(n),
+            Some(n) => bail!("--threads {n} is out of range; help: give 1 to 1024"),
+            None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        }
+    }
+
+    /// Opens the model without its experts.
+    pub fn open_model(&self, memory_limit: Option<u64>) -> Result<Model> {
+        Ok(Model::open(&self.model_path()?, self.thread_count()?, memory_limit)?)
+    }
+
+    /// Opens the pattern library; on first use it receives the embedded model's patterns.
+    pub fn open_library(&self) -> Result<Library> {
+        let path = match &self.library {
+            Some(path) => path.clone(),
+            None => embedded::home()?.join("library.sqlite"),
+        };
+        let mut library = Library::open(&path)?;
+        if library.note("embedded")?.as_deref() != Some(embedded::HASH) {
+            let folder = embedded::unpacked()?.join("patterns");
+            if folder.is_dir() {
+                let files = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+                let paths: Vec<PathBuf> = files.flatten().map(|f| f.path()).collect();
+                library.import(&paths)?;
+            }
+            library.set_note("embedded", embedded::HASH)?;
+        }
+        Ok(library)
+    }
+
+    /// Task files: those given, or the embedded ones if the model is the embedded one.
+    pub fn task_paths(&self, given: &[PathBuf]) -> Result<Vec<PathBuf>> {
+        match (given.is_empty(), &self.model) {
+            (false, _) => Ok(given.to_vec()),
+            (true, None) => Ok(vec![embedded::unpacked()?.join("tasks")]),
+            (true, Some(_)) => bail!("no task files; help: give --tasks DIR or FILE.jsonl.."),
+        }
+    }
+
+    /// Prints the JSON document of a command.
+    pub fn print_json(&self, document: &impl Serialize) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        serde_json::to_writer_pretty(&mut out, document)?;
+        writeln!(out)?;
+        Ok(())
+    }
+
+    /// A note for the user, on stderr.
+    pub fn note(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// A progress bar over `total` units named `unit`.
+    pub fn progress(&self, what: &str, total: u64, unit: &'static str) -> Progress {
+        Progress::new(what, total, unit, self.quiet)
+    }
+}
+
+/// Progress on stderr: a bar with rate and time left on a terminal, else a plain line every five seconds.
+pub struct Progress {
+    bar: ProgressBar,
+    what: String,
+    unit: &'static str,
+    plain: bool,
+    start: Instant,
+    start_at: Option<u64>,
+    last: Instant,
+}
+
+impl Progress {
+    fn new(what: &str, total: u64, unit: &'static str, quiet: bool) -> Progress {
+        let terminal = std::io::stderr().is_terminal();
+        let target =
+            if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(8) };
+        let bar = ProgressBar::with_draw_target(Some(total), target);
+        let template = "{msg:24} [{bar:30}] {percent:>3}% {human_pos}/{human_len} {per_sec} left {eta}";
+        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_message(what.to_string());
+        let now = Instant::now();
+        Progress { bar, what: what.into(), unit, plain: !quiet && !terminal, start: now, start_at: None, last: now }
+    }
+
+    /// `done` units are done.
+    pub fn set(&mut self, done: u64) {
+        let from = *self.start_at.get_or_insert(done);
+        self.bar.set_position(done);
+        if self.plain && self.last.elapsed() > Duration::from_secs(5) {
+            self.last = Instant::now();
+            let total = self.bar.length().unwrap_or(0);
+            let rate = (done - from) as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
+            let left = (total.saturating_sub(done)) as f64 / rate.max(1e-9);
+            eprintln!("{}: {done}/{total} {}, {rate:.0} {}/s, {left:.0} s left", self.what, self.unit, self.unit);
+        }
+    }
+
+    /// Another message beside the bar.
+    pub fn say(&mut self, what: &str) {
+        self.what = what.into();
+        self.bar.set_message(what.to_string());
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on Ctrl-C is noted and left to the command, which ends cleanly; a second one ends the process at once.
+pub fn catch_interrupts() -> Result<()> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            #[allow(clippy::exit)]
+            std::process::exit(130);
+        }
+    })
+    .context("cannot listen for Ctrl-C")
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Bytes as text with a binary unit.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Parses `6GiB`, `512 MB`, `1e9`, `123`.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let bad = || format!("`{text}` is no size; help: write 6GiB, 512MB or a number of bytes");
+    let split = text.find(|c: char| c.is_ascii_alphabetic() && c != 'e').unwrap_or(text.len());
+    let number: f64 = text[..split].trim().parse().map_err(|_| bad())?;
+    let factor = match text[split..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024f64.powi(2),
+        "g" | "gib" => 1024f64.powi(3),
+        "t" | "tib" => 1024f64.powi(4),
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        _ => return Err(bad()),
+    };
+    let bytes = number * factor;
+    if bytes.is_finite() && (0.0..1e18).contains(&bytes) { Ok(bytes as u64) } else { Err(bad()) }
+}
+
+/// Largest amount of memory this process has held, if the system tells.
+pub fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string(Path::new("/proc/self/status")).ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_parse_and_print() {
+        assert_eq!(parse_bytes("6GiB").unwrap(), 6 << 30);
+        assert_eq!(parse_bytes("1.5 MB").unwrap(), 1_500_000);
+        assert_eq!(parse_bytes("123").unwrap(), 123);
+        for bad in ["", "x", "-1", "6 parsecs", "1e99"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+        assert_eq!((human_bytes(512), human_bytes(1536)), ("512 B".into(), "1.5 KiB".into()));
+    }
+}

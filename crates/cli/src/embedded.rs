@@ -1,0 +1,50 @@
+//! The model, tasks and patterns that the program carries in itself. On first use they are unpacked into the home folder,
+//! and from then on are files like any other model's.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+include!(concat!(env!("OUT_DIR"), "/embedded_files.rs"));
+
+/// Folder of Quorate's own files: `$QUORATE_HOME`, else the user's data folder.
+pub fn home() -> Result<PathBuf> {
+    if let Some(home) = std::env::var_os("QUORATE_HOME").filter(|v| !v.is_empty()) {
+        return Ok(PathBuf::from(home));
+    }
+    let data = std::env::var_os("XDG_DATA_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    let user = || std::env::var_os("HOME").or_else(|| std::env::var_os("LOCALAPPDATA")).map(PathBuf::from);
+    let data = data.or_else(|| user().map(|home| home.join(".local/share")));
+    data.map(|d| d.join("quorate")).context("neither QUORATE_HOME nor HOME is set; help: set QUORATE_HOME to a folder")
+}
+
+/// The unpacked folder; it has `model`, `tasks` and `patterns`.
+pub fn unpacked() -> Result<PathBuf> {
+    let home = home()?;
+    let folder = home.join(format!("embedded-{HASH}"));
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    unpack(&home, &folder).with_context(|| {
+        format!("cannot unpack the embedded model into {}; help: free 60 MB there, or set QUORATE_HOME", home.display())
+    })?;
+    Ok(folder)
+}
+
+/// Unpacks under a temporary name and renames, so that a killed process leaves no half of it behind.
+fn unpack(home: &Path, folder: &Path) -> Result<()> {
+    let temporary = home.join(format!("embedded-{HASH}.{}.tmp", std::process::id()));
+    let outcome = (|| -> Result<()> {
+        for (name, bytes) in FILES {
+            let path = temporary.join(name);
+            std::fs::create_dir_all(path.parent().context("every file lies in the folder")?)?;
+            std::fs::write(path, bytes)?;
+        }
+        match std::fs::rename(&temporary, folder) {
+            Err(_) if folder.is_dir() => Ok(()), // another process was first
+            other => Ok(other?),
+        }
+    })();
+    let _ = std::fs::remove_dir_all(&temporary); // gone already unless something failed
+    outcome
+}

@@ -1,0 +1,9 @@
+//! Task files, batched answering, scoring, profiling runs.
+//!
+//! This crate must never know HTTP or a paper.
+
+pub mod answer;
+pub mod encode;
+pub mod evaluate;
+pub mod profile;
+pub mod tasks;

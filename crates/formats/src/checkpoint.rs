@@ -1,0 +1,298 @@
+//! A model on disk: its specification, and where the bytes of each weight lie.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::config::read_json;
+use crate::families::{self, Family};
+use crate::role::{self, Role};
+use crate::safetensors::HEADER_BYTES_MAX;
+use crate::spec::ModelSpec;
+use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A model on disk. Opening reads headers and configuration, and 64 bytes of some tensors; no expert is touched.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    folder: PathBuf,
+    config: Config,
+    spec: ModelSpec,
+    family: &'static Family,
+    files: Vec<DataFile>,
+    /// By file, then offset.
+    tensors: Vec<TensorLoc>,
+    /// Role to index into `tensors`.
+    roles: HashMap<Role, usize>,
+    unused: Vec<String>,
+    fingerprint: String,
+}
+
+/// How many numbers a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCounts {
+    /// All, tied matrices once.
+    pub total: u64,
+    /// Those that one token passes: all but the experts that are not chosen for it.
+    pub active: u64,
+}
+
+impl Checkpoint {
+    /// Opens a folder (`config.json` with `model.safetensors` or with an index and its shards), or one `.safetensors`
+    /// file beside its `config.json`.
+    ///
+    /// # Errors
+    /// Anything missing, malformed, inconsistent or not supported, by name.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (folder, weights) = locate(path)?;
+        let config = Config::read(&folder)?;
+        let family = families::find(&config)?;
+        let spec = (family.spec)(&config)?;
+        let (files, tensors) = match weights {
+            Weights::File(file) => {
+                let (data, tensors) = SafetensorsFile::open(&file)?.into_parts(0);
+                (vec![data], tensors)
+            }
+            Weights::Index(index) => open_shards(&folder, &index)?,
+        };
+        let roles = bind(path, &spec, family, &files, &tensors)?;
+        let used: HashSet<usize> = roles.values().copied().collect();
+        let unused = tensors.iter().enumerate().filter(|(i, _)| !used.contains(i));
+        let mut unused: Vec<String> = unused.map(|(_, t)| t.name.clone()).collect();
+        unused.sort_unstable();
+        let by_role = roles.iter().map(|(&role, &i)| (role, &tensors[i]));
+        let fingerprint = fingerprint::fingerprint(&spec, &tensors, by_role, &files)?;
+        let path = path.to_owned();
+        Ok(Self { path, folder, config, spec, family, files, tensors, roles, unused, fingerprint })
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder of configuration and sidecar files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The configuration files.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The architecture.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The family that read it.
+    pub fn family(&self) -> &'static Family {
+        self.family
+    }
+
+    /// 16 hex characters that stand for exactly these weights.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The open data files; [`TensorLoc::file`] indexes them.
+    pub fn files(&self) -> &[DataFile] {
+        &self.files
+    }
+
+    /// Bytes read so far from all data files.
+    pub fn bytes_read(&self) -> u64 {
+        self.files.iter().map(DataFile::bytes_read).sum()
+    }
+
+    /// All tensors of all files, by file and offset.
+    pub fn tensors(&self) -> &[TensorLoc] {
+        &self.tensors
+    }
+
+    /// Names of the tensors that the model does not need.
+    pub fn unused_tensors(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// Where a weight lies.
+    ///
+    /// # Errors
+    /// The model has no such weight.
+    pub fn tensor(&self, role: Role) -> Result<&TensorLoc> {
+        self.roles.get(&role).map(|&i| &self.tensors[i]).ok_or(FormatError::NoRole { role })
+    }
+
+    /// The model's roles: embedding, head and final norm, then layer by layer, routed experts last in each.
+    pub fn roles(&self) -> impl Iterator<Item = Role> {
+        role::roles(&self.spec)
+    }
+
+    /// The shape of a weight, if the model has it.
+    pub fn expected_shape(&self, role: Role) -> Option<Vec<usize>> {
+        role::expected_shape(&self.spec, role)
+    }
+
+    /// Fills `buf` with the first bytes of a tensor; for all of it, `buf` has [`TensorLoc::len`] bytes.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read_into(&self, loc: &TensorLoc, buf: &mut [u8]) -> Result<()> {
+        self.files[loc.file].read_at(loc.offset, buf)
+    }
+
+    /// Bytes in the files of one routed expert, 0 if there is no such expert.
+    pub fn expert_bytes(&self, layer: usize, expert: usize) -> u64 {
+        Role::of_expert(layer, expert).iter().filter_map(|&r| self.tensor(r).ok()).map(|t| t.len).sum()
+    }
+
+    /// Bytes in the files of all that the model needs but routed experts.
+    pub fn non_expert_bytes(&self) -> u64 {
+        self.sum(|role| !role.is_expert(), |t| t.len)
+    }
+
+    /// Bytes in the files of all that the model needs.
+    pub fn total_bytes(&self) -> u64 {
+        self.sum(|_| true, |t| t.len)
+    }
+
+    /// How many numbers the model has.
+    pub fn parameter_counts(&self) -> ParameterCounts {
+        let shared = self.sum(|role| !role.is_expert(), TensorLoc::elements);
+        let chosen = self.spec.moe_layers().into_iter().map(|l| {
+            let one: u64 =
+                Role::of_expert(l, 0).iter().filter_map(|&r| self.tensor(r).ok()).map(|t| t.elements()).sum();
+            one * self.spec.moe(l).map_or(0, |moe| moe.top_k as u64)
+        });
+        ParameterCounts { total: self.sum(|_| true, TensorLoc::elements), active: shared + chosen.sum::<u64>() }
+    }
+
+    fn sum(&self, which: impl Fn(Role) -> bool, what: impl Fn(&TensorLoc) -> u64) -> u64 {
+        self.roles.iter().filter(|(role, _)| which(**role)).map(|(_, &i)| what(&self.tensors[i])).sum()
+    }
+
+    /// A file beside the weights, e.g. `tokenizer.json`, if it is there.
+    pub fn sidecar(&self, name: &str) -> Option<PathBuf> {
+        let plain = Path::new(name).file_name().is_some_and(|f| f == name);
+        Some(self.folder.join(name)).filter(|path| plain && path.is_file())
+    }
+}
+
+enum Weights {
+    File(PathBuf),
+    Index(PathBuf),
+}
+
+/// The folder, and the file that leads to the weights.
+fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
+    let metadata = fs::metadata(path).map_err(|e| FormatError::io("open", path, e))?;
+    let no_model =
+        |problem: &str, help| Err(FormatError::NoModel { path: path.to_owned(), problem: problem.to_owned(), help });
+    if !metadata.is_dir() {
+        if path.extension().is_none_or(|e| e != "safetensors") {
+            return no_model("it is no .safetensors file", "name a folder or a .safetensors file");
+        }
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+        return Ok((parent.unwrap_or(Path::new(".")).to_owned(), Weights::File(path.to_owned())));
+    }
+    // In this order, as transformers has it.
+    let (single, index) = (path.join(SINGLE), path.join(INDEX));
+    if single.is_file() {
+        Ok((path.to_owned(), Weights::File(single)))
+    } else if index.is_file() {
+        Ok((path.to_owned(), Weights::Index(index)))
+    } else {
+        no_model(
+            "it has neither model.safetensors nor model.safetensors.index.json",
+            "download the safetensors form of the model, or convert it",
+        )
+    }
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Opens the shards that an index names, and checks that each tensor is where the index says.
+fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<DataFile>, Vec<TensorLoc>)> {
+    let index: ShardIndex = read_json(index_path, HEADER_BYTES_MAX)?;
+    let mut shards: Vec<&String> = index.weight_map.values().collect();
+    shards.sort_unstable();
+    shards.dedup();
+    shards.iter().try_for_each(|name| check_shard_name(index_path, name))?;
+
+    let (mut files, mut tensors) = (Vec::new(), Vec::new());
+    for shard in &shards {
+        let (data, mut of_shard) = SafetensorsFile::open(&folder.join(shard))?.into_parts(files.len());
+        files.push(data);
+        tensors.append(&mut of_shard);
+    }
+    let mut home: HashMap<&str, usize> = HashMap::new();
+    for t in &tensors {
+        if let Some(first) = home.insert(&t.name, t.file) {
+            return Err(FormatError::TensorEntry {
+                path: files[t.file].path().to_owned(),
+                tensor: t.name.clone(),
+                problem: format!("it is in {} too", files[first].path().display()),
+            });
+        }
+    }
+    for (name, shard) in &index.weight_map {
+        let file = shards.binary_search(&shard).expect("all values are in the list");
+        if home.get(name.as_str()) != Some(&file) {
+            let path = files[file].path().to_owned();
+            return Err(FormatError::NoTensor { path, tensor: name.clone() });
+        }
+    }
+    Ok((files, tensors))
+}
+
+/// A shard must be a file of the folder itself. A link there may lead elsewhere: caches are built so.
+fn check_shard_name(index: &Path, name: &str) -> Result<()> {
+    let problem = if name.is_empty() || name.contains(['/', '\\', ':', '\0']) || name.starts_with('.') {
+        "it must be the name of a file in the same folder"
+    } else if !name.ends_with(".safetensors") {
+        "only .safetensors files are read"
+    } else {
+        return Ok(());
+    };
+    Err(FormatError::ShardName { path: index.to_owned(), name: name.to_owned(), problem })
+}
+
+/// Finds the tensor of each role and checks shape and type.
+fn bind(
+    path: &Path,
+    spec: &ModelSpec,
+    family: &Family,
+    files: &[DataFile],
+    tensors: &[TensorLoc],
+) -> Result<HashMap<Role, usize>> {
+    let by_name: HashMap<&str, usize> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+    let mut roles = HashMap::new();
+    for role in role::roles(spec) {
+        let name = family.names.of(role);
+        let expected = role::expected_shape(spec, role).expect("`roles` lists what the model has");
+        let Some(&i) = by_name.get(name.as_str()) else {
+            return Err(FormatError::MissingTensor { path: path.to_owned(), tensor: name, expected });
+        };
+        let t = &tensors[i];
+        let file = || files[t.file].path().to_owned();
+        if t.shape != expected {
+            let found = t.shape.clone();
+            return Err(FormatError::Shape { path: file(), tensor: name, expected, found });
+        }
+        if t.dtype.computable().is_none() {
+            let found = t.dtype.name().to_owned();
+            return Err(FormatError::DType { path: file(), tensor: name, found, expected: "F32, F16 or BF16" });
+        }
+        roles.insert(role, i);
+    }
+    Ok(roles)
+}

@@ -1,0 +1,261 @@
+//! Writing a pruned model as a Hugging Face folder that transformers loads.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::role::Role;
+use crate::writer::Temporary;
+use crate::{Checkpoint, FormatError, Result, StoredDType, TensorOut, write_safetensors};
+
+/// Bytes copied at once.
+const CHUNK_BYTES: u64 = 4 << 20;
+
+/// Called with bytes done and bytes in all; `false` cancels.
+pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
+
+/// Writes the model with only the experts `kept` (one ascending list of expert ids per MoE layer, all of one length,
+/// since transformers knows one number of experts). Routers lose the other rows; experts are numbered anew; all else
+/// is copied byte for byte. `config.json` gets the new number, and an object `quorate` with the kept ids.
+///
+/// The folder is written under a temporary name and renamed at the end: an error or a cancel leaves nothing behind.
+///
+/// # Errors
+/// Kept experts that cannot be written so, an `out_dir` that is not empty, a read or write error, or a cancel.
+pub fn write_pruned_hf(
+    checkpoint: &Checkpoint,
+    kept: &[Vec<usize>],
+    out_dir: &Path,
+    shard_bytes_max: u64,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let n_kept = check_kept(checkpoint, kept)?;
+    if out_dir.exists() && fs::read_dir(out_dir).map_or(true, |mut entries| entries.next().is_some()) {
+        return Err(FormatError::OutputExists { path: out_dir.to_owned() });
+    }
+    let temporary = Temporary::beside(out_dir);
+    let folder = &temporary.path;
+    fs::create_dir(folder).map_err(|e| FormatError::io("create", folder, e))?;
+    let shards = shards(pieces(checkpoint, kept), shard_bytes_max);
+    let mut copy = Copy { checkpoint, out_dir, done: 0, total: total(&shards), progress };
+    copy.tell(0)?;
+    for (i, shard) in shards.iter().enumerate() {
+        copy.shard(&folder.join(shard_name(i, shards.len())), shard)?;
+    }
+    if shards.len() > 1 {
+        write_json(&folder.join("model.safetensors.index.json"), &index(&shards))?;
+    }
+    write_json(&folder.join("config.json"), &pruned_config(checkpoint, kept, n_kept))?;
+    copy_sidecars(checkpoint.folder(), folder)?;
+    if out_dir.exists() {
+        fs::remove_dir(out_dir).map_err(|e| FormatError::io("replace", out_dir, e))?;
+    }
+    temporary.rename(out_dir).map_err(|e| FormatError::io("write", out_dir, e))
+}
+
+/// The number of experts kept in every layer.
+fn check_kept(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Result<usize> {
+    let refuse = |problem: String, help| Err(FormatError::Kept { problem, help });
+    let spec = checkpoint.spec();
+    let layers = spec.moe_layers();
+    if layers.is_empty() {
+        return refuse("the model has no experts".to_owned(), "only mixtures of experts are pruned this way");
+    }
+    if kept.len() != layers.len() {
+        let problem = format!("{} lists of experts for {} MoE layers", kept.len(), layers.len());
+        return refuse(problem, "give one list for each MoE layer");
+    }
+    for (&layer, ids) in layers.iter().zip(kept) {
+        let moe = spec.moe(layer).expect("`moe_layers` lists MoE layers");
+        let ascending = ids.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || ids.last().is_some_and(|&e| e >= moe.n_experts) {
+            let problem = format!("layer {layer}: the expert ids {ids:?} are not ascending below {}", moe.n_experts);
+            return refuse(problem, "give each expert once, in ascending order");
+        }
+        if ids.len() < moe.top_k {
+            let problem = format!("layer {layer}: {} experts kept, each token needs {}", ids.len(), moe.top_k);
+            return refuse(problem, "keep at least as many experts as each token uses");
+        }
+        if ids.len() != kept[0].len() {
+            let problem =
+                format!("{} experts kept in layer {layer}, {} in layer {}", ids.len(), kept[0].len(), layers[0]);
+            return refuse(problem, "keep equally many in every layer, or write a plan instead of a checkpoint");
+        }
+    }
+    Ok(kept[0].len())
+}
+
+/// One tensor of the output: where its bytes come from.
+struct Piece {
+    name: String,
+    dtype: StoredDType,
+    shape: Vec<usize>,
+    file: usize,
+    /// Offset and length in the source file.
+    ranges: Vec<(u64, u64)>,
+    bytes: u64,
+}
+
+/// All tensors of the output, in the order of the source.
+fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece> {
+    let kept_of: HashMap<usize, &Vec<usize>> = checkpoint.spec().moe_layers().into_iter().zip(kept).collect();
+    let role_of: HashMap<&str, Role> =
+        checkpoint.roles().filter_map(|role| Some((checkpoint.tensor(role).ok()?.name.as_str(), role))).collect();
+    let renumber = |role: fn(usize, usize) -> Role, l: usize, e: usize| {
+        kept_of[&l].binary_search(&e).ok().map(|new| checkpoint.family().names.of(role(l, new)))
+    };
+    let piece = |loc: &crate::TensorLoc| {
+        let mut shape = loc.shape.clone();
+        let mut ranges = vec![(loc.offset, loc.len)];
+        let name = match role_of.get(loc.name.as_str()) {
+            Some(&Role::ExpertGate(l, e)) => renumber(Role::ExpertGate, l, e)?,
+            Some(&Role::ExpertUp(l, e)) => renumber(Role::ExpertUp, l, e)?,
+            Some(&Role::ExpertDown(l, e)) => renumber(Role::ExpertDown, l, e)?,
+            Some(&Role::Router(l)) => {
+                let row = loc.len / loc.shape[0] as u64;
+                ranges = kept_of[&l].iter().map(|&e| (loc.offset + e as u64 * row, row)).collect();
+                shape[0] = ranges.len();
+                loc.name.clone()
+            }
+            _ => loc.name.clone(),
+        };
+        let bytes = ranges.iter().map(|(_, len)| len).sum();
+        Some(Piece { name, dtype: loc.dtype, shape, file: loc.file, ranges, bytes })
+    };
+    checkpoint.tensors().iter().filter_map(piece).collect()
+}
+
+/// Cuts the list into files of at most `bytes_max` (more only for a single larger tensor).
+fn shards(pieces: Vec<Piece>, bytes_max: u64) -> Vec<Vec<Piece>> {
+    let mut shards: Vec<Vec<Piece>> = vec![Vec::new()];
+    let mut filled = 0;
+    for piece in pieces {
+        let last = shards.last_mut().expect("there is always one");
+        if filled + piece.bytes > bytes_max && !last.is_empty() {
+            filled = 0;
+            shards.push(Vec::new());
+        }
+        filled += piece.bytes;
+        shards.last_mut().expect("there is always one").push(piece);
+    }
+    shards
+}
+
+fn total(shards: &[Vec<Piece>]) -> u64 {
+    shards.iter().flatten().map(|p| p.bytes).sum()
+}
+
+fn shard_name(i: usize, count: usize) -> String {
+    match count {
+        1 => "model.safetensors".to_owned(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+    }
+}
+
+/// The copying of bytes, with its progress.
+struct Copy<'a, 'p> {
+    checkpoint: &'a Checkpoint,
+    out_dir: &'a Path,
+    done: u64,
+    total: u64,
+    progress: &'a mut Progress<'p>,
+}
+
+impl Copy<'_, '_> {
+    fn tell(&mut self, more: u64) -> Result<()> {
+        self.done += more;
+        match (self.progress)(self.done, self.total) {
+            true => Ok(()),
+            false => Err(FormatError::Cancelled { path: self.out_dir.to_owned() }),
+        }
+    }
+
+    fn shard(&mut self, path: &Path, pieces: &[Piece]) -> Result<()> {
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let copy = std::cell::RefCell::new(self);
+        let tensors = pieces.iter().map(|piece| {
+            let copy = &copy;
+            TensorOut::streamed(piece.name.clone(), piece.dtype, &piece.shape, move |sink| {
+                let mut copy = copy.borrow_mut();
+                for &(offset, len) in &piece.ranges {
+                    for at in (0..len).step_by(CHUNK_BYTES as usize) {
+                        let mut chunk = vec![0; (len - at).min(CHUNK_BYTES) as usize];
+                        copy.checkpoint.files()[piece.file].read_at(offset + at, &mut chunk)?;
+                        sink.write(&chunk)?;
+                        copy.tell(chunk.len() as u64)?;
+                    }
+                }
+                Ok(())
+            })
+        });
+        write_safetensors(path, Some(metadata), tensors)
+    }
+}
+
+fn index(shards: &[Vec<Piece>]) -> Value {
+    let names = shards.iter().enumerate().flat_map(|(i, pieces)| {
+        pieces.iter().map(move |p| (p.name.clone(), Value::String(shard_name(i, shards.len()))))
+    });
+    let mut names: Vec<(String, Value)> = names.collect();
+    names.sort_by(|a, b| a.0.cmp(&b.0));
+    json!({"metadata": {"total_size": total(shards)}, "weight_map": names.into_iter().collect::<Map<_, _>>()})
+}
+
+/// The source's `config.json` with the new number of experts, and where they came from.
+fn pruned_config(checkpoint: &Checkpoint, kept: &[Vec<usize>], n_kept: usize) -> Value {
+    let mut config = checkpoint.config().json().clone();
+    for key in checkpoint.family().expert_count_keys {
+        if let Some(count) = config.get_mut(*key) {
+            *count = json!(n_kept);
+        }
+    }
+    let layers = checkpoint.spec().moe_layers();
+    let kept: Map<String, Value> = layers.iter().zip(kept).map(|(l, ids)| (l.to_string(), json!(ids))).collect();
+    let mut note = json!({"source_fingerprint": checkpoint.fingerprint(), "kept_experts": kept});
+    // A model pruned twice keeps its whole history; ids are those of the model before.
+    if let Some(earlier) = config.remove("quorate") {
+        note["source"] = earlier;
+    }
+    config.insert("quorate".to_owned(), note);
+    Value::Object(config)
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = format!("{value:#}\n");
+    fs::write(path, &text).map_err(|e| FormatError::write(path, text.len() as u64, e))
+}
+
+/// Copies what belongs to a model besides configuration and weights: tokenizer, chat template, generation settings,
+/// licence.
+fn copy_sidecars(from: &Path, to: &Path) -> Result<()> {
+    let beginnings = [
+        "tokenizer",
+        "tokenization_",
+        "vocab",
+        "merges",
+        "special_tokens",
+        "added_tokens",
+        "generation_config",
+        "chat_template",
+        "LICENSE",
+        "NOTICE",
+    ];
+    let endings = [".jinja", ".tiktoken"];
+    let list = fs::read_dir(from).map_err(|e| FormatError::io("read", from, e))?;
+    for entry in list {
+        let entry = entry.map_err(|e| FormatError::io("read", from, e))?;
+        let file_name = entry.file_name();
+        let Some(name) = file_name.to_str() else {
+            continue;
+        };
+        let belongs = beginnings.iter().any(|b| name.starts_with(b)) || endings.iter().any(|e| name.ends_with(e));
+        // `is_file` follows links, as hub caches need.
+        if belongs && entry.path().is_file() {
+            let target = to.join(name);
+            fs::copy(entry.path(), &target).map_err(|e| FormatError::write(&target, 0, e))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! Model files: where each tensor's bytes lie, and what the configuration says.
+//!
+//! Knows safetensors, Hugging Face folders and the families' names. It computes nothing with weights and keeps none
+//! in memory: a [`Checkpoint`] is an index of checked byte ranges, `residency` reads them.
+
+pub mod checkpoint;
+pub mod config;
+pub mod datafile;
+mod error;
+pub mod families;
+mod fingerprint;
+pub mod hf_writer;
+pub mod role;
+pub mod rope;
+pub mod safetensors;
+pub mod spec;
+pub mod writer;
+
+pub use checkpoint::{Checkpoint, ParameterCounts};
+pub use config::Config;
+pub use datafile::DataFile;
+pub use error::{FormatError, Result};
+pub use families::{FAMILIES, Family};
+pub use hf_writer::write_pruned_hf;
+pub use role::Role;
+pub use safetensors::{SafetensorsFile, StoredDType, TensorLoc};
+pub use writer::{Sink, TensorOut, write_safetensors};

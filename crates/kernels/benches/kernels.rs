@@ -1,0 +1,278 @@
+//! Speed of the kernels at typical shapes: `cargo bench -p quorate-kernels [-- WORD]` runs those
+//! whose line contains WORD. Each figure is the best of many short runs.
+
+#![allow(clippy::print_stdout, reason = "this is what a benchmark is for")]
+#![allow(unsafe_code, reason = "the machine's peak is measured with its own instructions")]
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use quorate_kernels::*;
+
+/// How long each case is repeated.
+const TIME: Duration = Duration::from_millis(300);
+
+fn main() {
+    let filter: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    println!("best instructions: {:?}", Isa::best());
+    println!("{:58} {:>7} {:>10} {:>9} {:>9}", "case", "threads", "us", "GFLOP/s", "GB/s");
+    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut threads = 1;
+    while threads <= most {
+        let bench = Bench { pool: Pool::new(threads), filter: filter.clone() };
+        bench.peak();
+        bench.products();
+        bench.experts();
+        bench.attention();
+        bench.rows();
+        threads *= 2;
+    }
+}
+
+struct Bench {
+    pool: Pool,
+    filter: Vec<String>,
+}
+
+impl Bench {
+    /// Prints the best time of `f`, which does `flops` operations and reads `bytes`.
+    fn case(&self, name: &str, flops: f64, bytes: f64, mut f: impl FnMut(&Pool)) {
+        if !self.filter.iter().all(|word| name.contains(word.as_str())) {
+            return;
+        }
+        let (start, mut best) = (Instant::now(), Duration::MAX);
+        while start.elapsed() < TIME {
+            let start = Instant::now();
+            f(&self.pool);
+            best = best.min(start.elapsed());
+        }
+        let seconds = best.as_secs_f64();
+        let (us, gflops, gb) = (seconds * 1e6, flops / seconds / 1e9, bytes / seconds / 1e9);
+        let threads = self.pool.threads();
+        println!("{name:58} {threads:7} {us:10.1} {gflops:9.1} {gb:9.1}");
+    }
+
+    fn peak(&self) {
+        const ROUNDS: usize = 20_000;
+        let flops = (ROUNDS * 16 * 32 * self.pool.threads()) as f64;
+        self.case("peak of fused multiply-add", flops, 0.0, |pool| {
+            pool.run(|_, _| {
+                black_box(fma_rounds(black_box(ROUNDS)));
+            });
+        });
+        let weights = noise(16 << 20);
+        for (name, len) in [("L2", 1 << 18), ("memory or L3", 16 << 20)] {
+            let bytes = 4.0 * len as f64;
+            self.case(&format!("read bandwidth, {name}"), 0.0, bytes, |pool| {
+                pool.run(|w, n| {
+                    let part = &weights[split(len, w, n, 16)];
+                    black_box(norm_sq(part));
+                });
+            });
+        }
+    }
+
+    fn products(&self) {
+        let types = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+        for (rows, cols) in [(1024, 256), (4096, 2048)] {
+            for dtype in types {
+                let data = matrix(dtype, rows, cols);
+                let w = MatRef::new(dtype, rows, cols, &data).expect("a matrix");
+                for n in [1, 2, 4, 8, 16, 64, 512] {
+                    let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
+                    let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]", dtype.name());
+                    let flops = 2.0 * (n * rows * cols) as f64;
+                    self.case(&name, flops, data.len() as f64, |pool| {
+                        matmul(pool, w, &x, n, None, &mut y);
+                    });
+                }
+            }
+        }
+        for (n, rows, cols) in [(512, 128, 256), (512, 256, 128)] {
+            let data = matrix(DType::BF16, rows, cols);
+            let w = MatRef::new(DType::BF16, rows, cols, &data).expect("a matrix");
+            let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
+            let name = format!("matmul BF16 [{n}, {cols}] x [{cols}, {rows}]");
+            let flops = 2.0 * (n * rows * cols) as f64;
+            self.case(&name, flops, data.len() as f64, |pool| {
+                matmul(pool, w, &x, n, None, &mut y);
+            });
+        }
+    }
+
+    fn experts(&self) {
+        for (dtype, e, k, d, i) in [
+            (DType::BF16, 32, 4, 256, 128),
+            (DType::Q8_0, 32, 4, 256, 128),
+            (DType::BF16, 64, 8, 2048, 1024),
+        ] {
+            let sets: Vec<_> = (0..e)
+                .map(|_| (matrix(dtype, i, d), matrix(dtype, i, d), matrix(dtype, d, i)))
+                .collect();
+            let experts: Vec<_> = sets
+                .iter()
+                .map(|(gate, up, down)| {
+                    Some(ExpertRef {
+                        gate: MatRef::new(dtype, i, d, gate).expect("a matrix"),
+                        up: MatRef::new(dtype, i, d, up).expect("a matrix"),
+                        down: MatRef::new(dtype, d, i, down).expect("a matrix"),
+                    })
+                })
+                .collect();
+            for n in [1, 8, 32, 128, 512] {
+                let ids: Vec<u32> = (0..n).flat_map(|t| choices(t, k, e)).collect();
+                let x = noise(n * d);
+                let (mut hidden, mut out) = (vec![0.0; n * k * i], vec![0.0; n * k * d]);
+                let gates = vec![0.25; n * k];
+                let flops = 6.0 * (n * k * i * d) as f64;
+                let mut used: Vec<u32> = ids.clone();
+                used.sort_unstable();
+                used.dedup();
+                let bytes = (used.len() * 3 * sets[0].0.len()) as f64;
+                let of = format!("{} n {n} k {k} of {e}, d {d}, I {i}", dtype.name());
+                self.case(&format!("expert_hidden {of}"), flops * 2.0 / 3.0, bytes, |pool| {
+                    expert_hidden(pool, &experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+                        .expect("all experts are there");
+                });
+                self.case(&format!("expert_down {of}"), flops / 3.0, bytes / 3.0, |pool| {
+                    expert_down(pool, &experts, &hidden, n, k, &ids, &mut out)
+                        .expect("all experts are there");
+                });
+                self.case(&format!("experts, both {of}"), flops, bytes, |pool| {
+                    expert_hidden(pool, &experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+                        .expect("all experts are there");
+                    expert_down(pool, &experts, &hidden, n, k, &ids, &mut out)
+                        .expect("all experts are there");
+                });
+                let mut y = vec![0.0; n * d];
+                self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {
+                    combine(pool, &out, &gates, &ids, n, k, d, &mut y);
+                });
+            }
+        }
+    }
+
+    fn attention(&self) {
+        for (n_heads, n_kv_heads, head_dim) in [(8, 8, 32), (16, 16, 128), (32, 4, 128)] {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let shape = AttnShape { n_heads, n_kv_heads, head_dim, scale, window: None };
+            for (len, pos0) in [(512, 0), (1, 128), (1, 2048)] {
+                let (width, cache) = (n_heads * head_dim, (pos0 + len) * n_kv_heads * head_dim);
+                let (q, k, v) = (noise(len * width), noise(cache), noise(cache));
+                let mut z = vec![0.0; len * width];
+                let pairs = (1..=len).map(|i| pos0 + i).sum::<usize>() * width;
+                let name =
+                    format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}");
+                self.case(&name, 4.0 * pairs as f64, 8.0 * cache as f64, |pool| {
+                    let segment = AttnSegment { row0: 0, len, pos0, k: &k, v: &v };
+                    attention(pool, &shape, &q, &[segment], &mut z);
+                });
+            }
+        }
+    }
+
+    fn rows(&self) {
+        for n in [1, 512] {
+            let d = 256;
+            let (x, w, mut y) = (noise(n * d), noise(d), vec![0.0; n * d]);
+            let bytes = 8.0 * (n * d) as f64;
+            self.case(&format!("rms_norm [{n}, {d}]"), 0.0, bytes, |pool| {
+                rms_norm(pool, &x, d, &w, 1e-5, &mut y);
+            });
+            self.case(&format!("add [{n}, {d}]"), 0.0, 1.5 * bytes, |pool| {
+                add(pool, &x, &x, &mut y);
+            });
+            let (cos, sin) = (noise(n * 16), noise(n * 16));
+            let mut heads = noise(n * d);
+            self.case(&format!("rope [{n}, 8, 32]"), 0.0, bytes, |pool| {
+                rope(pool, &mut heads, n, 8, 32, 32, &cos, &sin);
+            });
+            let mut logits = noise(n * 32);
+            self.case(&format!("softmax_rows [{n}, 32]"), 0.0, bytes / 8.0, |pool| {
+                softmax_rows(pool, &mut logits, 32);
+            });
+            self.case(&format!("act_inplace Silu [{n}, {d}]"), 0.0, bytes, |pool| {
+                act_inplace(pool, Act::Silu, &mut heads);
+            });
+        }
+        let src = noise(1 << 18);
+        for dtype in [DType::F16, DType::BF16, DType::Q8_0] {
+            let mut bytes = vec![0; dtype.row_bytes(src.len()).expect("whole blocks")];
+            let mut back = vec![0.0; src.len()];
+            let len = bytes.len() as f64;
+            self.case(&format!("quantize {}", dtype.name()), 0.0, len, |_| {
+                quantize(dtype, &src, &mut bytes);
+            });
+            self.case(&format!("dequantize {}", dtype.name()), 0.0, len, |_| {
+                dequantize(dtype, &bytes, &mut back);
+            });
+        }
+    }
+}
+
+/// Values in -1..1, the same each time.
+fn noise(n: usize) -> Vec<f32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn matrix(dtype: DType, rows: usize, cols: usize) -> Vec<u8> {
+    let mut data = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
+    quantize(dtype, &noise(rows * cols), &mut data);
+    data
+}
+
+/// `k` different experts of `e` for token `t`, all about equally often.
+fn choices(t: usize, k: usize, e: usize) -> impl Iterator<Item = u32> {
+    let start = t.wrapping_mul(0x9e37_79b9).wrapping_add(t / 3) % e;
+    (0..k).map(move |j| ((start + j * (e / k)) % e) as u32)
+}
+
+/// 16 times 16 fused multiply-adds of one lane each round, in independent chains.
+#[cfg(target_arch = "x86_64")]
+fn fma_rounds(rounds: usize) -> f32 {
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f")]
+    fn avx512(rounds: usize) -> f32 {
+        let (a, b) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(0.5)));
+        let mut sums = [_mm512_set1_ps(1.0); 16];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, a, b);
+            }
+        }
+        sums.into_iter().fold(0.0, |all, sum| all + _mm512_reduce_add_ps(sum))
+    }
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(rounds: usize) -> f32 {
+        let (a, b) = (_mm256_set1_ps(black_box(0.5)), _mm256_set1_ps(black_box(0.5)));
+        let mut sums = [_mm256_set1_ps(1.0); 8];
+        for _ in 0..4 * rounds {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, a, b);
+            }
+        }
+        sums.into_iter().fold(0.0, |all, sum| all + _mm256_cvtss_f32(sum))
+    }
+    // SAFETY: the instructions were found on this machine.
+    unsafe {
+        match Isa::best() {
+            Isa::Avx512 => avx512(rounds),
+            Isa::Avx2 => avx2(rounds),
+            _ => 0.0,
+        }
+    }
+}
+
+/// Not measured on other machines.
+#[cfg(not(target_arch = "x86_64"))]
+fn fma_rounds(_: usize) -> f32 {
+    0.0
+}

@@ -1,0 +1,282 @@
+//! Causal attention over key and value caches.
+//!
+//! The queries that share a key head (tokens in order, and the heads of its group within a token)
+//! form rows. A block of rows meets the keys in blocks of [`KEYS`], keeping a running maximum and
+//! sum for the softmax, so that the scores of a block are all that is ever held.
+
+use std::ops::Range;
+
+use crate::DType;
+use crate::math::exp;
+use crate::pool::{Pool, SendPtr, Share};
+use crate::scratch;
+use crate::simd::{Isa, kernel};
+use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
+
+/// Rows of queries in a block.
+const QUERIES: usize = 64;
+
+/// Keys in a block: a multiple of every tile's rows.
+const KEYS: usize = 64;
+
+/// From this many rows on keys are packed.
+const PACK_FROM: usize = 8;
+
+/// What is common to all segments.
+#[derive(Clone, Copy, Debug)]
+pub struct AttnShape {
+    /// Heads of the queries: a multiple of `n_kv_heads`, which share keys in order.
+    pub n_heads: usize,
+    /// Heads of keys and values.
+    pub n_kv_heads: usize,
+    /// Values of a head.
+    pub head_dim: usize,
+    /// Factor of the scores, above 0; usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// If given, a query at position `p` sees only keys after `p - window`; above 0.
+    pub window: Option<usize>,
+}
+
+/// Queries of one sequence, with its cache.
+#[derive(Clone, Copy, Debug)]
+pub struct AttnSegment<'a> {
+    /// Its first row in `q` and `z`.
+    pub row0: usize,
+    /// Its rows.
+    pub len: usize,
+    /// Position of its first row.
+    pub pos0: usize,
+    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`.
+    pub k: &'a [f32],
+    /// Values, likewise.
+    pub v: &'a [f32],
+}
+
+/// `z = softmax(scale q k) v` for each row and head: a row at position `p` sees the keys
+/// `0..=p`, within the window. `q` and `z` are `[n, n_heads * head_dim]`; rows of no segment stay
+/// as they are.
+///
+/// # Panics
+/// If a slice has not the length of its shape, segments overlap, or `shape` breaks its own rules.
+pub fn attention(
+    pool: &Pool,
+    shape: &AttnShape,
+    q: &[f32],
+    segments: &[AttnSegment<'_>],
+    z: &mut [f32],
+) {
+    check(shape, q, segments, z);
+    let group = shape.n_heads / shape.n_kv_heads;
+    // Every block of rows of every key head, with its cost.
+    let blocks = |f: &mut dyn FnMut(Block<'_>, u64)| {
+        for s in segments {
+            for kv_head in 0..shape.n_kv_heads {
+                for first in (0..s.len * group).step_by(QUERIES) {
+                    let rows = first..(first + QUERIES).min(s.len * group);
+                    let block = Block { shape, segment: s, kv_head, group, rows };
+                    let cost = block.rows.len() * block.keys().len();
+                    f(block, cost as u64);
+                }
+            }
+        }
+    };
+    let mut total = 0;
+    blocks(&mut |_, cost| total += cost);
+    let z = SendPtr(z.as_mut_ptr());
+    pool.run_sized(total as usize * shape.head_dim / 8, |worker, workers| {
+        let mut share = Share::new(total, worker, workers);
+        blocks(&mut |block, cost| {
+            if !share.take(1, cost).is_empty() {
+                // SAFETY: the lengths were checked, a block has rows and heads of its own.
+                unsafe { block.attend(pool.isa(), q, z) }
+            }
+        });
+    });
+}
+
+fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) {
+    let AttnShape { n_heads, n_kv_heads, head_dim, window, .. } = *shape;
+    assert!(n_kv_heads > 0 && head_dim > 0 && n_heads.is_multiple_of(n_kv_heads), "{shape:?}");
+    assert!(window != Some(0) && shape.scale > 0.0, "{shape:?}");
+    let width = n_heads * head_dim;
+    assert_eq!(q.len(), z.len(), "lengths of queries and results");
+    for (i, s) in segments.iter().enumerate() {
+        assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
+        let cache = (s.pos0 + s.len) * n_kv_heads * head_dim;
+        assert_eq!((s.k.len(), s.v.len()), (cache, cache), "cache of segment {i}");
+        let apart =
+            |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
+        assert!(segments[..i].iter().all(apart), "segment {i} overlaps another");
+    }
+}
+
+/// Some rows of one key head: row `r` is head `r % group` of token `r / group`.
+struct Block<'a> {
+    shape: &'a AttnShape,
+    segment: &'a AttnSegment<'a>,
+    kv_head: usize,
+    group: usize,
+    rows: Range<usize>,
+}
+
+impl Block<'_> {
+    /// The keys that a row sees.
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.segment.pos0 + row / self.group + 1;
+        self.shape.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// The keys that any row sees, from the beginning of a block of keys.
+    fn keys(&self) -> Range<usize> {
+        let start = self.seen(self.rows.start).start;
+        start - start % KEYS..self.seen(self.rows.end - 1).end
+    }
+
+    /// Where a row lies in `q` and `z`.
+    fn offset(&self, row: usize) -> usize {
+        let token = self.segment.row0 + row / self.group;
+        let head = self.kv_head * self.group + row % self.group;
+        (token * self.shape.n_heads + head) * self.shape.head_dim
+    }
+
+    /// Computes the block's part of `z`.
+    ///
+    /// # Safety
+    /// All lengths must fit, and nobody else touch these rows of `z`.
+    unsafe fn attend(&self, isa: Isa, q: &[f32], z: SendPtr) {
+        let (d, tile) = (self.shape.head_dim, isa.tile_rows());
+        let padded = d.next_multiple_of(tile);
+        let n = self.rows.len();
+        let lengths = [QUERIES * KEYS, QUERIES * padded, d * tile, KEYS * padded];
+        scratch::floats(lengths.iter().sum(), |scratch| {
+            let (scores, rest) = scratch.split_at_mut(lengths[0]);
+            let (sums, rest) = rest.split_at_mut(lengths[1]);
+            let (packed, values) = rest.split_at_mut(lengths[2]);
+            sums.fill(0.0);
+            let mut state = [(f32::MIN, 0.0); QUERIES];
+            let mut queries = [std::ptr::null(); QUERIES];
+            let mut weights = [std::ptr::null(); QUERIES];
+            for (i, row) in self.rows.clone().enumerate() {
+                queries[i] = q.as_ptr().add(self.offset(row));
+                weights[i] = scores.as_ptr().add(i * KEYS);
+            }
+            let keys = self.keys();
+            for first in keys.clone().step_by(KEYS) {
+                let keys = first..(first + KEYS).min(keys.end);
+                self.scores(isa, &keys, &queries[..n], packed, scores);
+                for (i, row) in self.rows.clone().enumerate() {
+                    let seen = self.seen(row);
+                    let seen = seen.start.max(first) - first..seen.end.min(keys.end).max(first) - first;
+                    let scores = &mut scores[i * KEYS..][..KEYS];
+                    let sums = &mut sums[i * padded..][..padded];
+                    soften(isa, scores, seen, self.shape.scale, &mut state[i], sums);
+                }
+                let b = self.values(&keys, tile, values);
+                for c in (0..padded).step_by(tile) {
+                    let b = Columns { data: b.data.add(c), ..b };
+                    multiply(isa, &b, &weights[..n], sums.as_mut_ptr().add(c), padded, true);
+                }
+            }
+            for (i, row) in self.rows.clone().enumerate() {
+                let z = std::slice::from_raw_parts_mut(z.get().add(self.offset(row)), d);
+                let scale = 1.0 / state[i].1;
+                for (z, sum) in z.iter_mut().zip(&sums[i * padded..]) {
+                    *z = sum * scale;
+                }
+            }
+        });
+    }
+
+    /// `scores[i * KEYS + j]` is the product of query `i` and key `j` of `keys`.
+    unsafe fn scores(
+        &self,
+        isa: Isa,
+        keys: &Range<usize>,
+        queries: &[*const f32],
+        packed: &mut [f32],
+        scores: &mut [f32],
+    ) {
+        let (d, tile) = (self.shape.head_dim, isa.tile_rows());
+        let data = self.segment.k.as_ptr().add(self.cached(keys.start)).cast();
+        let stride = 4 * self.shape.n_kv_heads * d;
+        let k = Rows { dtype: DType::F32, data, stride, rows: keys.len(), cols: d };
+        for first in (0..keys.len()).step_by(tile) {
+            let out = scores.as_mut_ptr().add(first);
+            if queries.len() >= PACK_FROM {
+                pack(isa, &k, first, packed.as_mut_ptr());
+                let b = Columns { data: packed.as_ptr(), stride: tile, k: d };
+                multiply(isa, &b, queries, out, KEYS, false);
+            } else {
+                let count = tile.min(keys.len() - first);
+                for (i, queries) in queries.chunks(DOT_TOKENS).enumerate() {
+                    let out = out.add(i * DOT_TOKENS * KEYS);
+                    dots(isa, &k, first, count, queries, out, KEYS);
+                }
+            }
+        }
+    }
+
+    /// The values of some keys, as columns of whole tiles.
+    unsafe fn values(&self, keys: &Range<usize>, tile: usize, copy: &mut [f32]) -> Columns {
+        let (d, k) = (self.shape.head_dim, keys.len());
+        let (data, stride) = (&self.segment.v[self.cached(keys.start)..], self.shape.n_kv_heads * d);
+        if d.is_multiple_of(tile) {
+            return Columns { data: data.as_ptr(), stride, k };
+        }
+        let padded = d.next_multiple_of(tile);
+        for j in 0..k {
+            copy[j * padded..][..d].copy_from_slice(&data[j * stride..][..d]);
+            copy[j * padded + d..][..padded - d].fill(0.0);
+        }
+        Columns { data: copy.as_ptr(), stride: padded, k }
+    }
+
+    /// Where the key and value of a position lie.
+    fn cached(&self, position: usize) -> usize {
+        (position * self.shape.n_kv_heads + self.kv_head) * self.shape.head_dim
+    }
+}
+
+kernel! {
+    /// Turns a row's scores for a block of keys into weights relative to the greatest so far,
+    /// zero outside `seen`; keeps that and the sum of weights in `state`, and rescales `sums`,
+    /// the weighted values so far.
+    ///
+    /// # Safety
+    /// Lengths must be multiples of the vector, and `seen` within the scores.
+    unsafe fn soften<S>(
+        scores: &mut [f32], seen: Range<usize>, scale: f32, state: &mut (f32, f32),
+        sums: &mut [f32],
+    ) {
+        if seen.is_empty() {
+            scores.fill(0.0);
+            return;
+        }
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+        let (p, scale) = (scores.as_mut_ptr(), S::splat(scale));
+        let mut most = S::splat(state.0);
+        for i in (0..scores.len()).step_by(S::LANES) {
+            let score = S::mul(S::load(p.add(i)), scale);
+            S::store(p.add(i), score);
+            most = S::max(most, score);
+        }
+        let most = S::greatest(most);
+        let (past, most) = (S::splat(state.0 - most), (S::splat(most), most));
+        let mut sum = S::zero();
+        for i in (0..scores.len()).step_by(S::LANES) {
+            let weight = exp::<S>(S::sub(S::load(p.add(i)), most.0));
+            S::store(p.add(i), weight);
+            sum = S::add(sum, weight);
+        }
+        if most.1 > state.0 {
+            let past = exp::<S>(past);
+            let p = sums.as_mut_ptr();
+            for i in (0..sums.len()).step_by(S::LANES) {
+                S::store(p.add(i), S::mul(S::load(p.add(i)), past));
+            }
+            state.1 *= S::greatest(past);
+        }
+        *state = (most.1, state.1 + S::sum(sum));
+    }
+}

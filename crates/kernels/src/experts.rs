@@ -1,0 +1,162 @@
+//! The experts' feed-forward networks over tokens grouped by expert.
+//!
+//! A slot is one choice of one token: slot `t * k + j` is token `t`'s choice `j`, and `ids[slot]`
+//! the expert chosen, or [`NO_EXPERT`].
+
+use crate::math::Act;
+use crate::pool::Pool;
+use crate::product::Product;
+use crate::rows::add_scaled;
+use crate::scratch;
+use crate::tile::Finish;
+use crate::{KernelError, MatRef};
+
+/// The id of an empty slot. Its rows of results are zero.
+pub const NO_EXPERT: u32 = u32::MAX;
+
+/// The weights of one expert.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertRef<'a> {
+    /// `[I, d]`: what is activated.
+    pub gate: MatRef<'a>,
+    /// `[I, d]`: what the activation multiplies.
+    pub up: MatRef<'a>,
+    /// `[d, I]`: back to the width of the model.
+    pub down: MatRef<'a>,
+}
+
+/// `hidden[s] = act(gate x[t]) * (up x[t])` for every slot `s` of token `t`, with the weights of
+/// its expert: `x` is `[n, d]`, `ids` is `[n, k]`, `hidden` is `[n * k, I]`.
+///
+/// # Errors
+/// [`KernelError::MissingExpert`] if an id names no expert, or one that is `None`. `hidden` is
+/// untouched then.
+///
+/// # Panics
+/// If a slice or matrix has not the length of its shape.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn expert_hidden(
+    pool: &Pool,
+    experts: &[Option<ExpertRef<'_>>],
+    x: &[f32],
+    n: usize,
+    k: usize,
+    ids: &[u32],
+    act: Act,
+    hidden: &mut [f32],
+) -> Result<(), KernelError> {
+    assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
+    each_slot(pool, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
+}
+
+/// `out[s] = down hidden[s]` for every slot `s`, with the weights of its expert: `hidden` is
+/// `[n * k, I]`, `ids` is `[n, k]`, `out` is `[n * k, d]`.
+///
+/// # Errors
+/// As for [`expert_hidden`].
+///
+/// # Panics
+/// If a slice or matrix has not the length of its shape.
+pub fn expert_down(
+    pool: &Pool,
+    experts: &[Option<ExpertRef<'_>>],
+    hidden: &[f32],
+    n: usize,
+    k: usize,
+    ids: &[u32],
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
+    each_slot(pool, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
+}
+
+/// `y[s] = finish(w x[s / per_row])` with the weights of each slot's expert, zero for empty slots.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+fn each_slot<'w>(
+    pool: &Pool,
+    experts: &[Option<ExpertRef<'w>>],
+    weights: impl Fn(&ExpertRef<'w>) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
+    x: &[f32],
+    per_row: usize,
+    ids: &[u32],
+    finish: Finish<'_>,
+    y: &mut [f32],
+) -> Result<(), KernelError> {
+    let slots = ids.len();
+    if slots == 0 {
+        assert!(y.is_empty(), "results without slots");
+        return Ok(());
+    }
+    let (rows, cols) = (y.len() / slots, x.len() * per_row / slots);
+    scratch::indices(experts.len() + 3 + slots, |buffer| {
+        let (bounds, order) = buffer.split_at_mut(experts.len() + 3);
+        sort_slots(experts, ids, bounds, order)?;
+        for &slot in &order[bounds[experts.len()] as usize..] {
+            y[slot as usize * rows..][..rows].fill(0.0);
+        }
+        let bounds = &bounds[..=experts.len()];
+        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish }
+            .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
+        Ok(())
+    })
+}
+
+/// Sorts the slots by expert, keeping their order within one: expert `e` gets
+/// `order[bounds[e]..bounds[e + 1]]`, and the empty slots come last.
+fn sort_slots(
+    experts: &[Option<ExpertRef<'_>>],
+    ids: &[u32],
+    bounds: &mut [u32],
+    order: &mut [u32],
+) -> Result<(), KernelError> {
+    let group = |id: u32| if id == NO_EXPERT { experts.len() } else { id as usize };
+    for (slot, &expert) in ids.iter().enumerate() {
+        if expert != NO_EXPERT && !matches!(experts.get(expert as usize), Some(Some(_))) {
+            return Err(KernelError::MissingExpert { expert, slot });
+        }
+        bounds[group(expert) + 2] += 1;
+    }
+    for g in 2..bounds.len() {
+        bounds[g] += bounds[g - 1];
+    }
+    // Here `bounds[g + 1]` is where group `g` begins; it moves to where it ends.
+    for (slot, &expert) in ids.iter().enumerate() {
+        let end = &mut bounds[group(expert) + 1];
+        order[*end as usize] = slot as u32;
+        *end += 1;
+    }
+    Ok(())
+}
+
+/// `y[t] = sum over j of gates[t, j] slots[t, j]`, added in the order of `j`, without the empty
+/// slots: `slots` is `[n * k, d]`, `gates` and `ids` are `[n, k]`, `y` is `[n, d]`.
+///
+/// # Panics
+/// If a slice has not the length of its shape.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn combine(
+    pool: &Pool,
+    slots: &[f32],
+    gates: &[f32],
+    ids: &[u32],
+    n: usize,
+    k: usize,
+    d: usize,
+    y: &mut [f32],
+) {
+    assert_eq!(slots.len(), n * k * d, "rows of {n} x {k} slots, of {d}");
+    assert_eq!((gates.len(), ids.len()), (n * k, n * k), "gates and ids of {n} x {k} slots");
+    assert_eq!(y.len(), n * d, "results: {n} rows of {d}");
+    if y.is_empty() {
+        return;
+    }
+    pool.rows(y, d, k, |y, start| {
+        for (i, y) in y.chunks_exact_mut(d).enumerate() {
+            y.fill(0.0);
+            let first = (start / d + i) * k;
+            for s in (first..first + k).filter(|&s| ids[s] != NO_EXPERT) {
+                add_scaled(pool.isa(), y, gates[s], &slots[s * d..][..d]);
+            }
+        }
+    });
+}

@@ -1,0 +1,49 @@
+//! Arithmetic on slices of `f32` and on weights as files keep them, with the vector instructions
+//! chosen at run time.
+//!
+//! This crate knows shapes, element types and threads. It must never know a model, a token or a
+//! file. It is the only room with `unsafe` code: kernels are `unsafe` functions over raw pointers
+//! behind safe functions that check every length.
+//!
+//! - [`Pool`]: the threads, which all functions that are worth it share.
+//! - [`DType`], [`MatRef`], [`quantize`], [`dequantize`]: weights.
+//! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
+//! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
+//!
+//! Results depend neither on the number of threads nor on timing. A length that does not fit its
+//! shape is a mistake of the caller and panics.
+
+#![allow(unsafe_code)]
+#![allow(
+    unsafe_op_in_unsafe_fn,
+    reason = "a kernel is unsafe as a whole: its contract stands on the function"
+)]
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("weights are read in place, as little endian");
+
+mod attention;
+mod dtype;
+mod error;
+mod experts;
+mod math;
+mod pool;
+mod product;
+mod rows;
+mod scratch;
+mod simd;
+#[cfg(test)]
+mod tests;
+mod tile;
+mod weight;
+
+pub use attention::{AttnSegment, AttnShape, attention};
+pub use dtype::{DType, MatRef};
+pub use error::KernelError;
+pub use experts::{ExpertRef, NO_EXPERT, combine, expert_down, expert_hidden};
+pub use math::{Act, act_inplace};
+pub use pool::{Pool, split};
+pub use product::{gated_hidden, matmul};
+pub use rows::{add, add_inplace, dot, norm_sq, rms_norm, rope, softmax_rows};
+pub use simd::Isa;
+pub use weight::{dequantize, quantize};

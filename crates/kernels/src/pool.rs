@@ -1,0 +1,307 @@
+//! Threads that share one piece of work at a time.
+//!
+//! The partition is static: each worker learns its number and computes its own share, so results
+//! cannot depend on timing. Between two pieces of work the threads spin for a moment (the next
+//! layer mostly comes within microseconds) and then sleep.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::hint::spin_loop;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::simd::Isa;
+
+/// How long a thread spins for work, or for the others to finish, before it sleeps.
+const SPIN: Duration = Duration::from_micros(30);
+
+thread_local! {
+    /// Whether this thread is now a worker of some pool.
+    static WORKING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The work of one [`Pool::run`], without its lifetime.
+struct Job {
+    call: unsafe fn(*const (), usize, usize),
+    data: *const (),
+    caller: Thread,
+}
+
+struct Shared {
+    workers: usize,
+    job: UnsafeCell<Option<Job>>,
+    /// Number of the newest job.
+    epoch: AtomicUsize,
+    /// Threads that have not finished it.
+    pending: AtomicUsize,
+    /// Per thread: whether it sleeps (or is about to).
+    asleep: Box<[AtomicBool]>,
+    stop: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is written only while no thread works (`pending` is 0) and before `epoch` is
+// raised, and read only after that was seen; the closure behind `data` is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer in a job is used only while `run` keeps its target alive.
+unsafe impl Send for Shared {}
+
+/// A set of threads. Dropping it ends and joins them.
+pub struct Pool {
+    isa: Isa,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// A pool of `threads` workers, of which the caller of [`Pool::run`] is one.
+    ///
+    /// # Panics
+    /// If `threads` is 0, or the system refuses to start a thread.
+    pub fn new(threads: usize) -> Self {
+        Self::with_isa(threads, Isa::best())
+    }
+
+    /// A pool whose kernels use `isa`, for tests of every path.
+    pub(crate) fn with_isa(threads: usize, isa: Isa) -> Self {
+        assert!(Isa::available().any(|i| i == isa), "{isa:?} on this machine");
+        assert!(threads >= 1, "a pool needs a thread");
+        let shared = Arc::new(Shared {
+            workers: threads,
+            job: UnsafeCell::new(None),
+            epoch: AtomicUsize::new(0),
+            pending: AtomicUsize::new(0),
+            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let start = |worker| {
+            let shared = Arc::clone(&shared);
+            let name = format!("kernel-{worker}");
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || shared.serve(worker))
+                .expect("the system starts a thread")
+        };
+        let threads = (1..threads).map(start).collect();
+        Self { isa, shared, threads, turn: Mutex::new(()) }
+    }
+
+    /// The instructions that this pool's kernels use: the machine has them.
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Workers of this pool.
+    pub fn threads(&self) -> usize {
+        self.shared.workers
+    }
+
+    /// Calls `f(worker, workers)` once on each worker and returns when all have finished.
+    ///
+    /// Callers on several threads take turns. From inside a worker, of this or another pool,
+    /// `f(0, 1)` runs in place.
+    ///
+    /// # Panics
+    /// If `f` panicked on a worker: with the first panic's payload, after all have finished.
+    pub fn run<F: Fn(usize, usize) + Sync>(&self, f: F) {
+        if self.shared.workers == 1 || WORKING.get() {
+            return f(0, 1);
+        }
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let panic = self.shared.run(&self.threads, &f);
+        drop(turn);
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
+    }
+}
+
+/// Below this many operations (about 2 microseconds) waking the others costs more than it gives.
+const GRAIN: usize = 1 << 16;
+
+impl Pool {
+    /// [`Pool::run`], or in place if there are too few `operations` to share.
+    pub(crate) fn run_sized<F: Fn(usize, usize) + Sync>(&self, operations: usize, f: F) {
+        if operations < GRAIN { f(0, 1) } else { self.run(f) }
+    }
+
+    /// Shares the rows of `x`, each of `cols` values at `cost` operations a value, and calls
+    /// `f(rows, values before them)` on each share.
+    pub(crate) fn rows<F>(&self, x: &mut [f32], cols: usize, cost: usize, f: F)
+    where
+        F: Fn(&mut [f32], usize) + Sync,
+    {
+        let (len, start) = (x.len(), SendPtr(x.as_mut_ptr()));
+        self.run_sized(len.saturating_mul(cost), |worker, workers| {
+            let share = split(len, worker, workers, cols);
+            // SAFETY: shares of different workers do not overlap, and `x` is borrowed throughout.
+            let rows = unsafe {
+                std::slice::from_raw_parts_mut(start.get().add(share.start), share.len())
+            };
+            f(rows, share.start);
+        });
+    }
+}
+
+/// A pointer that workers share; what they write through it must not overlap.
+#[derive(Clone, Copy)]
+pub(crate) struct SendPtr(pub *mut f32);
+
+// SAFETY: a pointer alone does nothing; who writes through it answers for it.
+unsafe impl Sync for SendPtr {}
+
+impl SendPtr {
+    pub(crate) fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// One worker's part of a sequence of groups of equal items, divided by cost.
+pub(crate) struct Share {
+    start: u64,
+    end: u64,
+    /// Cost of the groups already asked for.
+    passed: u64,
+}
+
+impl Share {
+    /// The part of `worker` in work that costs `total`.
+    pub(crate) fn new(total: u64, worker: usize, workers: usize) -> Self {
+        let edge = |w: usize| (u128::from(total) * w as u128 / workers as u128) as u64;
+        Self { start: edge(worker), end: edge(worker + 1), passed: 0 }
+    }
+
+    /// Which items of the next group, of `items` at `cost` each, are this worker's. Every item
+    /// belongs to exactly one worker if all ask for the same groups, of the same total.
+    pub(crate) fn take(&mut self, items: usize, cost: u64) -> Range<usize> {
+        let edge = |at: u64| {
+            (at.saturating_sub(self.passed).div_ceil(cost.max(1)) as usize).min(items)
+        };
+        let range = edge(self.start)..edge(self.end);
+        self.passed += items as u64 * cost;
+        range
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            thread.thread().unpark();
+            // A worker catches the panics of its work, so it has none of its own.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Calls the closure of type `F` behind `data`.
+///
+/// # Safety
+/// `data` must point to a live `F`.
+unsafe fn call<F: Fn(usize, usize) + Sync>(data: *const (), worker: usize, workers: usize) {
+    // SAFETY: as demanded of the caller.
+    unsafe { (*data.cast::<F>())(worker, workers) }
+}
+
+impl Shared {
+    /// Does one job on all threads; gives the first panic's payload.
+    fn run<F>(&self, threads: &[JoinHandle<()>], f: &F) -> Option<Box<dyn Any + Send>>
+    where
+        F: Fn(usize, usize) + Sync,
+    {
+        let data = std::ptr::from_ref(f).cast();
+        let job = Job { call: call::<F>, data, caller: thread::current() };
+        // SAFETY: the lock `turn` is held and the previous job is finished, so nobody reads.
+        unsafe { *self.job.get() = Some(job) };
+        self.pending.store(threads.len(), Ordering::SeqCst);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        for (thread, asleep) in threads.iter().zip(&self.asleep) {
+            if asleep.load(Ordering::SeqCst) {
+                thread.thread().unpark();
+            }
+        }
+        self.work(|| f(0, self.workers));
+        if !spin_until(|| self.pending.load(Ordering::Acquire) == 0) {
+            while self.pending.load(Ordering::Acquire) != 0 {
+                thread::park();
+            }
+        }
+        self.panic.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Runs one worker's share, keeping its panic.
+    fn work(&self, share: impl FnOnce()) {
+        WORKING.set(true);
+        let result = catch_unwind(AssertUnwindSafe(share));
+        WORKING.set(false);
+        if let Err(payload) = result {
+            let mut panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            panic.get_or_insert(payload);
+        }
+    }
+
+    /// The life of thread `worker` (1 and up).
+    fn serve(&self, worker: usize) {
+        let asleep = &self.asleep[worker - 1];
+        let mut seen = 0;
+        loop {
+            let news = || self.epoch.load(Ordering::SeqCst) != seen;
+            if !spin_until(news) {
+                asleep.store(true, Ordering::SeqCst);
+                while !news() {
+                    thread::park();
+                }
+                asleep.store(false, Ordering::SeqCst);
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            seen += 1;
+            // SAFETY: the job was written before `epoch` rose, and stays until `pending` is 0.
+            let (call, data, caller) = unsafe {
+                let job = (*self.job.get()).as_ref().expect("a job comes with each epoch");
+                (job.call, job.data, job.caller.clone())
+            };
+            // SAFETY: `run` keeps the closure alive until `pending` is 0.
+            self.work(|| unsafe { call(data, worker, self.workers) });
+            if self.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+                caller.unpark();
+            }
+        }
+    }
+}
+
+/// Spins until `done`, or for [`SPIN`]; whether it is done.
+fn spin_until(done: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        for _ in 0..32 {
+            if done() {
+                return true;
+            }
+            spin_loop();
+        }
+        if start.elapsed() >= SPIN {
+            return false;
+        }
+    }
+}
+
+/// The share of `worker` in `n` items, as even as can be in units of `align` (the last may be
+/// shorter).
+///
+/// # Panics
+/// If `worker >= workers` or `align` is 0.
+pub fn split(n: usize, worker: usize, workers: usize, align: usize) -> Range<usize> {
+    assert!(worker < workers, "worker {worker} of {workers}");
+    let units = n.div_ceil(align);
+    let edge = |w: usize| (units * w / workers * align).min(n);
+    edge(worker)..edge(worker + 1)
+}

@@ -1,0 +1,226 @@
+//! Functions of values and of rows of them.
+
+use crate::math::exp;
+use crate::pool::Pool;
+use crate::simd::{Isa, Simd, kernel};
+
+/// Values `i..i + LANES` of a slice; zeros behind its end.
+///
+/// # Safety
+/// As for [`Simd`]; `i` must be in `x`.
+#[inline(always)]
+unsafe fn get<S: Simd>(x: &[f32], i: usize) -> S::V {
+    let (p, left) = (x.as_ptr().add(i), x.len() - i);
+    if left >= S::LANES { S::load(p) } else { S::load_part(p, left) }
+}
+
+/// Stores values `i..i + LANES` of a slice, as far as it goes.
+///
+/// # Safety
+/// As for [`Simd`]; `i` must be in `x`.
+#[inline(always)]
+unsafe fn set<S: Simd>(x: &mut [f32], i: usize, v: S::V) {
+    let (p, left) = (x.as_mut_ptr().add(i), x.len() - i);
+    if left >= S::LANES { S::store(p, v) } else { S::store_part(p, v, left) }
+}
+
+/// The sum of the products of `a` and `b`.
+///
+/// # Panics
+/// If they differ in length.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    dot_with(Isa::best(), a, b)
+}
+
+/// The sum of the squares of `a`.
+pub fn norm_sq(a: &[f32]) -> f32 {
+    dot(a, a)
+}
+
+pub(crate) fn dot_with(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len(), "lengths of the factors");
+    // SAFETY: `isa` was detected, the lengths are equal.
+    unsafe { dot_all(isa, a, b) }
+}
+
+kernel! {
+    unsafe fn dot_all<S>(a: &[f32], b: &[f32]) -> f32 {
+        let mut sums = [S::zero(); 4];
+        let step = 4 * S::LANES;
+        let whole = a.len() - a.len() % step;
+        for i in (0..whole).step_by(step) {
+            for j in 0..4 {
+                let at = i + j * S::LANES;
+                let (a, b) = (S::load(a.as_ptr().add(at)), S::load(b.as_ptr().add(at)));
+                sums[j] = S::fma(a, b, sums[j]);
+            }
+        }
+        for i in (whole..a.len()).step_by(S::LANES) {
+            sums[0] = S::fma(get::<S>(a, i), get::<S>(b, i), sums[0]);
+        }
+        S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])))
+    }
+}
+
+kernel! {
+    unsafe fn add_all<S>(x: &[f32], y: &[f32], out: &mut [f32]) {
+        for i in (0..out.len()).step_by(S::LANES) {
+            set::<S>(out, i, S::add(get::<S>(x, i), get::<S>(y, i)));
+        }
+    }
+}
+
+kernel! {
+    unsafe fn add_scaled_all<S>(x: &mut [f32], scale: f32, y: &[f32]) {
+        let scale = S::splat(scale);
+        for i in (0..x.len()).step_by(S::LANES) {
+            set::<S>(x, i, S::fma(scale, get::<S>(y, i), get::<S>(x, i)));
+        }
+    }
+}
+
+/// `x += scale * y`.
+pub(crate) fn add_scaled(isa: Isa, x: &mut [f32], scale: f32, y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "lengths of the terms");
+    // SAFETY: `isa` was detected, the lengths are equal.
+    unsafe { add_scaled_all(isa, x, scale, y) }
+}
+
+/// `out = x + y`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(pool: &Pool, x: &[f32], y: &[f32], out: &mut [f32]) {
+    assert_eq!((x.len(), y.len()), (out.len(), out.len()), "lengths of the terms");
+    pool.rows(out, 16, 1, |out, start| {
+        let (x, y) = (&x[start..][..out.len()], &y[start..][..out.len()]);
+        // SAFETY: the pool's set was detected, the lengths are equal.
+        unsafe { add_all(pool.isa(), x, y, out) }
+    });
+}
+
+/// `x += y`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add_inplace(pool: &Pool, x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "lengths of the terms");
+    pool.rows(x, 16, 1, |x, start| add_scaled(pool.isa(), x, 1.0, &y[start..][..x.len()]));
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight` for each row of `d` values.
+///
+/// # Panics
+/// If `weight` has not `d` values, or `x` and `out` are not equally many whole rows.
+pub fn rms_norm(pool: &Pool, x: &[f32], d: usize, weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert_eq!(weight.len(), d, "weights of the norm");
+    assert_eq!(x.len(), out.len(), "lengths of input and result");
+    if x.is_empty() {
+        return;
+    }
+    assert!(x.len().is_multiple_of(d), "rows of {d}");
+    pool.rows(out, d, 2, |out, start| {
+        for (row, out) in x[start..].chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+            let mean = dot_with(pool.isa(), row, row) / d as f32;
+            // SAFETY: the pool's set was detected, all three have `d` values.
+            unsafe { scale_row(pool.isa(), row, 1.0 / (mean + eps).sqrt(), weight, out) }
+        }
+    });
+}
+
+kernel! {
+    unsafe fn scale_row<S>(x: &[f32], scale: f32, weight: &[f32], out: &mut [f32]) {
+        let scale = S::splat(scale);
+        for i in (0..out.len()).step_by(S::LANES) {
+            set::<S>(out, i, S::mul(S::mul(get::<S>(x, i), scale), get::<S>(weight, i)));
+        }
+    }
+}
+
+/// Turns the first `rope_dim` values of each head, value `i` together with value
+/// `i + rope_dim / 2`, by the angle of token and `i`: `x` is `[n, heads, head_dim]`, `cos` and
+/// `sin` are `[n, rope_dim / 2]`.
+///
+/// # Panics
+/// If a slice has not the length of its shape, or `rope_dim` is odd or exceeds `head_dim`.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn rope(
+    pool: &Pool,
+    x: &mut [f32],
+    n: usize,
+    heads: usize,
+    head_dim: usize,
+    rope_dim: usize,
+    cos: &[f32],
+    sin: &[f32],
+) {
+    let (d, half) = (heads * head_dim, rope_dim / 2);
+    assert_eq!(x.len(), n * d, "{n} rows of {heads} heads of {head_dim}");
+    assert!(rope_dim.is_multiple_of(2) && rope_dim <= head_dim, "{rope_dim} of {head_dim}");
+    assert_eq!((cos.len(), sin.len()), (n * half, n * half), "angles of {n} tokens");
+    if x.is_empty() {
+        return;
+    }
+    pool.rows(x, d, 2, |x, start| {
+        for (i, x) in x.chunks_exact_mut(d).enumerate() {
+            let t = start / d + i;
+            let (cos, sin) = (&cos[t * half..][..half], &sin[t * half..][..half]);
+            for head in x.chunks_exact_mut(head_dim) {
+                let (low, high) = head.split_at_mut(half);
+                // SAFETY: the pool's set was detected, all four have `half` values.
+                unsafe { rotate(pool.isa(), low, &mut high[..half], cos, sin) }
+            }
+        }
+    });
+}
+
+kernel! {
+    unsafe fn rotate<S>(low: &mut [f32], high: &mut [f32], cos: &[f32], sin: &[f32]) {
+        for i in (0..low.len()).step_by(S::LANES) {
+            let (a, b) = (get::<S>(low, i), get::<S>(high, i));
+            let (c, s) = (get::<S>(cos, i), get::<S>(sin, i));
+            set::<S>(low, i, S::sub(S::mul(a, c), S::mul(b, s)));
+            set::<S>(high, i, S::add(S::mul(b, c), S::mul(a, s)));
+        }
+    }
+}
+
+/// Replaces each row of `cols` values by its softmax.
+///
+/// # Panics
+/// If `x` is not whole rows.
+pub fn softmax_rows(pool: &Pool, x: &mut [f32], cols: usize) {
+    if x.is_empty() {
+        return;
+    }
+    assert!(x.len().is_multiple_of(cols), "rows of {cols}");
+    pool.rows(x, cols, 8, |x, _| {
+        for row in x.chunks_exact_mut(cols) {
+            // SAFETY: the pool's set was detected.
+            unsafe { softmax(pool.isa(), row) }
+        }
+    });
+}
+
+kernel! {
+    unsafe fn softmax<S>(x: &mut [f32]) {
+        let whole = x.len() - x.len() % S::LANES;
+        let mut most = S::splat(f32::NEG_INFINITY);
+        for i in (0..whole).step_by(S::LANES) {
+            most = S::max(most, S::load(x.as_ptr().add(i)));
+        }
+        let mut most = S::greatest(most);
+        for x in &x[whole..] {
+            most = most.max(*x);
+        }
+        let (most, mut sum) = (S::splat(most), S::zero());
+        for i in (0..x.len()).step_by(S::LANES) {
+            set::<S>(x, i, exp::<S>(S::sub(get::<S>(x, i), most)));
+            sum = S::add(sum, get::<S>(x, i));
+        }
+        let scale = S::splat(1.0 / S::sum(sum));
+        for i in (0..x.len()).step_by(S::LANES) {
+            set::<S>(x, i, S::mul(get::<S>(x, i), scale));
+        }
+    }
+}

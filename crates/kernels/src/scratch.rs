@@ -1,0 +1,36 @@
+//! Buffers that a thread keeps from call to call, so that warm calls allocate nothing.
+
+use std::cell::Cell;
+
+/// A cache line.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([f32; 16]);
+
+thread_local! {
+    static FLOATS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static INDICES: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Calls `f` with `len` values that start at a cache line; what they hold is left from before.
+pub(crate) fn floats<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut lines = FLOATS.take();
+    if lines.len() < len.div_ceil(16) {
+        lines.resize(len.div_ceil(16), Line([0.0; 16]));
+    }
+    // SAFETY: a line is sixteen values without padding, and there are enough lines.
+    let values = unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), len) };
+    let result = f(values);
+    FLOATS.set(lines);
+    result
+}
+
+/// Calls `f` with `len` zeros.
+pub(crate) fn indices<R>(len: usize, f: impl FnOnce(&mut [u32]) -> R) -> R {
+    let mut values = INDICES.take();
+    values.clear();
+    values.resize(len, 0);
+    let result = f(&mut values);
+    INDICES.set(values);
+    result
+}

@@ -1,0 +1,266 @@
+//! One vector type per instruction set, and the choice between them at run time.
+//!
+//! A kernel is written once, over [`Simd`], inside [`kernel!`]; the macro compiles it for each
+//! instruction set and gives it a leading argument of type [`Isa`].
+
+mod portable;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+use std::sync::OnceLock;
+
+/// The most lanes of any vector.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// A set of vector instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// 64-bit ARM.
+    Neon,
+    /// Whatever the compiler makes of plain loops.
+    Portable,
+}
+
+impl Isa {
+    /// The widest set that this machine has.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().next().unwrap_or(Self::Portable))
+    }
+
+    /// All that this machine has, the widest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        [Self::Avx512, Self::Avx2, Self::Neon, Self::Portable].into_iter().filter(|i| i.detect())
+    }
+
+    fn detect(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && Self::Avx2.detect()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            Self::Portable => true,
+            #[allow(unreachable_patterns, reason = "which sets are left depends on the machine")]
+            _ => false,
+        }
+    }
+
+    /// Lanes of an `f32` vector.
+    pub(crate) const fn lanes(self) -> usize {
+        match self {
+            Self::Avx512 => 16,
+            Self::Avx2 => 8,
+            Self::Neon | Self::Portable => 4,
+        }
+    }
+
+    /// Vector registers.
+    pub(crate) const fn registers(self) -> usize {
+        match self {
+            Self::Avx512 | Self::Neon => 32,
+            Self::Avx2 | Self::Portable => 16,
+        }
+    }
+}
+
+/// A vector of `f32`. Pointers may lie at any address.
+///
+/// # Safety
+/// Each function demands that the machine has the instruction set `ISA`, and that a pointer is
+/// good for the bytes of all lanes.
+#[allow(clippy::missing_safety_doc, reason = "stated once, above")]
+pub(crate) trait Simd: Copy {
+    /// The vector.
+    type V: Copy;
+    /// What it is made of.
+    const ISA: Isa;
+    /// Values in a vector.
+    const LANES: usize = Self::ISA.lanes();
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// Widens `LANES` halves.
+    unsafe fn load_f16(p: *const u8) -> Self::V;
+    /// Widens `LANES` bfloats.
+    unsafe fn load_bf16(p: *const u8) -> Self::V;
+    /// Widens `LANES` signed bytes.
+    unsafe fn load_i8(p: *const u8) -> Self::V;
+    /// Widens one half into all lanes.
+    unsafe fn splat_f16(p: *const u8) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`; rounded once, except in portable code.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The greater; if `b` is no number, that.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The lesser; if `b` is no number, that.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// `v * 2^n` for whole `n` in -252..=254, right also where the result is subnormal.
+    unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V;
+    /// One step of a transposition: lanes `i` with bit `L` set of `a` change places with
+    /// lanes `i - L` of `b`.
+    unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V);
+
+    /// Zero in all lanes.
+    #[inline(always)]
+    unsafe fn zero() -> Self::V {
+        Self::splat(0.0)
+    }
+
+    /// Loads `n < LANES` values and zeros behind them.
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> Self::V {
+        let mut buffer = [0.0; MAX_LANES];
+        std::ptr::copy_nonoverlapping(p.cast::<u8>(), buffer.as_mut_ptr().cast(), 4 * n);
+        Self::load(buffer.as_ptr())
+    }
+
+    /// Stores the first `n < LANES` values.
+    #[inline(always)]
+    unsafe fn store_part(p: *mut f32, v: Self::V, n: usize) {
+        let mut buffer = [0.0; MAX_LANES];
+        Self::store(buffer.as_mut_ptr(), v);
+        std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+    }
+
+    /// The sum of all lanes.
+    #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        let mut v = [v; MAX_LANES];
+        reduce::<Self>(&mut v, 1);
+        let mut buffer = [0.0; MAX_LANES];
+        Self::store(buffer.as_mut_ptr(), v[0]);
+        buffer[0]
+    }
+
+    /// The greatest of all lanes.
+    #[inline(always)]
+    unsafe fn greatest(v: Self::V) -> f32 {
+        let mut buffer = [f32::NEG_INFINITY; MAX_LANES];
+        Self::store(buffer.as_mut_ptr(), v);
+        let mut most = buffer[0];
+        for x in &buffer[1..Self::LANES] {
+            most = most.max(*x);
+        }
+        most
+    }
+}
+
+/// Transposes the square of the first `LANES` vectors.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn transpose<S: Simd>(v: &mut [S::V; MAX_LANES]) {
+    #[inline(always)]
+    unsafe fn step<S: Simd, const L: usize>(v: &mut [S::V; MAX_LANES]) {
+        if L < S::LANES {
+            for i in 0..S::LANES {
+                if i & L == 0 {
+                    (v[i], v[i | L]) = S::swap::<L>(v[i], v[i | L]);
+                }
+            }
+        }
+    }
+    step::<S, 1>(v);
+    step::<S, 2>(v);
+    step::<S, 4>(v);
+    step::<S, 8>(v);
+}
+
+/// Sums the lanes of each of the first `n` vectors, a power of two up to `LANES`, into the first
+/// `n` lanes of `v[0]`. The order of the additions is the same for every `n`.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn reduce<S: Simd>(v: &mut [S::V; MAX_LANES], n: usize) {
+    #[inline(always)]
+    unsafe fn step<S: Simd, const L: usize>(v: &mut [S::V; MAX_LANES], n: usize) {
+        if L < S::LANES {
+            let pairs = n / (2 * L);
+            if pairs == 0 {
+                let (a, b) = S::swap::<L>(v[0], v[0]);
+                v[0] = S::add(a, b);
+            }
+            for i in 0..pairs {
+                let (a, b) = S::swap::<L>(v[2 * i], v[2 * i + 1]);
+                v[i] = S::add(a, b);
+            }
+        }
+    }
+    step::<S, 1>(v, n);
+    step::<S, 2>(v, n);
+    step::<S, 4>(v, n);
+    step::<S, 8>(v, n);
+}
+
+/// Defines `unsafe fn name<S>(args) -> R { .. }` as a kernel: the body is compiled once per
+/// instruction set `S: Simd`, and `name(isa, args)` calls the one asked for.
+///
+/// The caller promises that the machine has `isa`, and what the body demands of its arguments.
+macro_rules! kernel {
+    ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident<$S:ident>(
+        $($arg:ident : $ty:ty),* $(,)?
+    ) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+        $vis unsafe fn $name(isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            unsafe fn body<$S: $crate::simd::Simd>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Avx512>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Avx2>($($arg),*)
+            }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon")]
+            unsafe fn neon($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Neon>($($arg),*)
+            }
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Isa::Avx512 => avx512($($arg),*),
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Isa::Avx2 => avx2($($arg),*),
+                #[cfg(target_arch = "aarch64")]
+                $crate::simd::Isa::Neon => neon($($arg),*),
+                _ => body::<$crate::simd::Portable>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use kernel;

@@ -1,0 +1,94 @@
+//! Vectors as arrays, for machines without a path of their own.
+
+use half::f16;
+
+use super::{Isa, Simd};
+
+/// Four values.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+const N: usize = Isa::Portable.lanes();
+
+#[inline(always)]
+fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Portable {
+    type V = [f32; N];
+    const ISA: Isa = Isa::Portable;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::V {
+        p.cast::<Self::V>().read_unaligned()
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::V) {
+        p.cast::<Self::V>().write_unaligned(v);
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self::V {
+        p.cast::<[u16; N]>().read_unaligned().map(|h| f16::from_bits(h).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self::V {
+        p.cast::<[u16; N]>().read_unaligned().map(|h| f32::from_bits(u32::from(h) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self::V {
+        p.cast::<[i8; N]>().read_unaligned().map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn splat_f16(p: *const u8) -> Self::V {
+        [f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32(); N]
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Not `mul_add`, which is a slow call where the machine cannot do it.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V {
+        zip(v, n, |v, n| {
+            let n = n as i32;
+            let pow2 = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+            v * pow2(n >> 1) * pow2(n - (n >> 1))
+        })
+    }
+    #[inline(always)]
+    unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
+        (
+            std::array::from_fn(|i| if i & L == 0 { a[i] } else { b[i - L] }),
+            std::array::from_fn(|i| if i & L == 0 { a[i + L] } else { b[i] }),
+        )
+    }
+}

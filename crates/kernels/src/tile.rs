@@ -1,0 +1,294 @@
+//! Products of a tile of weight rows with a few tokens: the innermost loops.
+//!
+//! With many tokens a tile is packed once (widened, and turned so that a vector holds one column
+//! of all its rows), and [`multiply`] forms outer products. With few tokens that would not pay:
+//! [`dots`] works on the rows as they lie. Both add up each result in an order that depends on
+//! the length of the rows alone.
+
+use crate::DType;
+use crate::math::{Act, activate};
+use crate::simd::{Isa, MAX_LANES, Simd, kernel, reduce, transpose};
+use crate::weight::{Weight, with_weight};
+
+impl Isa {
+    /// Weight rows in a tile: two vectors.
+    pub(crate) const fn tile_rows(self) -> usize {
+        2 * self.lanes()
+    }
+
+    /// The most tokens that [`multiply`] keeps in registers.
+    pub(crate) const fn tile_tokens(self) -> usize {
+        if self.registers() == 32 { MAX_TOKENS } else { 6 }
+    }
+}
+
+/// The most that [`Isa::tile_tokens`] is.
+pub(crate) const MAX_TOKENS: usize = 12;
+
+/// The most tokens that [`dots`] takes.
+pub(crate) const DOT_TOKENS: usize = 4;
+
+/// Rows of weights somewhere in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    pub dtype: DType,
+    pub data: *const u8,
+    /// Bytes from one row to the next.
+    pub stride: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+impl Rows {
+    /// The `r`-th row, or the last if there are fewer.
+    #[inline(always)]
+    unsafe fn row(&self, r: usize) -> *const u8 {
+        self.data.add(r.min(self.rows - 1) * self.stride)
+    }
+}
+
+kernel! {
+    /// Packs the tile that begins at row `first`: `packed[c * tile_rows + r]` is the value of row
+    /// `first + r` at column `c`. Behind the last row it is repeated.
+    ///
+    /// # Safety
+    /// `w` must be valid and have row `first`; `packed` must hold `cols * tile_rows` values.
+    pub(crate) unsafe fn pack<S>(w: &Rows, first: usize, packed: *mut f32) {
+        with_weight!(w.dtype, W => {
+            pack_half::<S, W>(w, first, packed);
+            pack_half::<S, W>(w, first + S::LANES, packed.add(S::LANES));
+        });
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32) {
+    let stride = 2 * S::LANES;
+    let mut rows = [w.data; MAX_LANES];
+    for i in 0..S::LANES {
+        rows[i] = w.row(first + i);
+    }
+    let whole = w.cols - w.cols % S::LANES;
+    for c in (0..whole).step_by(S::LANES) {
+        let mut v = [S::zero(); MAX_LANES];
+        for i in 0..S::LANES {
+            v[i] = W::load::<S>(rows[i], c);
+        }
+        transpose::<S>(&mut v);
+        for i in 0..S::LANES {
+            S::store(packed.add((c + i) * stride), v[i]);
+        }
+    }
+    if whole < w.cols {
+        let mut v = [S::zero(); MAX_LANES];
+        for i in 0..S::LANES {
+            v[i] = W::load_part::<S>(rows[i], whole, w.cols - whole);
+        }
+        transpose::<S>(&mut v);
+        for i in 0..S::LANES {
+            if whole + i < w.cols {
+                S::store(packed.add((whole + i) * stride), v[i]);
+            }
+        }
+    }
+}
+
+/// Columns of two vectors' width: `k` of them, `stride` values apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    pub data: *const f32,
+    pub stride: usize,
+    pub k: usize,
+}
+
+kernel! {
+    /// `out[t * width + r] = sum over c of b[c * stride + r] * x[t][c]`, for all tokens in `x` and
+    /// `r` in `0..tile_rows`; added to what is in `out` if `add`.
+    ///
+    /// # Safety
+    /// `b` must be valid, each of `x` hold `k` values and `out` a row of `width` for each.
+    pub(crate) unsafe fn multiply<S>(
+        b: &Columns, x: &[*const f32], out: *mut f32, width: usize, add: bool,
+    ) {
+        let blocks = x.len().div_ceil(S::ISA.tile_tokens());
+        let mut start = 0;
+        for block in 0..blocks {
+            let end = (block + 1) * x.len() / blocks;
+            let (x, out) = (&x[start..end], out.add(start * width));
+            macro_rules! by_tokens {
+                ($($m:literal)*) => {
+                    match x.len() {
+                        $($m if $m <= S::ISA.tile_tokens() => {
+                            outer::<S, $m>(b, x, out, width, add);
+                        })*
+                        _ => {}
+                    }
+                };
+            }
+            by_tokens!(1 2 3 4 5 6 7 8 9 10 11 12);
+            start = end;
+        }
+    }
+}
+
+/// [`multiply`] for `M` tokens.
+#[inline(always)]
+unsafe fn outer<S: Simd, const M: usize>(
+    b: &Columns,
+    x: &[*const f32],
+    out: *mut f32,
+    width: usize,
+    add: bool,
+) {
+    let mut rows = [std::ptr::null(); M];
+    rows.copy_from_slice(x);
+    let mut sums = [[S::zero(); 2]; M];
+    if add {
+        for t in 0..M {
+            sums[t][0] = S::load(out.add(t * width));
+            sums[t][1] = S::load(out.add(t * width + S::LANES));
+        }
+    }
+    for c in 0..b.k {
+        let column = b.data.add(c * b.stride);
+        let (low, high) = (S::load(column), S::load(column.add(S::LANES)));
+        for t in 0..M {
+            let x = S::splat(*rows[t].add(c));
+            sums[t][0] = S::fma(x, low, sums[t][0]);
+            sums[t][1] = S::fma(x, high, sums[t][1]);
+        }
+    }
+    for t in 0..M {
+        S::store(out.add(t * width), sums[t][0]);
+        S::store(out.add(t * width + S::LANES), sums[t][1]);
+    }
+}
+
+kernel! {
+    /// `out[t * width + r]` is the product of row `first + r` and token `x[t]`, for `r` in
+    /// `0..count`, and anything from there to the next multiple of 8.
+    ///
+    /// # Safety
+    /// `w` must be valid and have row `first`; there may be up to [`DOT_TOKENS`] tokens, each of
+    /// `cols` values; `out` must have a row of `width` for each, and `width` be enough.
+    pub(crate) unsafe fn dots<S>(
+        w: &Rows, first: usize, count: usize, x: &[*const f32], out: *mut f32, width: usize,
+    ) {
+        let many = S::ISA.registers() == 32;
+        with_weight!(w.dtype, W => match x.len() {
+            1 => dot_rows::<S, W, 8, 1>(w, first, count, x, out, width),
+            2 => dot_rows::<S, W, 4, 2>(w, first, count, x, out, width),
+            3 if many => dot_rows::<S, W, 4, 3>(w, first, count, x, out, width),
+            4 if many => dot_rows::<S, W, 4, 4>(w, first, count, x, out, width),
+            3 => dot_rows::<S, W, 2, 3>(w, first, count, x, out, width),
+            4 => dot_rows::<S, W, 2, 4>(w, first, count, x, out, width),
+            _ => {}
+        });
+    }
+}
+
+/// [`dots`] for `T` tokens, `R` rows at a time.
+#[inline(always)]
+unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
+    w: &Rows,
+    first: usize,
+    count: usize,
+    x: &[*const f32],
+    out: *mut f32,
+    width: usize,
+) {
+    let mut tokens = [std::ptr::null(); T];
+    tokens.copy_from_slice(x);
+    let whole = w.cols - w.cols % S::LANES;
+    for r in (0..count).step_by(R) {
+        let mut rows = [w.data; R];
+        for i in 0..R {
+            rows[i] = w.row(first + r + i);
+        }
+        let mut sums = [[S::zero(); R]; T];
+        for c in (0..whole).step_by(S::LANES) {
+            let mut v = [S::zero(); R];
+            for i in 0..R {
+                v[i] = W::load::<S>(rows[i], c);
+            }
+            for t in 0..T {
+                let x = S::load(tokens[t].add(c));
+                for i in 0..R {
+                    sums[t][i] = S::fma(v[i], x, sums[t][i]);
+                }
+            }
+        }
+        if whole < w.cols {
+            for t in 0..T {
+                let x = S::load_part(tokens[t].add(whole), w.cols - whole);
+                for i in 0..R {
+                    let v = W::load_part::<S>(rows[i], whole, w.cols - whole);
+                    sums[t][i] = S::fma(v, x, sums[t][i]);
+                }
+            }
+        }
+        for t in 0..T {
+            store_sums::<S, R>(&sums[t], out.add(t * width + r));
+        }
+    }
+}
+
+/// Stores the sum of the lanes of each vector.
+#[inline(always)]
+unsafe fn store_sums<S: Simd, const R: usize>(sums: &[S::V; R], out: *mut f32) {
+    let step = if R < S::LANES { R } else { S::LANES };
+    let mut i = 0;
+    while i < R {
+        let mut v = [S::zero(); MAX_LANES];
+        for j in 0..step {
+            v[j] = sums[i + j];
+        }
+        reduce::<S>(&mut v, step);
+        S::store_part(out.add(i), v[0], step);
+        i += step;
+    }
+}
+
+/// What becomes of sums before they are stored.
+#[derive(Clone, Copy)]
+pub(crate) enum Finish<'a> {
+    /// Adds a bias per row, if there is one.
+    Bias(Option<&'a [f32]>),
+    /// Multiplies the activation of the first product by the second.
+    Gated(Act),
+}
+
+kernel! {
+    /// Finishes a tile's sums, `sums[t * tile_rows + r]`, and stores them: token `t` goes to
+    /// `out[t]`, rows `first..first + count`. `others` are the sums of the second product, if
+    /// `finish` has two.
+    ///
+    /// # Safety
+    /// `sums` and `others` must hold `tile_rows` values per token, each of `out` and a bias
+    /// `first + count`.
+    pub(crate) unsafe fn finish_tile<S>(
+        sums: *const f32, others: *const f32, out: &[*mut f32], first: usize, count: usize,
+        finish: Finish<'_>,
+    ) {
+        for (t, &out) in out.iter().enumerate() {
+            for r in (0..count).step_by(S::LANES) {
+                let at = t * 2 * S::LANES + r;
+                let n = count - r;
+                let sum = S::load(sums.add(at));
+                let sum = match finish {
+                    Finish::Bias(None) => sum,
+                    Finish::Bias(Some(bias)) => {
+                        let bias = bias.as_ptr().add(first + r);
+                        let whole = n >= S::LANES;
+                        S::add(sum, if whole { S::load(bias) } else { S::load_part(bias, n) })
+                    }
+                    Finish::Gated(act) => {
+                        S::mul(activate::<S>(act, sum), S::load(others.add(at)))
+                    }
+                };
+                let out = out.add(first + r);
+                if n >= S::LANES { S::store(out, sum) } else { S::store_part(out, sum, n) }
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Reading and writing the element types.
+//!
+//! A new type is a case of [`DType`], a [`Weight`] here that widens one vector of it, a line in
+//! [`with_weight!`], and a way to write it in [`quantize`].
+
+use half::{bf16, f16};
+
+use crate::DType;
+use crate::simd::{Isa, MAX_LANES, Simd, kernel};
+
+/// An element type, as the kernels read it.
+pub(crate) trait Weight {
+    const DTYPE: DType;
+
+    /// Values `c..c + LANES` of a row, widened exactly. `c` is a multiple of `LANES`, and a block
+    /// is one value or a multiple of `LANES`.
+    ///
+    /// # Safety
+    /// The machine must have the set of `S`, and the row these values.
+    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V;
+
+    /// Values `c..c + n`, with `n < LANES`, and zeros behind them. For types with blocks of one.
+    ///
+    /// # Safety
+    /// As for [`Weight::load`].
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(row: *const u8, c: usize, n: usize) -> S::V {
+        let bytes = const { Self::DTYPE.block_bytes() };
+        debug_assert_eq!(Self::DTYPE.block_len(), 1);
+        let mut buffer = [0_u8; 4 * MAX_LANES];
+        std::ptr::copy_nonoverlapping(row.add(bytes * c), buffer.as_mut_ptr(), bytes * n);
+        Self::load::<S>(buffer.as_ptr(), 0)
+    }
+}
+
+pub(crate) struct F32;
+impl Weight for F32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V {
+        S::load(row.add(4 * c).cast())
+    }
+}
+
+pub(crate) struct F16;
+impl Weight for F16 {
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V {
+        S::load_f16(row.add(2 * c))
+    }
+}
+
+pub(crate) struct Bf16;
+impl Weight for Bf16 {
+    const DTYPE: DType = DType::BF16;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V {
+        S::load_bf16(row.add(2 * c))
+    }
+}
+
+/// Blocks of a half, then 32 bytes.
+pub(crate) struct Q8_0;
+impl Weight for Q8_0 {
+    const DTYPE: DType = DType::Q8_0;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V {
+        let block = row.add(c / 32 * 34);
+        S::mul(S::load_i8(block.add(2 + c % 32)), S::splat_f16(block))
+    }
+}
+
+/// Evaluates an expression with `$W` standing for the [`Weight`] of a [`DType`].
+macro_rules! with_weight {
+    ($dtype:expr, $W:ident => $body:expr) => {
+        match $dtype {
+            $crate::DType::F32 => {
+                type $W = $crate::weight::F32;
+                $body
+            }
+            $crate::DType::F16 => {
+                type $W = $crate::weight::F16;
+                $body
+            }
+            $crate::DType::BF16 => {
+                type $W = $crate::weight::Bf16;
+                $body
+            }
+            $crate::DType::Q8_0 => {
+                type $W = $crate::weight::Q8_0;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_weight;
+
+/// Widens `out.len()` values, exactly.
+///
+/// # Panics
+/// If `src` has not the bytes of so many values.
+pub fn dequantize(dtype: DType, src: &[u8], out: &mut [f32]) {
+    dequantize_with(Isa::best(), dtype, src, out);
+}
+
+pub(crate) fn dequantize_with(isa: Isa, dtype: DType, src: &[u8], out: &mut [f32]) {
+    assert_eq!(dtype.row_bytes(out.len()), Some(src.len()), "bytes of the source");
+    // SAFETY: the lengths were checked, and `Isa` is one that was detected.
+    unsafe { widen(isa, dtype, src.as_ptr(), out) }
+}
+
+kernel! {
+    /// # Safety
+    /// `src` must hold `out.len()` values.
+    unsafe fn widen<S>(dtype: DType, src: *const u8, out: &mut [f32]) {
+        with_weight!(dtype, W => widen_all::<S, W>(src, out));
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_all<S: Simd, W: Weight>(src: *const u8, out: &mut [f32]) {
+    let whole = out.len() - out.len() % S::LANES;
+    for c in (0..whole).step_by(S::LANES) {
+        S::store(out.as_mut_ptr().add(c), W::load::<S>(src, c));
+    }
+    if whole < out.len() {
+        let part = W::load_part::<S>(src, whole, out.len() - whole);
+        S::store_part(out.as_mut_ptr().add(whole), part, out.len() - whole);
+    }
+}
+
+/// Narrows `src`: halves and bfloats round to the nearest, ties to even; `Q8_0` follows ggml: the
+/// scale is the largest magnitude of a block over 127, kept as a half, and values round to the
+/// nearest, ties away from zero. (So a block of `Q8_0` should not exceed 127 times 65504.)
+///
+/// # Panics
+/// If `out` has not the bytes of so many values.
+pub fn quantize(dtype: DType, src: &[f32], out: &mut [u8]) {
+    assert_eq!(dtype.row_bytes(src.len()), Some(out.len()), "bytes of the result");
+    let blocks = src.chunks_exact(dtype.block_len()).zip(out.chunks_exact_mut(dtype.block_bytes()));
+    for (x, block) in blocks {
+        match dtype {
+            DType::F32 => block.copy_from_slice(&x[0].to_le_bytes()),
+            DType::F16 => block.copy_from_slice(&f16::from_f32(x[0]).to_le_bytes()),
+            DType::BF16 => block.copy_from_slice(&bf16::from_f32(x[0]).to_le_bytes()),
+            DType::Q8_0 => {
+                let d = x.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
+                let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+                let (scale, quants) = block.split_at_mut(2);
+                scale.copy_from_slice(&f16::from_f32(d).to_le_bytes());
+                for (q, x) in quants.iter_mut().zip(x) {
+                    *q = (x * inverse).round() as i8 as u8;
+                }
+            }
+        }
+    }
+}

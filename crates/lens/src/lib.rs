@@ -1,0 +1,30 @@
+//! What watches and changes a model: recorder, streaming statistics, score tables, selection, interventions, plans,
+//! patterns and their library.
+//!
+//! This crate must never know a paper, open a socket, or print.
+
+mod coverage;
+mod error;
+mod intervention;
+mod key;
+mod library;
+mod pattern;
+mod plan;
+mod recorder;
+mod score;
+mod select;
+mod select_text;
+mod stats;
+
+pub use coverage::{Coverage, coverage, overlap, uses};
+pub use error::{LensError, nearest_name};
+pub use intervention::{Intervention, Interventions, Op, PhaseSelector, Value};
+pub use key::{Key, KeyProbe};
+pub use library::Library;
+pub use pattern::{PATTERN_VERSION, Pattern, PatternInfo};
+pub use plan::{KeepLayer, PLAN_VERSION, Plan};
+pub use recorder::{Recorded, Recorder};
+pub use score::{MetricInfo, ScoreTable};
+pub use select::{Keep, Scope, Selection};
+pub use select_text::Indices;
+pub use stats::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, Profiler, RouterStats, Sum, confidence_bin};

@@ -1,0 +1,216 @@
+//! A pattern: what is known of a task's experts and how its prompts look to the first router.
+
+use std::collections::BTreeMap;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::{ExpertMap, Key, LensError, MetricInfo, RouterStats, ScoreTable};
+
+/// Version of the pattern format that this program writes.
+pub const PATTERN_VERSION: u32 = 1;
+
+/// What PreMoe stores for a task.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pattern {
+    /// Where it comes from.
+    pub info: PatternInfo,
+    /// Which experts.
+    pub map: ExpertMap,
+    /// Score tables, one per metric.
+    pub scores: Vec<ScoreTable>,
+    /// Selections of each expert on the held-out texts.
+    pub heldout_count: Vec<u64>,
+    /// Gate sum of each expert on the held-out texts.
+    pub heldout_gate: Vec<f64>,
+    /// How its prompts look.
+    pub key: Key,
+    /// The statistics behind the scores, from which it can be scored again and merged; left out of compact exports.
+    pub stats: Option<RouterStats>,
+}
+
+/// Provenance of a pattern.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PatternInfo {
+    /// Version of the format.
+    pub version: u32,
+    /// Task.
+    pub name: String,
+    /// Fingerprint of the model.
+    pub fingerprint: String,
+    /// Files that were profiled.
+    pub data: Vec<String>,
+    /// Texts profiled.
+    pub items: u64,
+    /// Tokens profiled: prompt and answer.
+    pub tokens: [u64; 2],
+    /// Texts held out.
+    pub heldout_items: u64,
+    /// Which tokens count: `prompt`, `answer`, `both` or `balanced`.
+    pub phases: String,
+    /// Tasks that it was merged from, if it is a generalist.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub merged_from: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    info: PatternInfo,
+    layers: Vec<usize>,
+    experts: Vec<usize>,
+    metrics: Vec<MetricInfo>,
+    radius: f32,
+    key_items: u64,
+}
+
+impl Pattern {
+    /// The score table of a metric.
+    ///
+    /// # Errors
+    /// A metric that the pattern does not have.
+    pub fn scores(&self, metric: &str) -> Result<&ScoreTable, LensError> {
+        let found = self.scores.iter().find(|s| s.metric.name == metric);
+        found.ok_or_else(|| LensError::unknown("metric", metric, self.scores.iter().map(|s| s.metric.name.as_str())))
+    }
+
+    /// An error unless the pattern was made with this model.
+    ///
+    /// # Errors
+    /// [`LensError::OtherModel`].
+    pub fn check_model(&self, fingerprint: &str) -> Result<(), LensError> {
+        if self.info.fingerprint == fingerprint {
+            return Ok(());
+        }
+        Err(LensError::OtherModel {
+            what: format!("pattern `{}`", self.info.name),
+            theirs: self.info.fingerprint.clone(),
+            ours: fingerprint.to_string(),
+        })
+    }
+
+    /// The pattern as a safetensors file with a JSON header in its metadata (key `quorate`).
+    ///
+    /// # Errors
+    /// Sizes that do not fit together.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, LensError> {
+        let mut tensors = Tensors::default();
+        for table in &self.scores {
+            tensors.f64(format!("scores.{}", table.metric.name), &table.values);
+        }
+        let counts = self.scores.first().map_or(&[][..], |t| &t.counts);
+        tensors.u64("counts".into(), counts);
+        tensors.u64("heldout.count".into(), &self.heldout_count);
+        tensors.f64("heldout.gate".into(), &self.heldout_gate);
+        tensors.f32("key.mean".into(), &self.key.mean);
+        tensors.f32("key.var".into(), &self.key.var);
+        tensors.f32("key.prototypes".into(), &self.key.prototypes.concat());
+        if let Some(stats) = &self.stats {
+            let (floats, counts) = stats.to_tensors();
+            floats.iter().for_each(|(name, v)| tensors.f64(format!("stats.{name}"), v));
+            counts.iter().for_each(|(name, v)| tensors.u64(format!("stats.{name}"), v));
+        }
+        let header = Header {
+            info: PatternInfo { version: PATTERN_VERSION, ..self.info.clone() },
+            layers: self.map.layers.clone(),
+            experts: self.map.experts.clone(),
+            metrics: self.scores.iter().map(|s| s.metric.clone()).collect(),
+            radius: self.key.radius,
+            key_items: self.key.items,
+        };
+        tensors.finish(&header).map_err(|e| self.broken(e))
+    }
+
+    fn broken(&self, problem: impl ToString) -> LensError {
+        LensError::invalid(format!("pattern `{}`", self.info.name), problem.to_string())
+    }
+
+    /// Reads what [`Pattern::to_bytes`] wrote; `what` names the source in errors.
+    ///
+    /// # Errors
+    /// Bytes that are no pattern, or one of an unknown version.
+    pub fn from_bytes(bytes: &[u8], what: &str) -> Result<Pattern, LensError> {
+        let bad = |problem: String| LensError::invalid(what, format!("is no pattern: {problem}"));
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad(e.to_string()))?;
+        let text = metadata.metadata().as_ref().and_then(|m| m.get("quorate"));
+        let text = text.ok_or_else(|| bad("its metadata has no key `quorate`".into()))?;
+        let header: Header = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        if header.info.version != PATTERN_VERSION {
+            return Err(bad(format!("version {} is unknown; help: profile again", header.info.version)));
+        }
+        if header.layers.len() != header.experts.len() || header.experts.iter().any(|&e| e > 1 << 20) {
+            return Err(bad("layers and expert counts do not fit".into()));
+        }
+        let file = SafeTensors::deserialize(bytes).map_err(|e| bad(e.to_string()))?;
+        let map = ExpertMap::new(header.layers, header.experts);
+        let total = map.total();
+        let sized = |name: &str, v: Vec<f64>| {
+            if v.len() == total { Ok(v) } else { Err(bad(format!("`{name}` has {} values, not {total}", v.len()))) }
+        };
+        let f64s = |name: &str| read(&file, name, Dtype::F64, f64::from_le_bytes).map_err(bad);
+        let u64s = |name: &str| read(&file, name, Dtype::U64, u64::from_le_bytes).map_err(bad);
+        let f32s = |name: &str| read(&file, name, Dtype::F32, f32::from_le_bytes).map_err(bad);
+        let counts = u64s("counts")?;
+        let mut scores = Vec::with_capacity(header.metrics.len());
+        for metric in header.metrics {
+            let name = format!("scores.{}", metric.name);
+            let values = sized(&name, f64s(&name)?)?;
+            if counts.len() != total {
+                return Err(bad(format!("`counts` has {} values, not {total}", counts.len())));
+            }
+            scores.push(ScoreTable { map: map.clone(), metric, values, counts: counts.clone() });
+        }
+        let mean = f32s("key.mean")?;
+        let prototypes = f32s("key.prototypes")?.chunks(mean.len().max(1)).map(<[f32]>::to_vec).collect();
+        let key = Key { mean, var: f32s("key.var")?, prototypes, radius: header.radius, items: header.key_items };
+        key.check().map_err(bad)?;
+        let heldout_count = u64s("heldout.count")?;
+        let heldout_gate = sized("heldout.gate", f64s("heldout.gate")?)?;
+        if heldout_count.len() != total {
+            return Err(bad("`heldout.count` has another length".into()));
+        }
+        let has_stats = file.tensor("stats.items").is_ok();
+        let stats = has_stats.then(|| {
+            RouterStats::from_tensors(map.clone(), |n| f64s(&format!("stats.{n}")), |n| u64s(&format!("stats.{n}")))
+        });
+        let stats = stats.transpose()?;
+        Ok(Pattern { info: header.info, map, scores, heldout_count, heldout_gate, key, stats })
+    }
+}
+
+#[derive(Default)]
+struct Tensors(BTreeMap<String, (Dtype, usize, Vec<u8>)>);
+
+impl Tensors {
+    fn f64(&mut self, name: String, v: &[f64]) {
+        self.0.insert(name, (Dtype::F64, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()));
+    }
+    fn u64(&mut self, name: String, v: &[u64]) {
+        self.0.insert(name, (Dtype::U64, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()));
+    }
+    fn f32(&mut self, name: String, v: &[f32]) {
+        self.0.insert(name, (Dtype::F32, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()));
+    }
+    fn finish(&self, header: &Header) -> Result<Vec<u8>, String> {
+        let views = self.0.iter().map(|(name, (dtype, len, bytes))| {
+            TensorView::new(*dtype, vec![*len], bytes).map(|view| (name.as_str(), view)).map_err(|e| e.to_string())
+        });
+        let views = views.collect::<Result<Vec<_>, _>>()?;
+        let header = serde_json::to_string(header).map_err(|e| e.to_string())?;
+        let metadata = [("quorate".to_string(), header)].into();
+        safetensors::serialize(views, Some(metadata)).map_err(|e| e.to_string())
+    }
+}
+
+fn read<T, const N: usize>(
+    file: &SafeTensors<'_>,
+    name: &str,
+    dtype: Dtype,
+    from: fn([u8; N]) -> T,
+) -> Result<Vec<T>, String> {
+    let tensor = file.tensor(name).map_err(|_| format!("tensor `{name}` is missing"))?;
+    if tensor.dtype() != dtype {
+        return Err(format!("tensor `{name}` is {:?}, not {dtype:?}", tensor.dtype()));
+    }
+    let number = |b: &[u8]| from(<[u8; N]>::try_from(b).unwrap_or([0; N]));
+    Ok(tensor.data().chunks_exact(N).map(number).collect())
+}

@@ -1,0 +1,160 @@
+//! From scores to the experts that are kept.
+
+use crate::{LensError, ScoreTable};
+
+/// How many experts to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// So many in every layer.
+    PerLayer(usize),
+    /// So many in all layers together.
+    Total(usize),
+}
+
+/// How the places are shared between layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// Every layer keeps the same number.
+    #[default]
+    Local,
+    /// The best of the whole model, scores compared as they are.
+    Global,
+    /// The best of the whole model, each score divided by the sum of its layer's positive scores.
+    GlobalShare,
+}
+
+/// What to keep besides the best.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// How the places are shared between layers.
+    pub scope: Scope,
+    /// Experts `(MoE layer, expert)` that are kept whatever their score; they count towards the number.
+    pub protect: Vec<(usize, usize)>,
+    /// Fewest experts of each MoE layer: its `top_k`.
+    pub floor: Vec<usize>,
+}
+
+impl Selection {
+    /// The kept experts of every MoE layer, ascending.
+    ///
+    /// # Errors
+    /// Fewer places than the floors and the protected experts need, more than there are experts, or a protected expert
+    /// that does not exist.
+    pub fn select(&self, scores: &ScoreTable, keep: Keep) -> Result<Vec<Vec<usize>>, LensError> {
+        let map = &scores.map;
+        let mut protected = vec![Vec::new(); map.n_layers()];
+        for &(moe, expert) in &self.protect {
+            if map.experts.get(moe).is_none_or(|&e| expert >= e) {
+                return Err(LensError::Select(format!("protected expert {expert} of MoE layer {moe} does not exist")));
+            }
+            if !protected[moe].contains(&expert) {
+                protected[moe].push(expert);
+            }
+        }
+        let counts = match (self.scope, keep) {
+            (Scope::Local, Keep::PerLayer(k)) => vec![k; map.n_layers()],
+            (Scope::Local, Keep::Total(total)) => spread(total, map.n_layers()),
+            (_, Keep::PerLayer(k)) => self.share(scores, &protected, k * map.n_layers())?,
+            (_, Keep::Total(total)) => self.share(scores, &protected, total)?,
+        };
+        let mut kept = Vec::with_capacity(map.n_layers());
+        for (moe, &count) in counts.iter().enumerate() {
+            let (floor, experts) = (self.floor[moe].max(protected[moe].len()), map.experts[moe]);
+            if count < floor || count > experts {
+                return Err(LensError::Select(format!(
+                    "cannot keep {count} experts in layer {}: it has {experts} and needs at least {floor}; help: keep between {floor} and {experts}",
+                    map.layers[moe]
+                )));
+            }
+            let mut layer = protected[moe].clone();
+            let rest = scores.ranking(moe).into_iter().filter(|e| !protected[moe].contains(e));
+            layer.extend(rest.take(count - layer.len()));
+            layer.sort_unstable();
+            kept.push(layer);
+        }
+        Ok(kept)
+    }
+
+    /// How many experts each layer keeps when all compete: first the floors, then the best of the rest.
+    fn share(&self, scores: &ScoreTable, protected: &[Vec<usize>], total: usize) -> Result<Vec<usize>, LensError> {
+        let map = &scores.map;
+        let mut counts: Vec<usize> =
+            (0..map.n_layers()).map(|m| self.floor[m].max(protected[m].len()).min(map.experts[m])).collect();
+        let least: usize = counts.iter().sum();
+        if total < least || total > map.total() {
+            return Err(LensError::Select(format!(
+                "cannot keep {total} experts in all: the model has {} and needs at least {least} (top-k of every layer); help: keep more",
+                map.total()
+            )));
+        }
+        let scaled = self.scaled(scores);
+        let mut rest: Vec<(usize, usize)> = Vec::new(); // (layer, unit), beyond each layer's floor
+        for (moe, &count) in counts.iter().enumerate() {
+            let start = map.range(moe).start;
+            let ranking = scores.ranking(moe).into_iter().filter(|e| !protected[moe].contains(e));
+            rest.extend(ranking.skip(count - protected[moe].len()).map(|e| (moe, start + e)));
+        }
+        rest.sort_by(|a, b| scaled[b.1].total_cmp(&scaled[a.1]).then_with(|| scores.compare(a.1, b.1)));
+        rest.iter().take(total - least).for_each(|&(moe, _)| counts[moe] += 1);
+        Ok(counts)
+    }
+
+    fn scaled(&self, scores: &ScoreTable) -> Vec<f64> {
+        let mut scaled = scores.values.clone();
+        if self.scope == Scope::GlobalShare {
+            for moe in 0..scores.map.n_layers() {
+                let layer = &mut scaled[scores.map.range(moe)];
+                let sum: f64 = layer.iter().filter(|v| **v > 0.0).sum();
+                layer.iter_mut().for_each(|v| *v /= sum.max(f64::MIN_POSITIVE));
+            }
+        }
+        scaled
+    }
+}
+
+/// `total` places shared evenly, the first layers getting what is left over.
+fn spread(total: usize, layers: usize) -> Vec<usize> {
+    (0..layers).map(|l| total / layers + usize::from(l < total % layers)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ExpertMap, MetricInfo};
+
+    fn table(values: &[f64]) -> ScoreTable {
+        ScoreTable {
+            map: ExpertMap::new(vec![0, 2], vec![4, 4]),
+            metric: MetricInfo { name: "m".into(), gauge_dependent: false },
+            values: values.to_vec(),
+            counts: vec![0; 8],
+        }
+    }
+
+    #[test]
+    fn local_global_and_protected() {
+        let t = table(&[0.1, 0.9, 0.8, 0.7, 0.2, 0.1, 0.05, 0.0]);
+        let mut s = Selection { floor: vec![1, 1], ..Selection::default() };
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![1, 2], vec![0, 1]]);
+        assert_eq!(s.select(&t, Keep::Total(5)).unwrap(), [vec![1, 2, 3], vec![0, 1]]);
+        s.protect = vec![(0, 0)];
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![0, 1], vec![0, 1]]);
+        s.scope = Scope::Global;
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![0, 1, 2], vec![0]]);
+        s.protect.clear();
+        s.scope = Scope::GlobalShare; // shares .04 .36 .32 .28 | .57 .29 .14 0
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![1, 2], vec![0, 1]]);
+    }
+
+    #[test]
+    fn impossible_numbers_are_errors() {
+        let t = table(&[0.0; 8]);
+        let s = Selection { floor: vec![2, 2], ..Selection::default() };
+        assert!(s.select(&t, Keep::PerLayer(1)).is_err());
+        assert!(s.select(&t, Keep::PerLayer(5)).is_err());
+        let s = Selection { scope: Scope::Global, ..s };
+        assert!(s.select(&t, Keep::Total(3)).is_err());
+        assert!(s.select(&t, Keep::Total(9)).is_err());
+        assert_eq!(s.select(&t, Keep::Total(8)).unwrap().concat().len(), 8);
+    }
+}

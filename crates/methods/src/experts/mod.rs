@@ -1,0 +1,91 @@
+//! Scores of experts from routing statistics. A metric is data: a name and a pure function.
+
+pub mod controls;
+pub mod easy_ep;
+pub mod premoe;
+pub mod unified;
+
+use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
+use serde::Serialize;
+
+/// A score per expert.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Metric {
+    /// Its name on the command line and in files.
+    pub name: &'static str,
+    /// One line of what it is.
+    pub about: &'static str,
+    /// Whether it changes when one constant is added to all router logits of a token.
+    pub gauge_dependent: bool,
+    /// The score from the statistics of a set of tokens; a mean over tokens, so that phases can be weighed.
+    #[serde(skip)]
+    pub score: fn(&PhaseStats, &ExpertMap) -> Vec<f64>,
+}
+
+/// Which tokens count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phases {
+    /// Prompt tokens.
+    Prompt,
+    /// Answer tokens.
+    Answer,
+    /// All tokens alike.
+    #[default]
+    Both,
+    /// The mean of the prompt's and of the answer's score, whatever their lengths.
+    Balanced,
+}
+
+/// Every metric, the default first.
+pub const METRICS: &[&Metric] = &[
+    &premoe::PEU,
+    &premoe::PEU_IDENTITY,
+    &premoe::PEU_SIGMOID,
+    &premoe::PEU_GAUGE_FREE,
+    &premoe::TCESS,
+    &premoe::TCESS_CODE,
+    &unified::FREQUENCY,
+    &unified::GATE_SUM,
+    &unified::EAN,
+    &unified::REAP,
+    &unified::MAN,
+    &unified::MSAN,
+    &unified::GATED_NORM,
+    &unified::GATED_ENERGY,
+    &easy_ep::EASY_EP,
+    &controls::RANDOM,
+    &controls::BOTTOM,
+];
+
+/// The metric of that name.
+///
+/// # Errors
+/// An unknown name; the nearest one is suggested.
+pub fn metric(name: &str) -> Result<&'static Metric, LensError> {
+    let found = METRICS.iter().find(|m| m.name == name).copied();
+    found.ok_or_else(|| LensError::unknown("metric", name, METRICS.iter().map(|m| m.name)))
+}
+
+impl Metric {
+    /// The score table of a set of texts.
+    pub fn table(&self, stats: &RouterStats, phases: Phases) -> ScoreTable {
+        let map = &stats.map;
+        let values = match phases {
+            Phases::Prompt => (self.score)(&stats.prompt, map),
+            Phases::Answer => (self.score)(&stats.answer, map),
+            Phases::Both => (self.score)(&stats.pooled(), map),
+            Phases::Balanced => {
+                let (prompt, answer) = ((self.score)(&stats.prompt, map), (self.score)(&stats.answer, map));
+                prompt.iter().zip(&answer).map(|(p, a)| 0.5 * (p + a)).collect()
+            }
+        };
+        let counts = stats.pooled().count;
+        let metric = MetricInfo { name: self.name.to_string(), gauge_dependent: self.gauge_dependent };
+        ScoreTable { map: map.clone(), metric, values, counts }
+    }
+}
+
+/// `values / tokens`.
+fn per_token(values: &[f64], stats: &PhaseStats) -> Vec<f64> {
+    values.iter().map(|v| v / stats.tokens.max(1) as f64).collect()
+}

@@ -1,0 +1,384 @@
+//! The one forward pass. It is driven by [`ModelSpec`](quorate_formats::spec::ModelSpec) and calls a lens at the sites
+//! that the lens has declared.
+
+use candle_core::Tensor;
+use quorate_formats::Role;
+use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, MoeSpec, QkNorm};
+use quorate_kernels::{self as kernels, Act, AttnSegment, AttnShape, ExpertRef, NO_EXPERT};
+
+use crate::ops::{self, values};
+use crate::routing::{Keep, route};
+use crate::{At, Flow, KvCache, Lens, Model, ModelError, Routing, Rows, Segment, Site, SiteSet};
+
+/// What a forward pass returns.
+#[derive(Debug)]
+pub struct Forward {
+    /// Context of the rows; `rows.logit_rows` maps rows of `logits` to token rows.
+    pub rows: Rows,
+    /// Logits `[M, V]`; `None` if none were wanted or a lens stopped the pass.
+    pub logits: Option<Tensor>,
+}
+
+/// A lens stopped the pass, or something failed. `?` carries both out of the layers.
+pub(crate) enum Exit {
+    Stop,
+    Error(ModelError),
+}
+
+impl<E: Into<ModelError>> From<E> for Exit {
+    fn from(error: E) -> Exit {
+        Exit::Error(error.into())
+    }
+}
+
+/// One pass under way: what every step needs at hand.
+struct Pass<'a> {
+    model: &'a Model,
+    rows: &'a Rows,
+    lens: &'a mut dyn Lens,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+/// One layer of a pass.
+#[derive(Clone, Copy)]
+struct Here {
+    layer: usize,
+    sites: SiteSet,
+}
+
+impl Model {
+    /// Runs new tokens of one or several sequences through the model and appends them to `cache`.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary, slots that do not exist, experts that are not loaded, and whatever the lens reports.
+    /// After an error, and after a lens stopped the pass, the cache's sequences are as long as before.
+    pub fn forward(
+        &self,
+        segments: &[Segment],
+        cache: &mut KvCache,
+        lens: &mut dyn Lens,
+    ) -> Result<Forward, ModelError> {
+        let rows = Rows::of(segments, &cache.lengths(), self.spec().vocab_size)?;
+        let outcome = Pass { model: self, rows: &rows, lens, cos: Vec::new(), sin: Vec::new() }.run(cache);
+        let logits = match outcome {
+            Ok(logits) => {
+                rows.spans.iter().for_each(|span| cache.advance(span.slot, span.len));
+                logits
+            }
+            Err(Exit::Stop) => None,
+            Err(Exit::Error(error)) => return Err(error),
+        };
+        Ok(Forward { rows, logits })
+    }
+}
+
+impl Pass<'_> {
+    fn run(&mut self, cache: &mut KvCache) -> Result<Option<Tensor>, Exit> {
+        let model = self.model;
+        let spec = model.spec();
+        let mut x = self.embed()?;
+        for (layer, layer_spec) in spec.layers.iter().enumerate() {
+            let here = Here { layer, sites: self.lens.sites(layer) };
+            if layer == 0 || spec.layers[layer - 1].attn.rope != layer_spec.attn.rope {
+                self.rotations(layer_spec);
+            }
+            x = self.layer(here, layer_spec, x, cache)?;
+        }
+        if self.rows.logit_rows.is_empty() {
+            return Ok(None);
+        }
+        let last = Here { layer: spec.layers.len(), sites: self.lens.sites(spec.layers.len()) };
+        let picked = self.pick_logit_rows(&x)?;
+        let norm = ops::rms_norm(model.pool(), &picked, model.vector(Role::FinalNorm)?, spec.norm_eps)?;
+        let norm = self.visit(last, Site::FinalNorm, norm, None)?;
+        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
+        let logits = ops::linear(model.pool(), &norm, model.matrix(head)?, None)?;
+        Ok(Some(self.visit(last, Site::Logits, logits, None)?))
+    }
+
+    /// Embedding rows of the tokens, `[N, d]`.
+    fn embed(&self) -> Result<Tensor, Exit> {
+        let matrix = self.model.matrix(Role::Embed)?;
+        let (d, row_bytes) = (matrix.cols, matrix.data().len() / matrix.rows);
+        let mut x = vec![0.0; self.rows.len() * d];
+        for (row, &token) in x.chunks_exact_mut(d).zip(&self.rows.token) {
+            let start = token as usize * row_bytes;
+            kernels::dequantize(matrix.dtype, &matrix.data()[start..start + row_bytes], row);
+        }
+        Ok(ops::tensor(x, &[self.rows.len(), d])?)
+    }
+
+    /// Cosines and sines of every row's position, `[N, rope_dim / 2]`.
+    fn rotations(&mut self, spec: &LayerSpec) {
+        let rope = &spec.attn.rope;
+        self.cos.clear();
+        self.sin.clear();
+        for &position in &self.rows.position {
+            for &f in &rope.inv_freq {
+                let (sin, cos) = (position as f32 * f).sin_cos();
+                self.cos.push(cos * rope.attention_factor);
+                self.sin.push(sin * rope.attention_factor);
+            }
+        }
+    }
+
+    fn layer(&mut self, here: Here, spec: &LayerSpec, x: Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
+        let model = self.model;
+        let x = self.visit(here, Site::ResidPre, x, None)?;
+        let attn = self.attention(here, spec, &x, cache)?;
+        let x = ops::add(model.pool(), &x, &attn)?;
+        let x = self.visit(here, Site::ResidMid, x, None)?;
+        let norm = model.vector(Role::FfnNorm(here.layer))?;
+        let ffn_in = ops::rms_norm(model.pool(), &x, norm, model.spec().norm_eps)?;
+        let ffn_in = self.visit(here, Site::FfnIn, ffn_in, None)?;
+        let out = match &spec.ffn {
+            FfnSpec::Dense { act, .. } => {
+                let roles = [Role::DenseGate(here.layer), Role::DenseUp(here.layer), Role::DenseDown(here.layer)];
+                self.dense(here, roles, *act, &ffn_in)?
+            }
+            FfnSpec::Moe(moe) => self.moe(here, moe, &ffn_in)?,
+        };
+        let out = self.visit(here, Site::MlpOut, out, None)?;
+        let x = ops::add(model.pool(), &x, &out)?;
+        self.visit(here, Site::ResidPost, x, None)
+    }
+
+    fn attention(&mut self, here: Here, spec: &LayerSpec, x: &Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
+        let (model, l, attn) = (self.model, here.layer, &spec.attn);
+        let (n, dim) = (self.rows.len(), attn.head_dim);
+        let eps = model.spec().norm_eps;
+        let h = ops::rms_norm(model.pool(), x, model.vector(Role::AttnNorm(l))?, eps)?;
+        let h = self.visit(here, Site::AttnIn, h, None)?;
+
+        let project = |w, bias, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
+            let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
+            let mut y = ops::linear(model.pool(), &h, model.matrix(w)?, bias)?;
+            if let (Some(norm), QkNorm::Whole | QkNorm::PerHead) = (norm, attn.qk_norm) {
+                y = ops::rms_norm(model.pool(), &y, model.vector(norm)?, eps)?;
+            }
+            if let Some(c) = attn.clip_qkv {
+                y = ops::clip(&y, c)?;
+            }
+            Ok(y.reshape((n, heads, dim))?)
+        };
+        let q = project(Role::Q(l), Role::QBias(l), Some(Role::QNorm(l)), attn.n_heads)?;
+        let k = project(Role::K(l), Role::KBias(l), Some(Role::KNorm(l)), attn.n_kv_heads)?;
+        let v = project(Role::V(l), Role::VBias(l), None, attn.n_kv_heads)?;
+        let q = self.visit(here, Site::AttnQ, q, None)?;
+        let k = self.visit(here, Site::AttnK, k, None)?;
+        let v = self.visit(here, Site::AttnV, v, None)?;
+        let q = ops::rope(model.pool(), &q, attn.rope.dim, &self.cos, &self.sin)?;
+        let k = ops::rope(model.pool(), &k, attn.rope.dim, &self.cos, &self.sin)?;
+        let q = self.visit(here, Site::AttnQRot, q, None)?;
+        let k = self.visit(here, Site::AttnKRot, k, None)?;
+
+        self.append(l, attn.n_kv_heads * dim, &k, &v, cache)?;
+        let z = if here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern) {
+            self.attend_in_the_open(here, spec, &q, cache)?
+        } else {
+            self.attend(l, spec, &q, cache)?
+        };
+        let z = self.visit(here, Site::Z, z, None)?;
+        let z = z.reshape((n, attn.n_heads * dim))?;
+        let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
+        let out = ops::linear(model.pool(), &z, model.matrix(Role::O(l))?, bias)?;
+        self.visit(here, Site::AttnOut, out, None)
+    }
+
+    fn append(&self, l: usize, width: usize, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<(), ModelError> {
+        let (k, v) = (values(k)?, values(v)?);
+        for span in &self.rows.spans {
+            let range = span.row0 * width..(span.row0 + span.len) * width;
+            cache.append(span.slot, l, &k[range.clone()], &v[range]);
+        }
+        Ok(())
+    }
+
+    /// Attention by the kernel, which keeps no scores. `[N, H, head_dim]`.
+    fn attend(&self, l: usize, spec: &LayerSpec, q: &Tensor, cache: &KvCache) -> Result<Tensor, ModelError> {
+        let attn = &spec.attn;
+        let shape = AttnShape {
+            n_heads: attn.n_heads,
+            n_kv_heads: attn.n_kv_heads,
+            head_dim: attn.head_dim,
+            scale: attn.scale,
+            window: attn.sliding_window,
+        };
+        let segments: Vec<AttnSegment<'_>> = (self.rows.spans.iter())
+            .map(|span| {
+                let (k, v) = cache.layer(span.slot, l);
+                AttnSegment { row0: span.row0, len: span.len, pos0: span.pos0, k, v }
+            })
+            .collect();
+        let mut z = vec![0.0; q.elem_count()];
+        kernels::attention(self.model.pool(), &shape, &values(q)?, &segments, &mut z);
+        ops::tensor(z, q.dims())
+    }
+
+    /// The same attention step by step, for lenses on its scores or its pattern.
+    fn attend_in_the_open(
+        &mut self,
+        here: Here,
+        spec: &LayerSpec,
+        q: &Tensor,
+        cache: &KvCache,
+    ) -> Result<Tensor, Exit> {
+        let (attn, rows) = (&spec.attn, self.rows);
+        let (heads, dim, group) = (attn.n_heads, attn.head_dim, attn.n_heads / attn.n_kv_heads);
+        let longest = rows.position.iter().max().map_or(0, |p| p + 1);
+        let at = |key: usize, h: usize| (key * attn.n_kv_heads + h / group) * dim;
+        let shape = [rows.len(), heads, longest];
+        let mut scores = vec![f32::NEG_INFINITY; shape.iter().product()];
+        let query = values(q)?;
+        for (row, head_scores) in scores.chunks_exact_mut(longest).enumerate() {
+            let (n, h) = (row / heads, row % heads);
+            let (k, _) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
+            let first = attn.sliding_window.map_or(0, |w| (rows.position[n] + 1).saturating_sub(w));
+            for key in first..=rows.position[n] {
+                let k = &k[at(key, h)..at(key, h) + dim];
+                head_scores[key] = attn.scale * kernels::dot(&query[row * dim..(row + 1) * dim], k);
+            }
+        }
+        drop(query);
+        let scores = self.visit(here, Site::AttnScores, ops::tensor(scores, &shape)?, None)?;
+        let mut pattern = values(&scores)?.to_vec();
+        pattern.chunks_exact_mut(longest).for_each(crate::routing::softmax);
+        let pattern = self.visit(here, Site::AttnPattern, ops::tensor(pattern, &shape)?, None)?;
+        let pattern = values(&pattern)?;
+        let mut z = vec![0.0; rows.len() * heads * dim];
+        for (row, z) in z.chunks_exact_mut(dim).enumerate() {
+            let (n, h) = (row / heads, row % heads);
+            let (_, v) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
+            for key in 0..=rows.position[n] {
+                let p = pattern[row * longest + key];
+                let v = &v[at(key, h)..at(key, h) + dim];
+                z.iter_mut().zip(v).for_each(|(z, v)| *z += p * v);
+            }
+        }
+        Ok(ops::tensor(z, &[rows.len(), heads, dim])?)
+    }
+
+    /// A dense gated FFN with weights `[gate, up, down]`.
+    fn dense(&mut self, here: Here, roles: [Role; 3], act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
+        let model = self.model;
+        let [gate, up, down] = roles;
+        let (gate, up) = (model.matrix(gate)?, model.matrix(up)?);
+        let n = self.rows.len();
+        let mut hidden = vec![0.0; n * gate.rows];
+        kernels::gated_hidden(model.pool(), gate.as_ref(), up.as_ref(), &values(x)?, n, kernel_act(act), &mut hidden);
+        let hidden = ops::tensor(hidden, &[n, gate.rows])?;
+        let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
+        Ok(ops::linear(model.pool(), &hidden, model.matrix(down)?, None)?)
+    }
+
+    fn moe(&mut self, here: Here, moe: &MoeSpec, x: &Tensor) -> Result<Tensor, Exit> {
+        let (model, l, n) = (self.model, here.layer, self.rows.len());
+        let logits = ops::linear(model.pool(), x, model.matrix(Role::Router(l))?, None)?;
+        let logits = self.visit(here, Site::RouterLogits, logits, None)?;
+        let mut selection = None;
+        if here.sites.contains(Site::Selection) {
+            let zeros = ops::tensor(vec![0.0; n * moe.n_experts], &[n, moe.n_experts])?;
+            selection = Some(self.visit(here, Site::Selection, zeros, None)?);
+        }
+        let selection = selection.as_ref().map(values).transpose()?;
+        let keep = model.kept(l).map(|kept| Keep { kept, mode: model.routing_mode() });
+        let mut routing = route(moe, l, &values(&logits)?, selection.as_deref(), keep)?;
+        if here.sites.contains(Site::Routing) {
+            let at = At { site: Site::Routing, layer: l, rows: self.rows, routing: None };
+            let flow = self.lens.routing(&at, &mut routing)?;
+            check_routing(&routing, n, moe)?;
+            if flow == Flow::Stop {
+                return Err(Exit::Stop);
+            }
+        }
+        let out = self.experts(here, moe, x, &routing)?;
+        let Some(shared) = &moe.shared else { return Ok(out) };
+        let roles = [Role::SharedGate(l), Role::SharedUp(l), Role::SharedDown(l)];
+        let mut always = self.dense(here, roles, moe.act, x)?;
+        if shared.gated {
+            let gate = ops::linear(model.pool(), x, model.matrix(Role::SharedExpertGate(l))?, None)?;
+            let (gate, width) = (values(&gate)?, model.spec().hidden_size);
+            let scaled = (values(&always)?.iter().enumerate())
+                .map(|(i, v)| v / (1.0 + (-gate[i / width]).exp()))
+                .collect();
+            always = ops::tensor(scaled, &[n, width])?;
+        }
+        Ok(ops::add(model.pool(), &out, &always)?)
+    }
+
+    /// The chosen experts on `x [N, d]`, gated and summed, `[N, d]`.
+    fn experts(&mut self, here: Here, moe: &MoeSpec, x: &Tensor, routing: &Routing) -> Result<Tensor, Exit> {
+        let (model, l, n, k) = (self.model, here.layer, self.rows.len(), routing.k);
+        let d = model.spec().hidden_size;
+        let weights: Vec<Option<ExpertRef<'_>>> = (0..moe.n_experts).map(|e| model.expert(l, e)).collect();
+        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && weights[id as usize].is_none()) {
+            return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
+        }
+        let mut hidden = vec![0.0; n * k * moe.intermediate_size];
+        let act = kernel_act(moe.act);
+        kernels::expert_hidden(model.pool(), &weights, &values(x)?, n, k, &routing.ids, act, &mut hidden)?;
+        let hidden = ops::tensor(hidden, &[n, k, moe.intermediate_size])?;
+        let hidden = self.visit(here, Site::ExpertHidden, hidden, Some(routing))?;
+        let mut slots = vec![0.0; n * k * d];
+        kernels::expert_down(model.pool(), &weights, &values(&hidden)?, n, k, &routing.ids, &mut slots)?;
+        let slots = self.visit(here, Site::ExpertOut, ops::tensor(slots, &[n, k, d])?, Some(routing))?;
+        let mut out = vec![0.0; n * d];
+        let gates = values(&routing.gates)?;
+        kernels::combine(model.pool(), &values(&slots)?, &gates, &routing.ids, n, k, d, &mut out);
+        self.visit(here, Site::MoeOut, ops::tensor(out, &[n, d])?, Some(routing))
+    }
+
+    fn pick_logit_rows(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let picked = &self.rows.logit_rows;
+        if picked.len() == self.rows.len() {
+            return Ok(x.clone());
+        }
+        let d = x.dim(1)?;
+        let v = values(x)?;
+        let mut y = Vec::with_capacity(picked.len() * d);
+        picked.iter().for_each(|&row| y.extend_from_slice(&v[row * d..(row + 1) * d]));
+        ops::tensor(y, &[picked.len(), d])
+    }
+
+    /// Shows a value to the lens if the lens has declared the site; the value goes on as the lens leaves it.
+    fn visit(
+        &mut self,
+        here: Here,
+        site: Site,
+        mut value: Tensor,
+        routing: Option<&Routing>,
+    ) -> Result<Tensor, Exit> {
+        if !here.sites.contains(site) {
+            return Ok(value);
+        }
+        let shape = value.shape().clone();
+        let at = At { site, layer: here.layer, rows: self.rows, routing };
+        let flow = self.lens.tensor(&at, &mut value)?;
+        if *value.shape() != shape {
+            let (expected, found) = (shape.dims().to_vec(), value.dims().to_vec());
+            return Err(ModelError::LensShape { site, layer: here.layer, expected, found }.into());
+        }
+        if flow == Flow::Stop {
+            return Err(Exit::Stop);
+        }
+        Ok(if value.is_contiguous() { value } else { value.contiguous()? })
+    }
+}
+
+fn check_routing(routing: &Routing, n: usize, moe: &MoeSpec) -> Result<(), ModelError> {
+    let slots = n * routing.k;
+    let bad_id = routing.ids.iter().find(|&&id| id != NO_EXPERT && id as usize >= moe.n_experts);
+    if routing.ids.len() != slots || routing.gates.elem_count() != slots || bad_id.is_some() {
+        return Err(ModelError::LensRouting { slots, ids: routing.ids.len(), bad_id: bad_id.copied() });
+    }
+    Ok(())
+}
+
+fn kernel_act(act: Activation) -> Act {
+    match act {
+        Activation::Silu => Act::Silu,
+        Activation::GeluTanh => Act::GeluTanh,
+        Activation::Gelu => Act::Gelu,
+    }
+}

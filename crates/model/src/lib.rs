@@ -1,0 +1,28 @@
+//! The one transformer: from a [`ModelSpec`](quorate_formats::spec::ModelSpec) and weights to logits, with every inner
+//! value addressable as a [`Site`]; KV cache, tokenizer, chat template, sampling and generation.
+//!
+//! This crate must never read a clock, print, or know a paper.
+
+mod batch;
+mod cache;
+mod error;
+mod forward;
+mod generate;
+mod lens;
+mod model;
+pub mod ops;
+mod routing;
+pub mod sampling;
+mod site;
+pub mod text;
+
+pub use batch::{LogitRows, Phase, Rows, Segment, Span};
+pub use cache::KvCache;
+pub use error::ModelError;
+pub use forward::Forward;
+pub use generate::{Event, Finish, GenerateOptions, Generation, PREFILL_CHUNK};
+pub use lens::{At, Chain, Flow, Lens, NoLens};
+pub use model::{KeptExperts, Model};
+pub use quorate_kernels::NO_EXPERT;
+pub use routing::{Routing, RoutingMode, drop_slots, softmax};
+pub use site::{Site, SiteSet, Units};

@@ -1,0 +1,145 @@
+//! A model folder's tokenizer.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::tokenizer_config::{TokenizerConfig, read_limited};
+use super::{ChatTemplate, SpecialTokens, StreamDecoder, TextError};
+
+/// The largest `tokenizer.json` that is read, in bytes. Released ones have up to 40 million.
+const TOKENIZER_BYTES_MAX: u64 = 1 << 30;
+
+/// Files of tokenizer formats that are not read, named when `tokenizer.json` is missing.
+const OTHER_FORMATS: [&str; 5] =
+    ["tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "tiktoken.model"];
+
+/// Text to token ids and back, as transformers does it with the same files.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    config: TokenizerConfig,
+    dir: PathBuf,
+}
+
+/// A token with its place in the text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncodedToken {
+    /// The token's id.
+    pub id: u32,
+    /// The CHARACTERS (not bytes) of the text it stands for; empty for tokens that were added.
+    pub chars: Range<usize>,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of a model folder: `tokenizer.json` and, where present,
+    /// `tokenizer_config.json`, `special_tokens_map.json` and the chat template's files.
+    ///
+    /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
+    pub fn open(dir: &Path) -> Result<Self, TextError> {
+        let path = dir.join("tokenizer.json");
+        let Some(bytes) = read_limited(&path, TOKENIZER_BYTES_MAX)? else {
+            return Err(no_tokenizer(dir));
+        };
+        let invalid = |message: String| TextError::Invalid { path: path.clone(), message };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| invalid(error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
+        inner.with_padding(None);
+        Ok(Self { inner, config: TokenizerConfig::read(dir)?, dir: dir.to_owned() })
+    }
+
+    /// The ids of a text. `add_special` lets the tokenizer add what it adds to whole texts, such as
+    /// a beginning-of-text token; special tokens written in the text count in both cases.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(encode_error)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a text with the places they stand for.
+    pub fn encode_with_offsets(
+        &self,
+        text: &str,
+        add_special: bool,
+    ) -> Result<Vec<EncodedToken>, TextError> {
+        let encoding = self.inner.encode_char_offsets(text, add_special).map_err(encode_error)?;
+        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+        Ok(tokens.map(|(&id, &(start, end))| EncodedToken { id, chars: start..end }).collect())
+    }
+
+    /// The text of ids. Ids without a token give nothing; bytes that are no text give U+FFFD.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|error| TextError::Decode { message: error.to_string() })
+    }
+
+    /// A decoder for ids that come one by one.
+    pub fn stream(&self, skip_special: bool) -> StreamDecoder<'_> {
+        StreamDecoder::new(self, skip_special)
+    }
+
+    /// The id of a token.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id, in the vocabulary's own spelling.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// How many tokens there are, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The special tokens that the configuration names.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.config.specials
+    }
+
+    /// The token at the beginning of a text.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.config.specials.get("bos_token")
+    }
+
+    /// The token at the end of a text.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.config.specials.get("eos_token")
+    }
+
+    /// The token that fills up rows of a batch.
+    pub fn pad_token(&self) -> Option<&str> {
+        self.config.specials.get("pad_token")
+    }
+
+    /// The source of a chat template by name; the usual one is `default`.
+    pub fn chat_template_source(&self, name: &str) -> Option<&str> {
+        self.config.templates.get(name).map(String::as_str)
+    }
+
+    /// The model's chat template, with its special tokens. Models that have one of their own for
+    /// conversations with tools get that if `with_tools`.
+    pub fn chat_template(&self, with_tools: bool) -> Result<ChatTemplate, TextError> {
+        let for_tools = self.chat_template_source("tool_use").filter(|_| with_tools);
+        let source = for_tools.or_else(|| self.chat_template_source("default"));
+        let source = source.ok_or_else(|| TextError::NoChatTemplate { dir: self.dir.clone() })?;
+        ChatTemplate::new(source, self.config.specials.clone())
+    }
+}
+
+fn encode_error(error: tokenizers::Error) -> TextError {
+    TextError::Encode { message: error.to_string() }
+}
+
+fn no_tokenizer(dir: &Path) -> TextError {
+    let others = OTHER_FORMATS.into_iter().filter(|name| dir.join(name).exists());
+    let others: Vec<_> = others.collect();
+    let found = match others.is_empty() {
+        true => String::new(),
+        false => format!(", found only {}, which is not read", others.join(", ")),
+    };
+    TextError::NoTokenizer { dir: dir.to_owned(), found }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,16 @@
+//! Which weights are in memory now, inside a byte budget.
+//!
+//! Knows byte ranges, matrices and experts; it does not know what a token is. [`Weights`] reads a checkpoint's skeleton
+//! (all but routed experts) and any choice of experts, and never touches the bytes of the others.
+
+mod error;
+mod finite;
+mod load;
+mod matrix;
+mod plan;
+mod weights;
+
+pub use error::{ResidencyError, Result};
+pub use matrix::{Bytes, Expert, Matrix};
+pub use plan::{Budget, MemoryPlan, memory_plan, skeleton_bytes};
+pub use weights::{Progress, Weights};

@@ -1,0 +1,148 @@
+//! Reading tensors into memory, on several threads.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+
+use quorate_formats::{Checkpoint, Role, TensorLoc};
+use quorate_kernels::{DType, dequantize};
+
+use crate::error::{ResidencyError, Result};
+use crate::finite::first_not_finite;
+use crate::matrix::{ALIGNMENT, Buffer, Bytes, Expert, Matrix};
+use crate::weights::Progress;
+
+/// One weight outside the routed experts.
+pub(crate) enum Loaded {
+    Vector(Vec<f32>),
+    Matrix(Matrix),
+}
+
+/// Reads a weight outside the routed experts: vectors and routers as f32, other matrices as stored.
+pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded> {
+    let loc = checkpoint.tensor(role)?;
+    let mut buffer = Buffer::zeroed(usize_of(loc.len));
+    checkpoint.read_into(loc, buffer.as_mut_slice())?;
+    let bytes = Bytes::whole(buffer);
+    let dtype = checked(checkpoint, loc, &bytes)?;
+    let values = || {
+        let mut values = vec![0.0; usize_of(loc.elements())];
+        dequantize(dtype, &bytes, &mut values);
+        values
+    };
+    Ok(match loc.shape[..] {
+        _ if role.is_vector() => Loaded::Vector(values()),
+        [rows, cols] if matches!(role, Role::Router(_)) && dtype != DType::F32 => {
+            Loaded::Matrix(Matrix::from_f32(rows, cols, &values()))
+        }
+        [rows, cols] => Loaded::Matrix(Matrix::new(dtype, rows, cols, bytes)),
+        _ => unreachable!("a checkpoint's matrices are checked to be two-dimensional at opening"),
+    })
+}
+
+/// Reads one routed expert, and nothing else. Its three matrices share one buffer, in the order of the file; ranges
+/// that adjoin there and here are read at once.
+pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Result<Expert> {
+    let roles = Role::of_expert(layer, expert);
+    let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
+    let mut order = [0, 1, 2];
+    order.sort_by_key(|&i| (locs[i].file, locs[i].offset));
+
+    let mut ranges: [Range<usize>; 3] = [0..0, 0..0, 0..0];
+    let mut reads: Vec<(usize, u64, Range<usize>)> = Vec::new();
+    let mut end = 0usize;
+    for i in order {
+        let loc = locs[i];
+        let start = end.next_multiple_of(ALIGNMENT);
+        end = start + usize_of(loc.len);
+        ranges[i] = start..end;
+        match reads.last_mut() {
+            Some((file, offset, range))
+                if *file == loc.file && *offset + range.len() as u64 == loc.offset && range.end == start =>
+            {
+                range.end = end;
+            }
+            _ => reads.push((loc.file, loc.offset, start..end)),
+        }
+    }
+    let mut buffer = Buffer::zeroed(end);
+    for (file, offset, range) in reads {
+        checkpoint.files()[file].read_at(offset, &mut buffer.as_mut_slice()[range])?;
+    }
+    let mut parts = Bytes::parts(buffer, ranges).into_iter().zip(locs);
+    let mut next = || {
+        let (bytes, loc) = parts.next().expect("three parts are taken");
+        let dtype = checked(checkpoint, loc, &bytes)?;
+        Ok::<_, ResidencyError>(Matrix::new(dtype, loc.shape[0], loc.shape[1], bytes))
+    };
+    Ok(Expert { gate: next()?, up: next()?, down: next()? })
+}
+
+/// The kernels' type of a tensor, all of whose values are numbers.
+fn checked(checkpoint: &Checkpoint, loc: &TensorLoc, bytes: &[u8]) -> Result<DType> {
+    let dtype = loc.dtype.computable().expect("a checkpoint's types are checked at opening");
+    match first_not_finite(dtype, bytes) {
+        None => Ok(dtype),
+        Some(element) => Err(ResidencyError::NotFinite {
+            path: checkpoint.files()[loc.file].path().to_owned(),
+            tensor: loc.name.clone(),
+            element,
+        }),
+    }
+}
+
+fn usize_of(n: u64) -> usize {
+    usize::try_from(n).expect("weights that are loaded fit the address space")
+}
+
+/// Runs `read` for each job on a few threads. Stops at the first error, or when `progress` (called here, with the bytes
+/// of `size`) says so; then nothing is returned.
+pub(crate) fn in_parallel<J: Copy + Send + Sync, T: Send>(
+    jobs: &[J],
+    size: impl Fn(J) -> u64,
+    read: impl Fn(J) -> Result<T> + Sync,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<(J, T)>> {
+    let total = jobs.iter().map(|&j| size(j)).sum();
+    let threads = thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)).min(jobs.len());
+    let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (sender, receiver) = mpsc::channel();
+    if !progress(0, total) {
+        return Err(ResidencyError::Cancelled);
+    }
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            let sender = sender.clone();
+            let (next, stop, read) = (&next, &stop, &read);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(&job) = jobs.get(i) else { break };
+                    // The receiver is gone after an error; then there is nothing left to do.
+                    if sender.send((job, read(job))).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        let mut loaded = Vec::with_capacity(jobs.len());
+        let mut done = 0;
+        for (job, result) in receiver {
+            let failed = match result {
+                Ok(value) => {
+                    loaded.push((job, value));
+                    done += size(job);
+                    (!progress(done, total)).then_some(ResidencyError::Cancelled)
+                }
+                Err(error) => Some(error),
+            };
+            if let Some(error) = failed {
+                stop.store(true, Ordering::Relaxed);
+                return Err(error);
+            }
+        }
+        Ok(loaded)
+    })
+}
