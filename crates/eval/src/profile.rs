@@ -1,6 +1,6 @@
 //! Profiling a task: one streaming pass over its items, in steps that can be saved and resumed.
 
-use quorate_lens::{ExpertMap, KeyProbe, Profiler, RouterStats};
+use quorate_lens::{ExpertMap, KeyProbe, ProfileData, Profiler, RouterStats};
 use quorate_model::{Chain, KvCache, Lens, Model, ModelError};
 
 use crate::encode::{EncodedItem, batches};
@@ -37,42 +37,6 @@ impl Split {
     }
 }
 
-/// What profiling a task gives.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TaskProfile {
-    /// Statistics of the profiled items.
-    pub stats: RouterStats,
-    /// Statistics of the held-out items.
-    pub heldout: RouterStats,
-    /// Retrieval keys of the profiled items.
-    pub keys: Vec<Vec<f32>>,
-    /// Retrieval keys of the held-out items.
-    pub heldout_keys: Vec<Vec<f32>>,
-    /// Batches done; the next step does this one.
-    pub done_batches: usize,
-}
-
-impl TaskProfile {
-    /// Nothing profiled yet.
-    pub fn new(map: &ExpertMap) -> TaskProfile {
-        TaskProfile {
-            stats: RouterStats::new(map.clone()),
-            heldout: RouterStats::new(map.clone()),
-            keys: Vec::new(),
-            heldout_keys: Vec::new(),
-            done_batches: 0,
-        }
-    }
-
-    /// Adds the profile of other items of the same task.
-    pub fn merge(&mut self, other: TaskProfile) {
-        self.stats.merge(&other.stats);
-        self.heldout.merge(&other.heldout);
-        self.keys.extend(other.keys);
-        self.heldout_keys.extend(other.heldout_keys);
-    }
-}
-
 /// A profile under way.
 pub struct ProfileRun<'a> {
     model: &'a Model,
@@ -81,12 +45,12 @@ pub struct ProfileRun<'a> {
     /// Runs of `items`; those from `first_heldout` on are held out.
     runs: Vec<std::ops::Range<usize>>,
     first_heldout: usize,
-    profile: TaskProfile,
+    profile: ProfileData,
 }
 
 impl<'a> ProfileRun<'a> {
     /// Prepares a pass over the items of `split`, going on where `profile` stopped.
-    pub fn new(model: &'a Model, items: &[EncodedItem], split: Split, profile: TaskProfile) -> ProfileRun<'a> {
+    pub fn new(model: &'a Model, items: &[EncodedItem], split: Split, profile: ProfileData) -> ProfileRun<'a> {
         let (train, held) = split.order(items.len());
         let pick = |numbers: &[usize]| numbers.iter().map(|&i| items[i].clone()).collect::<Vec<_>>();
         let (mut all, held) = (pick(&train), pick(&held));
@@ -110,12 +74,12 @@ impl<'a> ProfileRun<'a> {
     }
 
     /// What is gathered so far.
-    pub fn profile(&self) -> &TaskProfile {
+    pub fn profile(&self) -> &ProfileData {
         &self.profile
     }
 
     /// What was gathered.
-    pub fn into_profile(self) -> TaskProfile {
+    pub fn into_profile(self) -> ProfileData {
         self.profile
     }
 
@@ -126,11 +90,10 @@ impl<'a> ProfileRun<'a> {
     pub fn step(&mut self) -> Result<bool, ModelError> {
         let Some(run) = self.runs.get(self.profile.done_batches).cloned() else { return Ok(false) };
         let held = self.profile.done_batches >= self.first_heldout;
-        let map = self.profile.stats.map.clone();
         let stats = if held { &mut self.profile.heldout } else { &mut self.profile.stats };
         let taken = std::mem::replace(stats, RouterStats::new(ExpertMap::new(Vec::new(), Vec::new())));
         let mut profiler = Profiler::new(taken);
-        let mut probe = KeyProbe::watching(&map);
+        let mut probe = KeyProbe::new(self.model.spec(), false);
         let mut segments = Vec::with_capacity(run.len());
         for (slot, item) in self.items[run.clone()].iter().enumerate() {
             self.cache.truncate(slot, 0);
@@ -138,13 +101,14 @@ impl<'a> ProfileRun<'a> {
             segment.logits = quorate_model::LogitRows::None;
             segments.push(segment);
         }
-        let lenses: Vec<&mut dyn Lens> = vec![&mut profiler, &mut probe];
+        let mut lenses: Vec<&mut dyn Lens> = vec![&mut profiler];
+        lenses.extend(probe.as_mut().map(|p| p as &mut dyn Lens));
         let outcome = self.model.forward(&segments, &mut self.cache, &mut Chain(lenses));
         profiler.count_items(run.len() as u64);
         *stats = profiler.into_stats();
         outcome?;
         let keys = if held { &mut self.profile.heldout_keys } else { &mut self.profile.keys };
-        keys.extend(probe.take());
+        keys.extend(probe.map(|mut p| p.take()).unwrap_or_default());
         self.profile.done_batches += 1;
         Ok(true)
     }

@@ -234,7 +234,7 @@ pub enum FormatError {
 
 fn nearest_help(nearest: Option<&str>) -> String {
     match nearest {
-        Some(name) => format!("did you mean {name:?}?"),
+        Some(name) => format!("the most similar is {name:?}; a new family is one small file, see the documentation"),
         None => "a new family is one small file, see the documentation".to_owned(),
     }
 }

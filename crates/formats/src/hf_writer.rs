@@ -1,7 +1,8 @@
 //! Writing a pruned model as a Hugging Face folder that transformers loads.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -223,8 +224,15 @@ fn pruned_config(checkpoint: &Checkpoint, kept: &[Vec<usize>], n_kept: usize) ->
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let text = format!("{value:#}\n");
-    fs::write(path, &text).map_err(|e| FormatError::write(path, text.len() as u64, e))
+    write_synced(path, format!("{value:#}\n").as_bytes())
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let written = File::create(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|e| FormatError::write(path, bytes.len() as u64, e))
 }
 
 /// Copies what belongs to a model besides configuration and weights: tokenizer, chat template, generation settings,
@@ -253,8 +261,8 @@ fn copy_sidecars(from: &Path, to: &Path) -> Result<()> {
         let belongs = beginnings.iter().any(|b| name.starts_with(b)) || endings.iter().any(|e| name.ends_with(e));
         // `is_file` follows links, as hub caches need.
         if belongs && entry.path().is_file() {
-            let target = to.join(name);
-            fs::copy(entry.path(), &target).map_err(|e| FormatError::write(&target, 0, e))?;
+            let bytes = fs::read(entry.path()).map_err(|e| FormatError::io("read", &entry.path(), e))?;
+            write_synced(&to.join(name), &bytes)?;
         }
     }
     Ok(())

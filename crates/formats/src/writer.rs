@@ -195,6 +195,9 @@ impl Temporary {
 
     /// Gives it its true name, durably.
     pub(crate) fn rename(mut self, to: &Path) -> io::Result<()> {
+        if self.path.is_dir() {
+            sync_folder(&self.path)?;
+        }
         fs::rename(&self.path, to)?;
         self.renamed = true;
         sync_folder(to.parent().unwrap_or(Path::new("")))

@@ -37,7 +37,7 @@ struct Bench {
 impl Bench {
     /// Prints the best time of `f`, which does `flops` operations and reads `bytes`.
     fn case(&self, name: &str, flops: f64, bytes: f64, mut f: impl FnMut(&Pool)) {
-        if !self.filter.iter().all(|word| name.contains(word.as_str())) {
+        if !self.wants(name) {
             return;
         }
         let (start, mut best) = (Instant::now(), Duration::MAX);
@@ -52,6 +52,10 @@ impl Bench {
         println!("{name:58} {threads:7} {us:10.1} {gflops:9.1} {gb:9.1}");
     }
 
+    fn wants(&self, name: &str) -> bool {
+        self.filter.iter().all(|word| name.contains(word.as_str()))
+    }
+
     fn peak(&self) {
         const ROUNDS: usize = 20_000;
         let flops = (ROUNDS * 16 * 32 * self.pool.threads()) as f64;
@@ -60,55 +64,56 @@ impl Bench {
                 black_box(fma_rounds(black_box(ROUNDS)));
             });
         });
-        let weights = noise(16 << 20);
-        for (name, len) in [("L2", 1 << 18), ("memory or L3", 16 << 20)] {
-            let bytes = 4.0 * len as f64;
-            self.case(&format!("read bandwidth, {name}"), 0.0, bytes, |pool| {
-                pool.run(|w, n| {
-                    let part = &weights[split(len, w, n, 16)];
-                    black_box(norm_sq(part));
+        for mib in [1, 64, 1024] {
+            let name = format!("read bandwidth, {mib} MiB");
+            if self.wants(&name) {
+                let values = noise(mib << 18);
+                self.case(&name, 0.0, 4.0 * values.len() as f64, |pool| {
+                    pool.run(|w, n| {
+                        black_box(norm_sq(&values[split(values.len(), w, n, 16)]));
+                    });
                 });
-            });
+            }
         }
     }
 
     fn products(&self) {
         let types = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
         for (rows, cols) in [(1024, 256), (4096, 2048)] {
-            for dtype in types {
-                let data = matrix(dtype, rows, cols);
-                let w = MatRef::new(dtype, rows, cols, &data).expect("a matrix");
-                for n in [1, 2, 4, 8, 16, 64, 512] {
-                    let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
-                    let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]", dtype.name());
-                    let flops = 2.0 * (n * rows * cols) as f64;
-                    self.case(&name, flops, data.len() as f64, |pool| {
-                        matmul(pool, w, &x, n, None, &mut y);
-                    });
-                }
+            for (dtype, n) in types.iter().flat_map(|t| [1, 2, 4, 8, 16, 64, 512].map(|n| (*t, n))) {
+                self.product(dtype, n, rows, cols);
             }
         }
         for (n, rows, cols) in [(512, 128, 256), (512, 256, 128)] {
-            let data = matrix(DType::BF16, rows, cols);
-            let w = MatRef::new(DType::BF16, rows, cols, &data).expect("a matrix");
-            let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
-            let name = format!("matmul BF16 [{n}, {cols}] x [{cols}, {rows}]");
-            let flops = 2.0 * (n * rows * cols) as f64;
-            self.case(&name, flops, data.len() as f64, |pool| {
-                matmul(pool, w, &x, n, None, &mut y);
-            });
+            self.product(DType::BF16, n, rows, cols);
         }
     }
 
+    fn product(&self, dtype: DType, n: usize, rows: usize, cols: usize) {
+        let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]", dtype.name());
+        if !self.wants(&name) {
+            return;
+        }
+        let data = matrix(dtype, rows, cols);
+        let w = MatRef::new(dtype, rows, cols, &data).expect("a matrix");
+        let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
+        let flops = 2.0 * (n * rows * cols) as f64;
+        self.case(&name, flops, data.len() as f64, |pool| matmul(pool, w, &x, n, None, &mut y));
+    }
+
     fn experts(&self) {
-        for (dtype, e, k, d, i) in [
-            (DType::BF16, 32, 4, 256, 128),
-            (DType::Q8_0, 32, 4, 256, 128),
-            (DType::BF16, 64, 8, 2048, 1024),
-        ] {
-            let sets: Vec<_> = (0..e)
-                .map(|_| (matrix(dtype, i, d), matrix(dtype, i, d), matrix(dtype, d, i)))
-                .collect();
+        for (dtype, e, k, d, i) in
+            [(DType::BF16, 32, 4, 256, 128), (DType::Q8_0, 32, 4, 256, 128), (DType::BF16, 64, 8, 2048, 1024)]
+        {
+            let of = format!("{} of {e}, d {d}, I {i}, k {k}", dtype.name());
+            if !["expert_hidden", "expert_down", "experts"]
+                .iter()
+                .any(|f| self.wants(&format!("{f} {of}, n 1 8 32 128 512")))
+            {
+                continue;
+            }
+            let sets: Vec<_> =
+                (0..e).map(|_| (matrix(dtype, i, d), matrix(dtype, i, d), matrix(dtype, d, i))).collect();
             let experts: Vec<_> = sets
                 .iter()
                 .map(|(gate, up, down)| {
@@ -120,36 +125,33 @@ impl Bench {
                 })
                 .collect();
             for n in [1, 8, 32, 128, 512] {
-                let ids: Vec<u32> = (0..n).flat_map(|t| choices(t, k, e)).collect();
-                let x = noise(n * d);
-                let (mut hidden, mut out) = (vec![0.0; n * k * i], vec![0.0; n * k * d]);
-                let gates = vec![0.25; n * k];
-                let flops = 6.0 * (n * k * i * d) as f64;
-                let mut used: Vec<u32> = ids.clone();
-                used.sort_unstable();
-                used.dedup();
-                let bytes = (used.len() * 3 * sets[0].0.len()) as f64;
-                let of = format!("{} n {n} k {k} of {e}, d {d}, I {i}", dtype.name());
-                self.case(&format!("expert_hidden {of}"), flops * 2.0 / 3.0, bytes, |pool| {
-                    expert_hidden(pool, &experts, &x, n, k, &ids, Act::Silu, &mut hidden)
-                        .expect("all experts are there");
-                });
-                self.case(&format!("expert_down {of}"), flops / 3.0, bytes / 3.0, |pool| {
-                    expert_down(pool, &experts, &hidden, n, k, &ids, &mut out)
-                        .expect("all experts are there");
-                });
-                self.case(&format!("experts, both {of}"), flops, bytes, |pool| {
-                    expert_hidden(pool, &experts, &x, n, k, &ids, Act::Silu, &mut hidden)
-                        .expect("all experts are there");
-                    expert_down(pool, &experts, &hidden, n, k, &ids, &mut out)
-                        .expect("all experts are there");
-                });
-                let mut y = vec![0.0; n * d];
-                self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {
-                    combine(pool, &out, &gates, &ids, n, k, d, &mut y);
-                });
+                self.expert_cases(&experts, n, k, &format!("{of}, n {n}"));
             }
         }
+    }
+
+    fn expert_cases(&self, experts: &[Option<ExpertRef<'_>>], n: usize, k: usize, of: &str) {
+        let gate = experts[0].as_ref().expect("all experts are there").gate;
+        let (i, d) = (gate.rows, gate.cols);
+        let ids: Vec<u32> = (0..n).flat_map(|t| choices(t, k, experts.len())).collect();
+        let (x, gates) = (noise(n * d), vec![0.25; n * k]);
+        let (mut hidden, mut out) = (vec![0.0; n * k * i], vec![0.0; n * k * d]);
+        let mut y = vec![0.0; n * d];
+        let used = (0..experts.len()).filter(|e| ids.contains(&(*e as u32))).count();
+        let (flops, bytes) = (2.0 * (n * k * i * d) as f64, (used * gate.data.len()) as f64);
+        self.case(&format!("expert_hidden {of}"), 2.0 * flops, 2.0 * bytes, |pool| {
+            expert_hidden(pool, experts, &x, n, k, &ids, Act::Silu, &mut hidden).expect("all experts are there");
+        });
+        self.case(&format!("expert_down {of}"), flops, bytes, |pool| {
+            expert_down(pool, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
+        });
+        self.case(&format!("experts {of}"), 3.0 * flops, 3.0 * bytes, |pool| {
+            expert_hidden(pool, experts, &x, n, k, &ids, Act::Silu, &mut hidden).expect("all experts are there");
+            expert_down(pool, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
+        });
+        self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {
+            combine(pool, &out, &gates, &ids, n, k, d, &mut y);
+        });
     }
 
     fn attention(&self) {
@@ -161,8 +163,7 @@ impl Bench {
                 let (q, k, v) = (noise(len * width), noise(cache), noise(cache));
                 let mut z = vec![0.0; len * width];
                 let pairs = (1..=len).map(|i| pos0 + i).sum::<usize>() * width;
-                let name =
-                    format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}");
+                let name = format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}");
                 self.case(&name, 4.0 * pairs as f64, 8.0 * cache as f64, |pool| {
                     let segment = AttnSegment { row0: 0, len, pos0, k: &k, v: &v };
                     attention(pool, &shape, &q, &[segment], &mut z);
@@ -191,7 +192,8 @@ impl Bench {
             self.case(&format!("softmax_rows [{n}, 32]"), 0.0, bytes / 8.0, |pool| {
                 softmax_rows(pool, &mut logits, 32);
             });
-            self.case(&format!("act_inplace Silu [{n}, {d}]"), 0.0, bytes, |pool| {
+            self.case(&format!("copy, act_inplace Silu [{n}, {d}]"), 0.0, bytes, |pool| {
+                heads.copy_from_slice(&x);
                 act_inplace(pool, Act::Silu, &mut heads);
             });
         }

@@ -58,23 +58,19 @@ pub struct AttnSegment<'a> {
 ///
 /// # Panics
 /// If a slice has not the length of its shape, segments overlap, or `shape` breaks its own rules.
-pub fn attention(
-    pool: &Pool,
-    shape: &AttnShape,
-    q: &[f32],
-    segments: &[AttnSegment<'_>],
-    z: &mut [f32],
-) {
+pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &mut [f32]) {
     check(shape, q, segments, z);
-    let group = shape.n_heads / shape.n_kv_heads;
-    // Every block of rows of every key head, with its cost.
+    // Every block, with its cost.
     let blocks = |f: &mut dyn FnMut(Block<'_>, u64)| {
-        for s in segments {
-            for kv_head in 0..shape.n_kv_heads {
-                for first in (0..s.len * group).step_by(QUERIES) {
-                    let rows = first..(first + QUERIES).min(s.len * group);
-                    let block = Block { shape, segment: s, kv_head, group, rows };
-                    let cost = block.rows.len() * block.keys().len();
+        let group = shape.n_heads / shape.n_kv_heads;
+        for segment in segments {
+            for first in (0..segment.len * group).step_by(QUERIES) {
+                let rows = first..(first + QUERIES).min(segment.len * group);
+                let heads = shape.n_kv_heads.div_ceil(pool.threads()).min(QUERIES / rows.len());
+                for head in (0..shape.n_kv_heads).step_by(heads) {
+                    let kv_heads = head..(head + heads).min(shape.n_kv_heads);
+                    let block = Block { shape, segment, kv_heads, group, rows: rows.clone() };
+                    let cost = block.kv_heads.len() * rows.len() * block.keys().len();
                     f(block, cost as u64);
                 }
             }
@@ -83,8 +79,8 @@ pub fn attention(
     let mut total = 0;
     blocks(&mut |_, cost| total += cost);
     let z = SendPtr(z.as_mut_ptr());
-    pool.run_sized(total as usize * shape.head_dim / 8, |worker, workers| {
-        let mut share = Share::new(total, worker, workers);
+    pool.run_parts(total as usize * shape.head_dim / 8, |part, parts| {
+        let mut share = Share::new(total, part, parts);
         blocks(&mut |block, cost| {
             if !share.take(1, cost).is_empty() {
                 // SAFETY: the lengths were checked, a block has rows and heads of its own.
@@ -104,17 +100,20 @@ fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) 
         assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
         let cache = (s.pos0 + s.len) * n_kv_heads * head_dim;
         assert_eq!((s.k.len(), s.v.len()), (cache, cache), "cache of segment {i}");
-        let apart =
-            |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
+        let apart = |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
         assert!(segments[..i].iter().all(apart), "segment {i} overlaps another");
     }
 }
 
-/// Some rows of one key head: row `r` is head `r % group` of token `r / group`.
+/// Some rows of some key heads, [`QUERIES`] at most. Row `r` of a key head is the `r % group`-th
+/// of its heads for token `r / group`.
+///
+/// Rows of one key head lie far apart in the caches, so a block takes several if they have few
+/// queries: else every row of every head would be a page of its own, looked up anew.
 struct Block<'a> {
     shape: &'a AttnShape,
     segment: &'a AttnSegment<'a>,
-    kv_head: usize,
+    kv_heads: Range<usize>,
     group: usize,
     rows: Range<usize>,
 }
@@ -132,10 +131,10 @@ impl Block<'_> {
         start - start % KEYS..self.seen(self.rows.end - 1).end
     }
 
-    /// Where a row lies in `q` and `z`.
-    fn offset(&self, row: usize) -> usize {
+    /// Where a row of a key head lies in `q` and `z`.
+    fn offset(&self, kv_head: usize, row: usize) -> usize {
         let token = self.segment.row0 + row / self.group;
-        let head = self.kv_head * self.group + row % self.group;
+        let head = kv_head * self.group + row % self.group;
         (token * self.shape.n_heads + head) * self.shape.head_dim
     }
 
@@ -147,38 +146,39 @@ impl Block<'_> {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
         let padded = d.next_multiple_of(tile);
         let n = self.rows.len();
-        let lengths = [QUERIES * KEYS, QUERIES * padded, d * tile, KEYS * padded];
+        let lengths = [QUERIES * padded, QUERIES * KEYS, d * tile, KEYS * padded];
         scratch::floats(lengths.iter().sum(), |scratch| {
-            let (scores, rest) = scratch.split_at_mut(lengths[0]);
-            let (sums, rest) = rest.split_at_mut(lengths[1]);
+            let (sums, rest) = scratch.split_at_mut(lengths[0]);
+            let (scores, rest) = rest.split_at_mut(lengths[1]);
             let (packed, values) = rest.split_at_mut(lengths[2]);
             sums.fill(0.0);
             let mut state = [(f32::MIN, 0.0); QUERIES];
             let mut queries = [std::ptr::null(); QUERIES];
             let mut weights = [std::ptr::null(); QUERIES];
-            for (i, row) in self.rows.clone().enumerate() {
-                queries[i] = q.as_ptr().add(self.offset(row));
-                weights[i] = scores.as_ptr().add(i * KEYS);
+            for (i, weights) in weights.iter_mut().enumerate() {
+                *weights = scores.as_ptr().add(i * KEYS);
             }
-            let keys = self.keys();
-            for first in keys.clone().step_by(KEYS) {
-                let keys = first..(first + KEYS).min(keys.end);
-                self.scores(isa, &keys, &queries[..n], packed, scores);
-                for (i, row) in self.rows.clone().enumerate() {
-                    let seen = self.seen(row);
-                    let seen = seen.start.max(first) - first..seen.end.min(keys.end).max(first) - first;
-                    let scores = &mut scores[i * KEYS..][..KEYS];
-                    let sums = &mut sums[i * padded..][..padded];
-                    soften(isa, scores, seen, self.shape.scale, &mut state[i], sums);
-                }
-                let b = self.values(&keys, tile, values);
-                for c in (0..padded).step_by(tile) {
-                    let b = Columns { data: b.data.add(c), ..b };
-                    multiply(isa, &b, &weights[..n], sums.as_mut_ptr().add(c), padded, true);
+            let all = self.keys();
+            for first in all.clone().step_by(KEYS) {
+                let keys = first..(first + KEYS).min(all.end);
+                for kv_head in self.kv_heads.clone() {
+                    for (query, row) in queries.iter_mut().zip(self.rows.clone()) {
+                        *query = q.as_ptr().add(self.offset(kv_head, row));
+                    }
+                    self.scores(isa, kv_head, &keys, &queries[..n], packed, scores);
+                    let at = (kv_head - self.kv_heads.start) * n;
+                    let sums = &mut sums[at * padded..];
+                    self.soften(isa, &keys, scores, &mut state[at..], sums, padded);
+                    let b = self.values(kv_head, &keys, padded, values);
+                    for c in (0..padded).step_by(tile) {
+                        let b = Columns { data: b.data.add(c), ..b };
+                        multiply(isa, &b, &weights[..n], sums.as_mut_ptr().add(c), padded, true);
+                    }
                 }
             }
-            for (i, row) in self.rows.clone().enumerate() {
-                let z = std::slice::from_raw_parts_mut(z.get().add(self.offset(row)), d);
+            let rows = self.kv_heads.clone().flat_map(|h| self.rows.clone().map(move |r| (h, r)));
+            for (i, (kv_head, row)) in rows.enumerate() {
+                let z = std::slice::from_raw_parts_mut(z.get().add(self.offset(kv_head, row)), d);
                 let scale = 1.0 / state[i].1;
                 for (z, sum) in z.iter_mut().zip(&sums[i * padded..]) {
                     *z = sum * scale;
@@ -187,17 +187,37 @@ impl Block<'_> {
         });
     }
 
+    /// [`soften`] for each row of a key head.
+    unsafe fn soften(
+        &self,
+        isa: Isa,
+        keys: &Range<usize>,
+        scores: &mut [f32],
+        state: &mut [(f32, f32)],
+        sums: &mut [f32],
+        padded: usize,
+    ) {
+        let scores = scores.chunks_exact_mut(KEYS).zip(sums.chunks_exact_mut(padded));
+        for (((scores, sums), state), row) in scores.zip(state).zip(self.rows.clone()) {
+            let seen = self.seen(row);
+            let seen = seen.start.clamp(keys.start, keys.end)..seen.end.clamp(keys.start, keys.end);
+            let seen = seen.start - keys.start..seen.end - keys.start;
+            soften(isa, scores, seen, self.shape.scale, state, sums);
+        }
+    }
+
     /// `scores[i * KEYS + j]` is the product of query `i` and key `j` of `keys`.
     unsafe fn scores(
         &self,
         isa: Isa,
+        kv_head: usize,
         keys: &Range<usize>,
         queries: &[*const f32],
         packed: &mut [f32],
         scores: &mut [f32],
     ) {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
-        let data = self.segment.k.as_ptr().add(self.cached(keys.start)).cast();
+        let data = self.segment.k.as_ptr().add(self.cached(kv_head, keys.start)).cast();
         let stride = 4 * self.shape.n_kv_heads * d;
         let k = Rows { dtype: DType::F32, data, stride, rows: keys.len(), cols: d };
         for first in (0..keys.len()).step_by(tile) {
@@ -216,24 +236,19 @@ impl Block<'_> {
         }
     }
 
-    /// The values of some keys, as columns of whole tiles.
-    unsafe fn values(&self, keys: &Range<usize>, tile: usize, copy: &mut [f32]) -> Columns {
-        let (d, k) = (self.shape.head_dim, keys.len());
-        let (data, stride) = (&self.segment.v[self.cached(keys.start)..], self.shape.n_kv_heads * d);
-        if d.is_multiple_of(tile) {
-            return Columns { data: data.as_ptr(), stride, k };
+    /// A copy of the values of some keys, side by side, as columns of whole tiles.
+    unsafe fn values(&self, kv_head: usize, keys: &Range<usize>, padded: usize, copy: &mut [f32]) -> Columns {
+        let d = self.shape.head_dim;
+        for (copy, key) in copy.chunks_exact_mut(padded).zip(keys.clone()) {
+            copy[..d].copy_from_slice(&self.segment.v[self.cached(kv_head, key)..][..d]);
+            copy[d..].fill(0.0);
         }
-        let padded = d.next_multiple_of(tile);
-        for j in 0..k {
-            copy[j * padded..][..d].copy_from_slice(&data[j * stride..][..d]);
-            copy[j * padded + d..][..padded - d].fill(0.0);
-        }
-        Columns { data: copy.as_ptr(), stride: padded, k }
+        Columns { data: copy.as_ptr(), stride: padded, k: keys.len() }
     }
 
     /// Where the key and value of a position lie.
-    fn cached(&self, position: usize) -> usize {
-        (position * self.shape.n_kv_heads + self.kv_head) * self.shape.head_dim
+    fn cached(&self, kv_head: usize, position: usize) -> usize {
+        (position * self.shape.n_kv_heads + kv_head) * self.shape.head_dim
     }
 }
 

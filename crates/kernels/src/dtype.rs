@@ -72,15 +72,9 @@ impl<'a> MatRef<'a> {
     ///
     /// # Errors
     /// If a row is no whole number of blocks, or `data` has not exactly the length of the shape.
-    pub fn new(
-        dtype: DType,
-        rows: usize,
-        cols: usize,
-        data: &'a [u8],
-    ) -> Result<Self, KernelError> {
+    pub fn new(dtype: DType, rows: usize, cols: usize, data: &'a [u8]) -> Result<Self, KernelError> {
         let row_bytes = dtype.row_bytes(cols).ok_or(KernelError::RowLength { dtype, cols })?;
-        let expected =
-            rows.checked_mul(row_bytes).ok_or(KernelError::RowLength { dtype, cols })?;
+        let expected = rows.checked_mul(row_bytes).ok_or(KernelError::RowLength { dtype, cols })?;
         if data.len() != expected {
             let found = data.len();
             return Err(KernelError::DataLength { dtype, rows, cols, expected, found });

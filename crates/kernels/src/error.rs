@@ -47,11 +47,9 @@ impl fmt::Display for KernelError {
                 dtype.name(),
                 dtype.block_len()
             ),
-            Self::DataLength { dtype, rows, cols, expected, found } => write!(
-                f,
-                "a {} matrix of {rows} x {cols} needs {expected} bytes, found {found}",
-                dtype.name()
-            ),
+            Self::DataLength { dtype, rows, cols, expected, found } => {
+                write!(f, "a {} matrix of {rows} x {cols} needs {expected} bytes, found {found}", dtype.name())
+            }
             Self::MissingExpert { expert, slot } => {
                 write!(f, "slot {slot} asks for expert {expert}, which is not loaded")
             }

@@ -134,16 +134,7 @@ fn sort_slots(
 /// # Panics
 /// If a slice has not the length of its shape.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-pub fn combine(
-    pool: &Pool,
-    slots: &[f32],
-    gates: &[f32],
-    ids: &[u32],
-    n: usize,
-    k: usize,
-    d: usize,
-    y: &mut [f32],
-) {
+pub fn combine(pool: &Pool, slots: &[f32], gates: &[f32], ids: &[u32], n: usize, k: usize, d: usize, y: &mut [f32]) {
     assert_eq!(slots.len(), n * k * d, "rows of {n} x {k} slots, of {d}");
     assert_eq!((gates.len(), ids.len()), (n * k, n * k), "gates and ids of {n} x {k} slots");
     assert_eq!(y.len(), n * d, "results: {n} rows of {d}");

@@ -14,10 +14,7 @@
 //! shape is a mistake of the caller and panics.
 
 #![allow(unsafe_code)]
-#![allow(
-    unsafe_op_in_unsafe_fn,
-    reason = "a kernel is unsafe as a whole: its contract stands on the function"
-)]
+#![allow(unsafe_op_in_unsafe_fn, reason = "a kernel is unsafe as a whole: its contract stands on the function")]
 
 #[cfg(not(target_endian = "little"))]
 compile_error!("weights are read in place, as little endian");

@@ -1,8 +1,10 @@
 //! Threads that share one piece of work at a time.
 //!
-//! The partition is static: each worker learns its number and computes its own share, so results
-//! cannot depend on timing. Between two pieces of work the threads spin for a moment (the next
-//! layer mostly comes within microseconds) and then sleep.
+//! Who calls [`Pool::run`] partitions the work: each worker learns its number and takes its share.
+//! Kernels cut theirs into more parts than workers, so that nobody waits long for a thread that
+//! the system holds up; a result is always computed by one thread in a fixed order, so it cannot
+//! depend on timing. Between two pieces of work the threads spin for a moment (the next layer
+//! mostly comes within microseconds) and then sleep.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -83,10 +85,7 @@ impl Pool {
         let start = |worker| {
             let shared = Arc::clone(&shared);
             let name = format!("kernel-{worker}");
-            thread::Builder::new()
-                .name(name)
-                .spawn(move || shared.serve(worker))
-                .expect("the system starts a thread")
+            thread::Builder::new().name(name).spawn(move || shared.serve(worker)).expect("the system starts a thread")
         };
         let threads = (1..threads).map(start).collect();
         Self { isa, shared, threads, turn: Mutex::new(()) }
@@ -125,10 +124,39 @@ impl Pool {
 /// Below this many operations (about 2 microseconds) waking the others costs more than it gives.
 const GRAIN: usize = 1 << 16;
 
+/// The most parts of one piece of work, per worker.
+const PARTS: usize = 8;
+
+/// The most workers that have parts of their own.
+const OWNERS: usize = 64;
+
 impl Pool {
-    /// [`Pool::run`], or in place if there are too few `operations` to share.
-    pub(crate) fn run_sized<F: Fn(usize, usize) + Sync>(&self, operations: usize, f: F) {
-        if operations < GRAIN { f(0, 1) } else { self.run(f) }
+    /// Cuts work of so many `operations` into parts and calls `f(part, parts)` once for each.
+    ///
+    /// A worker does its own parts first (they were its own the last time, so their data may
+    /// still be near) and then those that others have not come to. Hence `f` must give the same
+    /// result whatever worker calls it, and however many parts there are.
+    pub(crate) fn run_parts<F: Fn(usize, usize) + Sync>(&self, operations: usize, f: F) {
+        let owners = self.threads().min(OWNERS);
+        if owners == 1 || operations < GRAIN {
+            return f(0, 1);
+        }
+        let each = (operations / GRAIN / owners).clamp(1, PARTS);
+        let taken = [const { AtomicUsize::new(0) }; OWNERS];
+        self.run(|worker, workers| {
+            if workers == 1 {
+                return f(0, 1);
+            }
+            for owner in (worker..worker + owners).map(|w| w % owners) {
+                loop {
+                    let part = taken[owner].fetch_add(1, Ordering::Relaxed);
+                    if part >= each {
+                        break;
+                    }
+                    f(owner * each + part, owners * each);
+                }
+            }
+        });
     }
 
     /// Shares the rows of `x`, each of `cols` values at `cost` operations a value, and calls
@@ -138,12 +166,10 @@ impl Pool {
         F: Fn(&mut [f32], usize) + Sync,
     {
         let (len, start) = (x.len(), SendPtr(x.as_mut_ptr()));
-        self.run_sized(len.saturating_mul(cost), |worker, workers| {
-            let share = split(len, worker, workers, cols);
-            // SAFETY: shares of different workers do not overlap, and `x` is borrowed throughout.
-            let rows = unsafe {
-                std::slice::from_raw_parts_mut(start.get().add(share.start), share.len())
-            };
+        self.run_parts(len.saturating_mul(cost), |part, parts| {
+            let share = split(len, part, parts, cols);
+            // SAFETY: different parts do not overlap, and `x` is borrowed throughout.
+            let rows = unsafe { std::slice::from_raw_parts_mut(start.get().add(share.start), share.len()) };
             f(rows, share.start);
         });
     }
@@ -162,7 +188,7 @@ impl SendPtr {
     }
 }
 
-/// One worker's part of a sequence of groups of equal items, divided by cost.
+/// A part of a sequence of groups of equal items, divided by cost.
 pub(crate) struct Share {
     start: u64,
     end: u64,
@@ -171,18 +197,16 @@ pub(crate) struct Share {
 }
 
 impl Share {
-    /// The part of `worker` in work that costs `total`.
-    pub(crate) fn new(total: u64, worker: usize, workers: usize) -> Self {
-        let edge = |w: usize| (u128::from(total) * w as u128 / workers as u128) as u64;
-        Self { start: edge(worker), end: edge(worker + 1), passed: 0 }
+    /// One of `parts` of work that costs `total`.
+    pub(crate) fn new(total: u64, part: usize, parts: usize) -> Self {
+        let edge = |p: usize| (u128::from(total) * p as u128 / parts as u128) as u64;
+        Self { start: edge(part), end: edge(part + 1), passed: 0 }
     }
 
-    /// Which items of the next group, of `items` at `cost` each, are this worker's. Every item
-    /// belongs to exactly one worker if all ask for the same groups, of the same total.
+    /// Which items of the next group, of `items` at `cost` each, are in this part. Every item is in
+    /// exactly one part if all ask for the same groups, of the same total.
     pub(crate) fn take(&mut self, items: usize, cost: u64) -> Range<usize> {
-        let edge = |at: u64| {
-            (at.saturating_sub(self.passed).div_ceil(cost.max(1)) as usize).min(items)
-        };
+        let edge = |at: u64| (at.saturating_sub(self.passed).div_ceil(cost.max(1)) as usize).min(items);
         let range = edge(self.start)..edge(self.end);
         self.passed += items as u64 * cost;
         range
@@ -278,7 +302,8 @@ impl Shared {
     }
 }
 
-/// Spins until `done`, or for [`SPIN`]; whether it is done.
+/// Waits until `done`, for [`SPIN`] at most; whether it is done. It lets other threads run, since
+/// the awaited one may be waiting for this very processor.
 fn spin_until(done: impl Fn() -> bool) -> bool {
     let start = Instant::now();
     loop {
@@ -288,6 +313,7 @@ fn spin_until(done: impl Fn() -> bool) -> bool {
             }
             spin_loop();
         }
+        thread::yield_now();
         if start.elapsed() >= SPIN {
             return false;
         }

@@ -1,16 +1,14 @@
 //! Products of many tokens with one or many matrices, shared among the threads by cost.
 
+use crate::MatRef;
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
 use crate::scratch;
 use crate::simd::Isa;
-use crate::tile::{
-    Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_tile, multiply, pack,
-};
-use crate::MatRef;
+use crate::tile::{Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_tile, multiply, pack};
 
 /// From this many tokens on a tile is packed.
-const PACK_FROM: usize = 8;
+const PACK_FROM: usize = 12;
 
 /// The most tokens of a cell, the unit of sharing.
 const CELL_TOKENS: usize = 96;
@@ -92,8 +90,8 @@ impl Product<'_> {
         }
         let operations = (total as usize).saturating_mul(isa.tile_rows() * cols);
         let y = SendPtr(self.y.as_mut_ptr());
-        pool.run_sized(operations, |worker, workers| {
-            let mut share = Share::new(total, worker, workers);
+        pool.run_parts(operations, |part, parts| {
+            let mut share = Share::new(total, part, parts);
             for g in 0..groups {
                 let group = self.group(isa, g);
                 let cells = share.take(group.cells, group.cost);
@@ -101,7 +99,7 @@ impl Product<'_> {
                     let (w, other) = weights(g);
                     let rows = [Some(w), other].map(|w| w.map(|w| as_rows(&w)));
                     // SAFETY: lengths were checked above; no two cells have the same outputs,
-                    // since a slot is in one group and a cell in one worker's share.
+                    // since a slot is in one group and a cell in one part.
                     unsafe { self.cells(isa, &group, cells, rows, y) }
                 }
             }
@@ -178,14 +176,7 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 ///
 /// # Panics
 /// If a slice has not the length of its shape.
-pub fn matmul(
-    pool: &Pool,
-    w: MatRef<'_>,
-    x: &[f32],
-    n: usize,
-    bias: Option<&[f32]>,
-    y: &mut [f32],
-) {
+pub fn matmul(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
     assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
     dense(pool, w, None, x, n, Finish::Bias(bias), y);
 }
@@ -195,15 +186,7 @@ pub fn matmul(
 ///
 /// # Panics
 /// If a slice or matrix has not the length of its shape.
-pub fn gated_hidden(
-    pool: &Pool,
-    gate: MatRef<'_>,
-    up: MatRef<'_>,
-    x: &[f32],
-    n: usize,
-    act: Act,
-    hidden: &mut [f32],
-) {
+pub fn gated_hidden(pool: &Pool, gate: MatRef<'_>, up: MatRef<'_>, x: &[f32], n: usize, act: Act, hidden: &mut [f32]) {
     dense(pool, gate, Some(up), x, n, Finish::Gated(act), hidden);
 }
 
@@ -218,6 +201,5 @@ fn dense(
 ) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols) = (w.rows, w.cols);
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish }
-        .run(pool, |_| (w, other));
+    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish }.run(pool, |_| (w, other));
 }

@@ -1,105 +1,327 @@
-//! What a prompt looks like to the first router: the query of pattern retrieval. No expert is needed for it.
+//! Retrieval keys: how a task's prompts look to the first router, and which task a new prompt is nearest to.
+//!
+//! A prompt's key needs no expert: the forward pass ends at the first MoE layer's router. It has two parts. `hidden` is
+//! the mean over the prompt's tokens of the router's input, `[d]`; a task keeps several typical ones. `router` is the mean
+//! over tokens of `max(s, sigmoid(s))` of the `top_k` logits `s`, 0 elsewhere, `[E]`: the key of the public method, of which
+//! a task keeps the mean.
 
 use candle_core::Tensor;
-use quorate_model::{At, Flow, Lens, ModelError, Site, SiteSet, ops};
+use quorate_formats::spec::ModelSpec;
+use quorate_kernels::{dot, norm_sq};
+use quorate_model::{At, Flow, KvCache, Lens, LogitRows, Model, ModelError, Segment, Site, SiteSet, ops};
+use serde::{Deserialize, Serialize};
 
-use crate::ExpertMap;
+use crate::LensError;
 
-/// How the prompts of a task look to the first router: distribution of their keys.
+/// Most typical keys of a task.
+const PROTOTYPES: usize = 8;
+/// A prompt is familiar within this many times the largest distance of the task's own held-out prompts.
+const RADIUS_SLACK: f32 = 1.25;
+
+/// How distances are measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyMetric {
+    /// L2 distance of the router's mean input to the nearest typical one.
+    #[default]
+    Hidden,
+    /// The same with cosine distance.
+    HiddenCosine,
+    /// L2 distance of mean router scores: the public method.
+    Router,
+    /// The same with cosine distance.
+    RouterCosine,
+}
+
+/// The key of one prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PromptKey {
+    /// Mean router input, `[d]`.
+    pub hidden: Vec<f32>,
+    /// Mean router scores, `[E]`.
+    pub router: Vec<f32>,
+}
+
+/// How the prompts of a task look.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Key {
-    /// Mean key, `[d]`.
-    pub mean: Vec<f32>,
-    /// Variance of each coordinate within the task, `[d]`.
-    pub var: Vec<f32>,
-    /// Typical keys; none for a generalist, which is not retrieved.
+    /// Mean of the prompts' keys.
+    pub mean: PromptKey,
+    /// Typical mean router inputs; none for a generalist, which is not retrieved.
     pub prototypes: Vec<Vec<f32>>,
-    /// Distance within which the task's own held-out prompts lie.
+    /// Distance ([`KeyMetric::Hidden`]) within which a prompt is familiar.
     pub radius: f32,
-    /// Prompts behind it.
-    pub items: u64,
+}
+
+/// What retrieval found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Nearest {
+    /// Task of the nearest pattern.
+    pub name: String,
+    /// Distance to it.
+    pub distance: f32,
+    /// Whether the prompt lies within what the task's profile saw; always true for metrics other than `hidden`.
+    pub familiar: bool,
 }
 
 impl Key {
+    /// The key of a task from those of its prompts; `held_out` prompts tell how far its own prompts may lie.
+    ///
+    /// The result does not depend on the order of the prompts.
+    pub fn of(prompts: &[PromptKey], held_out: &[PromptKey]) -> Key {
+        let Some(first) = prompts.first() else { return Key::default() };
+        let mean = |part: fn(&PromptKey) -> &Vec<f32>| {
+            let mut rows: Vec<&[f32]> = prompts.iter().map(|p| part(p).as_slice()).collect();
+            rows.sort_by(|a, b| order(a, b));
+            mean_of(&rows, part(first).len())
+        };
+        let mut rows: Vec<&[f32]> = prompts.iter().map(|p| p.hidden.as_slice()).collect();
+        rows.sort_by(|a, b| order(a, b));
+        let prototypes = k_means(&rows, PROTOTYPES.min(prompts.len().div_ceil(8)));
+        let own = if held_out.is_empty() { prompts } else { held_out };
+        let mut key = Key { mean: PromptKey { hidden: mean(|p| &p.hidden), router: mean(|p| &p.router) }, prototypes, radius: 0.0 };
+        key.radius = RADIUS_SLACK * own.iter().map(|p| key.distance(p, KeyMetric::Hidden)).fold(0.0, f32::max);
+        key
+    }
+
+    /// Distance of a prompt.
+    pub fn distance(&self, prompt: &PromptKey, metric: KeyMetric) -> f32 {
+        let nearest = |distance: fn(&[f32], &[f32]) -> f32| {
+            self.prototypes.iter().map(|p| distance(p, &prompt.hidden)).fold(f32::INFINITY, f32::min)
+        };
+        match metric {
+            KeyMetric::Hidden => nearest(l2),
+            KeyMetric::HiddenCosine => nearest(cosine),
+            KeyMetric::Router => l2(&self.mean.router, &prompt.router),
+            KeyMetric::RouterCosine => cosine(&self.mean.router, &prompt.router),
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<(), String> {
-        let d = self.mean.len();
-        if self.var.len() != d || self.prototypes.iter().any(|p| p.len() != d) {
+        let d = self.mean.hidden.len();
+        if self.prototypes.iter().any(|p| p.len() != d) {
             return Err(format!("the key's parts have different lengths, {d} expected"));
         }
         Ok(())
     }
 
+    /// Layout: `d`, `E` as u32, radius, then mean hidden, mean router and the prototypes as f32.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        bytes.extend((self.mean.len() as u32).to_le_bytes());
+        bytes.extend((self.mean.hidden.len() as u32).to_le_bytes());
+        bytes.extend((self.mean.router.len() as u32).to_le_bytes());
         bytes.extend(self.radius.to_le_bytes());
-        bytes.extend(self.items.to_le_bytes());
-        let values = self.mean.iter().chain(&self.var).chain(self.prototypes.iter().flatten());
+        let values = self.mean.hidden.iter().chain(&self.mean.router).chain(self.prototypes.iter().flatten());
         values.for_each(|v| bytes.extend(v.to_le_bytes()));
         bytes
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Key, String> {
         let bad = || "the key is damaged; help: profile the task again".to_string();
-        let (head, rest) = bytes.split_at_checked(16).ok_or_else(bad)?;
-        let number = |b: &[u8]| <[u8; 4]>::try_from(b).map_err(|_| bad());
-        let d = u32::from_le_bytes(number(&head[..4])?) as usize;
-        let radius = f32::from_le_bytes(number(&head[4..8])?);
-        let items = u64::from_le_bytes(<[u8; 8]>::try_from(&head[8..]).map_err(|_| bad())?);
-        let values: Vec<f32> = rest.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        if rest.len() % 4 != 0 || values.len() < 2 * d || (d > 0 && values.len() % d != 0) {
+        let (words, rest) = bytes.as_chunks::<4>();
+        let [d, e, radius, values @ ..] = words else { return Err(bad()) };
+        let (d, e) = (u32::from_le_bytes(*d) as usize, u32::from_le_bytes(*e) as usize);
+        let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let prototypes = values.get(d.saturating_add(e)..).ok_or_else(bad)?;
+        if !rest.is_empty() || !prototypes.len().is_multiple_of(d.max(1)) {
             return Err(bad());
         }
-        let prototypes = values[2 * d..].chunks(d.max(1)).map(<[f32]>::to_vec).collect();
-        Ok(Key { mean: values[..d].to_vec(), var: values[d..2 * d].to_vec(), prototypes, radius, items })
+        Ok(Key {
+            mean: PromptKey { hidden: values[..d].to_vec(), router: values[d..d + e].to_vec() },
+            prototypes: prototypes.chunks(d.max(1)).map(<[f32]>::to_vec).collect(),
+            radius: f32::from_le_bytes(*radius),
+        })
     }
 }
 
-/// Observes the input of the first MoE layer's router, over the prompt rows of each segment.
+/// The nearest of several tasks; `None` if there are none.
+pub fn nearest(keys: &[(String, Key)], prompt: &PromptKey, metric: KeyMetric) -> Option<Nearest> {
+    let distances = keys.iter().map(|(name, key)| (key.distance(prompt, metric), name, key));
+    let (distance, name, key) = distances.min_by(|a, b| a.0.total_cmp(&b.0))?;
+    let familiar = metric != KeyMetric::Hidden || distance <= key.radius;
+    Some(Nearest { name: name.clone(), distance, familiar })
+}
+
+/// Computes the keys of prompts with the non-expert weights only, up to the first router.
 ///
-/// Used alone with [`KeyProbe::stopping`], the forward pass ends at that router, before any expert.
+/// # Errors
+/// A model without experts, or as [`Model::forward`].
+pub fn prompt_keys(model: &Model, prompts: &[&[u32]]) -> Result<Vec<PromptKey>, LensError> {
+    let mut probe = KeyProbe::new(model.spec(), true)
+        .ok_or_else(|| LensError::Select("the model has no mixture of experts, so there is nothing to retrieve".into()))?;
+    let mut keys = Vec::with_capacity(prompts.len());
+    for chunk in prompts.chunks(16) {
+        let mut cache = KvCache::new(model.spec(), chunk.len());
+        let segments: Vec<Segment> = (chunk.iter().enumerate())
+            .map(|(slot, prompt)| Segment { logits: LogitRows::None, ..Segment::prompt(slot, prompt.to_vec()) })
+            .collect();
+        model.forward(&segments, &mut cache, &mut probe)?;
+        keys.extend(probe.take());
+    }
+    Ok(keys)
+}
+
+/// The observer that computes keys, over the prompt rows of each segment.
 #[derive(Debug)]
 pub struct KeyProbe {
     layer: usize,
+    top_k: usize,
     stop: bool,
-    keys: Vec<Vec<f32>>,
+    keys: Vec<PromptKey>,
 }
 
 impl KeyProbe {
-    /// Observes and lets the pass go on.
-    pub fn watching(map: &ExpertMap) -> KeyProbe {
-        KeyProbe { layer: map.layers.first().copied().unwrap_or(0), stop: false, keys: Vec::new() }
-    }
-
-    /// Observes and ends the pass.
-    pub fn stopping(map: &ExpertMap) -> KeyProbe {
-        KeyProbe { stop: true, ..KeyProbe::watching(map) }
+    /// Observes the first MoE layer's router; with `stop` the forward pass ends there. `None` for a dense model.
+    pub fn new(spec: &ModelSpec, stop: bool) -> Option<KeyProbe> {
+        let layer = *spec.moe_layers().first()?;
+        Some(KeyProbe { layer, top_k: spec.moe(layer)?.top_k, stop, keys: Vec::new() })
     }
 
     /// The keys of the segments seen, in order.
-    pub fn take(&mut self) -> Vec<Vec<f32>> {
+    pub fn take(&mut self) -> Vec<PromptKey> {
         std::mem::take(&mut self.keys)
     }
 }
 
 impl Lens for KeyProbe {
     fn sites(&self, layer: usize) -> SiteSet {
-        if layer == self.layer { SiteSet::of(&[Site::FfnIn]) } else { SiteSet::NONE }
+        if layer == self.layer { SiteSet::of(&[Site::FfnIn, Site::RouterLogits]) } else { SiteSet::NONE }
     }
 
     fn tensor(&mut self, at: &At<'_>, value: &mut Tensor) -> Result<Flow, ModelError> {
-        let d = value.dim(1)?;
+        let width = value.dim(1)?;
         let x = ops::values(value)?;
-        for span in &at.rows.spans {
+        let first = self.keys.len().saturating_sub(at.rows.spans.len());
+        for (i, span) in at.rows.spans.iter().enumerate() {
             let rows = span.row0..span.row0 + span.len;
-            let prompt: Vec<usize> = rows.filter(|&r| at.rows.phase[r].is_prompt()).collect();
-            let mut key = vec![0f32; d];
-            for &row in &prompt {
-                key.iter_mut().zip(&x[row * d..(row + 1) * d]).for_each(|(k, x)| *k += x);
+            let prompt: Vec<&[f32]> = (rows.filter(|&r| at.rows.phase[r].is_prompt()))
+                .map(|r| &x[r * width..(r + 1) * width])
+                .collect();
+            if at.site == Site::FfnIn {
+                self.keys.push(PromptKey { hidden: mean_of(&prompt, width), router: Vec::new() });
+            } else {
+                self.keys[first + i].router = router_scores(&prompt, width, self.top_k);
             }
-            key.iter_mut().for_each(|k| *k /= prompt.len().max(1) as f32);
-            self.keys.push(key);
         }
-        Ok(if self.stop { Flow::Stop } else { Flow::Continue })
+        let done = self.stop && at.site == Site::RouterLogits;
+        Ok(if done { Flow::Stop } else { Flow::Continue })
+    }
+}
+
+fn router_scores(rows: &[&[f32]], width: usize, top_k: usize) -> Vec<f32> {
+    let mut scores = vec![0f32; width];
+    let mut order: Vec<usize> = (0..width).collect();
+    for row in rows {
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+        for &i in &order[..top_k.min(width)] {
+            scores[i] += row[i].max(1.0 / (1.0 + (-row[i]).exp()));
+        }
+    }
+    scores.iter_mut().for_each(|s| *s /= rows.len().max(1) as f32);
+    scores
+}
+
+fn mean_of(rows: &[&[f32]], width: usize) -> Vec<f32> {
+    let mut sum = vec![0f64; width];
+    for row in rows {
+        sum.iter_mut().zip(*row).for_each(|(s, v)| *s += f64::from(*v));
+    }
+    sum.iter().map(|s| (s / rows.len().max(1) as f64) as f32).collect()
+}
+
+fn order(a: &[f32], b: &[f32]) -> std::cmp::Ordering {
+    let different = a.iter().zip(b).map(|(a, b)| a.total_cmp(b)).find(|o| o.is_ne());
+    different.unwrap_or(std::cmp::Ordering::Equal)
+}
+
+fn l2(a: &[f32], b: &[f32]) -> f32 {
+    (norm_sq(a) + norm_sq(b) - 2.0 * dot(a, b)).max(0.0).sqrt()
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let norms = (norm_sq(a) * norm_sq(b)).sqrt();
+    if norms > 0.0 { 1.0 - dot(a, b) / norms } else { 1.0 }
+}
+
+/// Centres of `k` clusters of `rows`: farthest-point start from the row nearest the mean, then Lloyd's iterations.
+fn k_means(rows: &[&[f32]], k: usize) -> Vec<Vec<f32>> {
+    let Some(width) = rows.first().map(|r| r.len()) else { return Vec::new() };
+    let mean = mean_of(rows, width);
+    let nearest_row = |centre: &[f32]| rows.iter().min_by(|a, b| l2(a, centre).total_cmp(&l2(b, centre)));
+    let mut centres: Vec<Vec<f32>> = nearest_row(&mean).map(|r| r.to_vec()).into_iter().collect();
+    let to_centres = |row: &[f32], centres: &[Vec<f32>]| {
+        let distances = centres.iter().map(|c| l2(c, row)).enumerate();
+        distances.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((0, 0.0))
+    };
+    while centres.len() < k.min(rows.len()) {
+        let farthest = rows.iter().max_by(|a, b| to_centres(a, &centres).1.total_cmp(&to_centres(b, &centres).1));
+        centres.extend(farthest.map(|r| r.to_vec()));
+    }
+    for _ in 0..20 {
+        let mut members: Vec<Vec<&[f32]>> = vec![Vec::new(); centres.len()];
+        rows.iter().for_each(|row| members[to_centres(row, &centres).0].push(row));
+        let moved: Vec<Vec<f32>> = (members.iter().zip(&centres))
+            .map(|(rows, old)| if rows.is_empty() { old.clone() } else { mean_of(rows, width) })
+            .collect();
+        if moved == centres {
+            break;
+        }
+        centres = moved;
+    }
+    centres
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prompt(x: f32, y: f32) -> PromptKey {
+        PromptKey { hidden: vec![x, y], router: vec![y, x, 0.0] }
+    }
+
+    /// Two clusters of eight prompts each.
+    fn key(shift: f32) -> Key {
+        let near = |i: usize| prompt(shift + 0.01 * i as f32, 0.0);
+        let far = |i: usize| prompt(shift, 5.0 + 0.01 * i as f32);
+        let prompts: Vec<PromptKey> = (0..8).map(near).chain((0..8).map(far)).collect();
+        Key::of(&prompts, &prompts)
+    }
+
+    #[test]
+    fn clusters_are_found_and_order_does_not_matter() {
+        let mut prompts: Vec<PromptKey> = (0..8).map(|i| prompt(i as f32, 0.0)).collect();
+        let forward = Key::of(&prompts, &[]);
+        prompts.reverse();
+        assert_eq!(Key::of(&prompts, &[]), forward);
+        let mut centres = key(0.0).prototypes;
+        centres.sort_by(|a, b| order(a, b));
+        assert_eq!(centres.len(), 2);
+        assert!((centres[0][1] - 5.035).abs() < 1e-5 && (centres[1][0] - 0.035).abs() < 1e-5, "{centres:?}");
+    }
+
+    #[test]
+    fn nearest_and_familiar() {
+        let keys = vec![("a".to_string(), key(0.0)), ("b".to_string(), key(10.0))];
+        let found = nearest(&keys, &prompt(9.99, 5.0), KeyMetric::Hidden).unwrap();
+        assert_eq!((found.name.as_str(), found.familiar), ("b", true));
+        assert!(!nearest(&keys, &prompt(5.0, 2.0), KeyMetric::Hidden).unwrap().familiar);
+        assert!(nearest(&[], &prompt(0.0, 0.0), KeyMetric::Hidden).is_none());
+    }
+
+    #[test]
+    fn bytes_round_trip_and_damage_is_noticed() {
+        let key = key(1.0);
+        let bytes = key.to_bytes();
+        assert_eq!(Key::from_bytes(&bytes).unwrap(), key);
+        for cut in [0, 3, 11, 13, bytes.len() - 1, bytes.len() - 4] {
+            assert!(Key::from_bytes(&bytes[..cut]).is_err(), "{cut}");
+        }
+    }
+
+    #[test]
+    fn distances_by_hand() {
+        assert_eq!(l2(&[0.0, 3.0], &[4.0, 0.0]), 5.0);
+        assert!((cosine(&[1.0, 0.0], &[1.0, 1.0]) - (1.0 - 0.5f32.sqrt())).abs() < 1e-6);
+        assert_eq!(router_scores(&[&[2.0, 0.0, 1.0]], 3, 2), [2.0, 0.0, 1.0]);
     }
 }

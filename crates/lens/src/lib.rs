@@ -3,8 +3,10 @@
 //!
 //! This crate must never know a paper, open a socket, or print.
 
+mod choose;
 mod coverage;
 mod error;
+pub mod interchange;
 mod intervention;
 mod key;
 mod library;
@@ -16,10 +18,11 @@ mod select;
 mod select_text;
 mod stats;
 
+pub use choose::{Choice, GENERALIST, Retrieved, retrieve};
 pub use coverage::{Coverage, coverage, overlap, uses};
 pub use error::{LensError, nearest_name};
 pub use intervention::{Intervention, Interventions, Op, PhaseSelector, Value};
-pub use key::{Key, KeyProbe};
+pub use key::{Key, KeyMetric, KeyProbe, Nearest, PromptKey, nearest, prompt_keys};
 pub use library::Library;
 pub use pattern::{PATTERN_VERSION, Pattern, PatternInfo};
 pub use plan::{KeepLayer, PLAN_VERSION, Plan};
@@ -27,4 +30,4 @@ pub use recorder::{Recorded, Recorder};
 pub use score::{MetricInfo, ScoreTable};
 pub use select::{Keep, Scope, Selection};
 pub use select_text::Indices;
-pub use stats::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, Profiler, RouterStats, Sum, confidence_bin};
+pub use stats::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::{ExpertMap, Key, LensError, MetricInfo, RouterStats, ScoreTable};
+use crate::{ExpertMap, Key, LensError, MetricInfo, ProfileData, PromptKey, RouterStats, ScoreTable, uses};
 
 /// Version of the pattern format that this program writes.
 pub const PATTERN_VERSION: u32 = 1;
@@ -25,8 +25,8 @@ pub struct Pattern {
     pub heldout_gate: Vec<f64>,
     /// How its prompts look.
     pub key: Key,
-    /// The statistics behind the scores, from which it can be scored again and merged; left out of compact exports.
-    pub stats: Option<RouterStats>,
+    /// All that was gathered, from which it can be scored again and merged; left out of compact exports.
+    pub data: Option<ProfileData>,
 }
 
 /// Provenance of a pattern.
@@ -59,11 +59,32 @@ struct Header {
     layers: Vec<usize>,
     experts: Vec<usize>,
     metrics: Vec<MetricInfo>,
+    /// Widths of the two parts of a prompt's key.
+    key: [usize; 2],
     radius: f32,
-    key_items: u64,
+    /// Batches done, in the file of an unfinished profile.
+    #[serde(default)]
+    done_batches: usize,
 }
 
 impl Pattern {
+    /// The pattern of what a profile gathered. `score` makes the score tables.
+    pub fn build(
+        mut info: PatternInfo,
+        data: ProfileData,
+        score: impl FnOnce(&RouterStats) -> Vec<ScoreTable>,
+    ) -> Pattern {
+        info.version = PATTERN_VERSION;
+        info.items = data.stats.items;
+        info.tokens = [data.stats.prompt.tokens, data.stats.answer.tokens];
+        info.heldout_items = data.heldout.items;
+        let (heldout_count, heldout_gate) = uses(&data.heldout);
+        // A generalist is fallen back to, not retrieved.
+        let key = if info.merged_from.is_empty() { Key::of(&data.keys, &data.heldout_keys) } else { Key::default() };
+        let (map, scores) = (data.stats.map.clone(), score(&data.stats));
+        Pattern { info, map, scores, heldout_count, heldout_gate, key, data: Some(data) }
+    }
+
     /// The score table of a metric.
     ///
     /// # Errors
@@ -101,21 +122,30 @@ impl Pattern {
         tensors.u64("counts".into(), counts);
         tensors.u64("heldout.count".into(), &self.heldout_count);
         tensors.f64("heldout.gate".into(), &self.heldout_gate);
-        tensors.f32("key.mean".into(), &self.key.mean);
-        tensors.f32("key.var".into(), &self.key.var);
+        tensors.f32("key.hidden".into(), &self.key.mean.hidden);
+        tensors.f32("key.router".into(), &self.key.mean.router);
         tensors.f32("key.prototypes".into(), &self.key.prototypes.concat());
-        if let Some(stats) = &self.stats {
-            let (floats, counts) = stats.to_tensors();
-            floats.iter().for_each(|(name, v)| tensors.f64(format!("stats.{name}"), v));
-            counts.iter().for_each(|(name, v)| tensors.u64(format!("stats.{name}"), v));
+        let mut key = [self.key.mean.hidden.len(), self.key.mean.router.len()];
+        if let Some(data) = &self.data {
+            for (part, stats) in [("stats", &data.stats), ("heldout_stats", &data.heldout)] {
+                let (floats, counts) = stats.to_tensors();
+                floats.iter().for_each(|(name, v)| tensors.f64(format!("{part}.{name}"), v));
+                counts.iter().for_each(|(name, v)| tensors.u64(format!("{part}.{name}"), v));
+            }
+            for (part, keys) in [("keys", &data.keys), ("heldout_keys", &data.heldout_keys)] {
+                key = keys.first().map_or(key, |k| [k.hidden.len(), k.router.len()]);
+                let flat: Vec<f32> = keys.iter().flat_map(|k| k.hidden.iter().chain(&k.router)).copied().collect();
+                tensors.f32(part.into(), &flat);
+            }
         }
         let header = Header {
             info: PatternInfo { version: PATTERN_VERSION, ..self.info.clone() },
             layers: self.map.layers.clone(),
             experts: self.map.experts.clone(),
             metrics: self.scores.iter().map(|s| s.metric.clone()).collect(),
+            key,
             radius: self.key.radius,
-            key_items: self.key.items,
+            done_batches: self.data.as_ref().map_or(0, |d| d.done_batches),
         };
         tensors.finish(&header).map_err(|e| self.broken(e))
     }
@@ -159,21 +189,38 @@ impl Pattern {
             }
             scores.push(ScoreTable { map: map.clone(), metric, values, counts: counts.clone() });
         }
-        let mean = f32s("key.mean")?;
-        let prototypes = f32s("key.prototypes")?.chunks(mean.len().max(1)).map(<[f32]>::to_vec).collect();
-        let key = Key { mean, var: f32s("key.var")?, prototypes, radius: header.radius, items: header.key_items };
+        let mean = PromptKey { hidden: f32s("key.hidden")?, router: f32s("key.router")? };
+        let prototypes = f32s("key.prototypes")?.chunks(mean.hidden.len().max(1)).map(<[f32]>::to_vec).collect();
+        let key = Key { mean, prototypes, radius: header.radius };
         key.check().map_err(bad)?;
         let heldout_count = u64s("heldout.count")?;
         let heldout_gate = sized("heldout.gate", f64s("heldout.gate")?)?;
         if heldout_count.len() != total {
             return Err(bad("`heldout.count` has another length".into()));
         }
-        let has_stats = file.tensor("stats.items").is_ok();
-        let stats = has_stats.then(|| {
-            RouterStats::from_tensors(map.clone(), |n| f64s(&format!("stats.{n}")), |n| u64s(&format!("stats.{n}")))
-        });
-        let stats = stats.transpose()?;
-        Ok(Pattern { info: header.info, map, scores, heldout_count, heldout_gate, key, stats })
+        let mut pattern = Pattern { info: header.info, map, scores, heldout_count, heldout_gate, key, data: None };
+        if file.tensor("stats.items").is_ok() {
+            let stats = |part: &str| {
+                RouterStats::from_tensors(
+                    pattern.map.clone(),
+                    |name| f64s(&format!("{part}.{name}")),
+                    |name| u64s(&format!("{part}.{name}")),
+                )
+            };
+            let [hidden, router] = header.key;
+            let keys = |name: &str| -> Result<Vec<PromptKey>, LensError> {
+                let flat = f32s(name)?;
+                let width = hidden.checked_add(router).filter(|&w| flat.len().is_multiple_of(w.max(1)));
+                let width = width.ok_or_else(|| bad(format!("`{name}` has the wrong length")))?;
+                let key = |k: &[f32]| PromptKey { hidden: k[..hidden].to_vec(), router: k[hidden..].to_vec() };
+                Ok(flat.chunks(width.max(1)).map(key).collect())
+            };
+            let done_batches = header.done_batches;
+            let (stats, heldout) = (stats("stats")?, stats("heldout_stats")?);
+            let (keys, heldout_keys) = (keys("keys")?, keys("heldout_keys")?);
+            pattern.data = Some(ProfileData { stats, heldout, keys, heldout_keys, done_batches });
+        }
+        Ok(pattern)
     }
 }
 

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use quorate_formats::spec::ModelSpec;
 use quorate_kernels::{dot, norm_sq};
-use quorate_model::{At, Flow, Lens, ModelError, NO_EXPERT, Phase, Routing, Site, SiteSet, ops};
+use quorate_model::{At, Flow, Lens, ModelError, NO_EXPERT, Phase, Site, SiteSet, ops};
 
-use crate::LensError;
+use crate::{LensError, PromptKey};
 
 /// Width of the bins in which confidences are counted is `1 / CONFIDENCE_BINS`; thresholds are rounded to it.
 pub const CONFIDENCE_BINS: usize = 64;
@@ -262,6 +262,37 @@ fn replace<T>(name: &str, old: &mut Vec<T>, new: Vec<T>) -> Result<(), LensError
     }
     *old = new;
     Ok(())
+}
+
+/// All that profiling a task gathers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProfileData {
+    /// Statistics of the profiled texts.
+    pub stats: RouterStats,
+    /// Statistics of the held-out texts.
+    pub heldout: RouterStats,
+    /// Retrieval keys of the profiled prompts.
+    pub keys: Vec<PromptKey>,
+    /// Retrieval keys of the held-out prompts.
+    pub heldout_keys: Vec<PromptKey>,
+    /// Batches done, while the profile is under way.
+    pub done_batches: usize,
+}
+
+impl ProfileData {
+    /// Nothing gathered yet.
+    pub fn new(map: &ExpertMap) -> ProfileData {
+        let stats = RouterStats::new(map.clone());
+        ProfileData { heldout: stats.clone(), stats, keys: Vec::new(), heldout_keys: Vec::new(), done_batches: 0 }
+    }
+
+    /// Adds what was gathered from other texts with the same model.
+    pub fn merge(&mut self, other: &ProfileData) {
+        self.stats.merge(&other.stats);
+        self.heldout.merge(&other.heldout);
+        self.keys.extend_from_slice(&other.keys);
+        self.heldout_keys.extend_from_slice(&other.heldout_keys);
+    }
 }
 
 /// The observer that fills [`RouterStats`].

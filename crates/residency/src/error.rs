@@ -1,5 +1,6 @@
 //! Errors of holding weights.
 
+use std::io;
 use std::path::PathBuf;
 
 use quorate_formats::{FormatError, Role};
@@ -77,6 +78,14 @@ pub enum ResidencyError {
         kv_bytes: u64,
         /// Bytes of buffers.
         overhead_bytes: u64,
+    },
+    /// The system gives no more memory.
+    #[error("cannot get {} of memory from the system; help: keep fewer experts, or set --memory", human(*bytes))]
+    NoMemory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the system said.
+        source: io::Error,
     },
     /// The caller stopped the work.
     #[error("cancelled while loading weights")]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use quorate_formats::{Checkpoint, Role, TensorLoc};
@@ -22,7 +22,7 @@ pub(crate) enum Loaded {
 /// Reads a weight outside the routed experts: vectors and routers as f32, other matrices as stored.
 pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded> {
     let loc = checkpoint.tensor(role)?;
-    let mut buffer = Buffer::zeroed(usize_of(loc.len));
+    let mut buffer = Buffer::zeroed(usize_of(loc.len))?;
     checkpoint.read_into(loc, buffer.as_mut_slice())?;
     let bytes = Bytes::whole(buffer);
     let dtype = checked(checkpoint, loc, &bytes)?;
@@ -34,16 +34,42 @@ pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded>
     Ok(match loc.shape[..] {
         _ if role.is_vector() => Loaded::Vector(values()),
         [rows, cols] if matches!(role, Role::Router(_)) && dtype != DType::F32 => {
-            Loaded::Matrix(Matrix::from_f32(rows, cols, &values()))
+            Loaded::Matrix(Matrix::from_f32(rows, cols, &values())?)
         }
         [rows, cols] => Loaded::Matrix(Matrix::new(dtype, rows, cols, bytes)),
         _ => unreachable!("a checkpoint's matrices are checked to be two-dimensional at opening"),
     })
 }
 
+/// Memory of experts that were dropped, for those that come in their place: pages that are there already need not be
+/// made and cleared again.
+#[derive(Default)]
+pub(crate) struct Spare(Mutex<Vec<Buffer>>);
+
+impl Spare {
+    pub(crate) fn of(dropped: Vec<Expert>) -> Self {
+        Self(Mutex::new(dropped.into_iter().filter_map(Expert::into_buffer).collect()))
+    }
+
+    /// A buffer of that length, whatever is in it. If no spare one has it, spare ones make room for a new one first, so
+    /// that memory does not grow while any are left.
+    fn take(&self, len: usize) -> Result<Buffer> {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = spare.iter().rposition(|buffer| buffer.len() == len) {
+            return Ok(spare.swap_remove(i));
+        }
+        let mut freed = 0;
+        while freed < len {
+            let Some(buffer) = spare.pop() else { break };
+            freed += buffer.len();
+        }
+        Buffer::zeroed(len)
+    }
+}
+
 /// Reads one routed expert, and nothing else. Its three matrices share one buffer, in the order of the file; ranges
 /// that adjoin there and here are read at once.
-pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Result<Expert> {
+pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize, spare: &Spare) -> Result<Expert> {
     let roles = Role::of_expert(layer, expert);
     let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
     let mut order = [0, 1, 2];
@@ -66,7 +92,7 @@ pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize) 
             _ => reads.push((loc.file, loc.offset, start..end)),
         }
     }
-    let mut buffer = Buffer::zeroed(end);
+    let mut buffer = spare.take(end)?;
     for (file, offset, range) in reads {
         checkpoint.files()[file].read_at(offset, &mut buffer.as_mut_slice()[range])?;
     }
@@ -145,4 +171,36 @@ pub(crate) fn in_parallel<J: Copy + Send + Sync, T: Send>(
         }
         Ok(loaded)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spare_memory_is_used_again_or_makes_room() {
+        let spare = |lens: &[usize]| Spare(Mutex::new(lens.iter().map(|&n| Buffer::zeroed(n).unwrap()).collect()));
+        let left = |spare: &Spare| spare.0.lock().unwrap().iter().map(Buffer::len).collect::<Vec<_>>();
+
+        let exact = spare(&[10, 20, 30]);
+        assert_eq!(exact.take(20).unwrap().len(), 20);
+        assert_eq!(left(&exact), [10, 30]);
+        assert_eq!(exact.take(25).unwrap().len(), 25);
+        assert_eq!(left(&exact), [10]);
+        assert_eq!(exact.take(25).unwrap().len(), 25);
+        assert!(left(&exact).is_empty());
+        assert_eq!(exact.take(0).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn an_error_ends_the_work_of_all_threads() {
+        let jobs: Vec<usize> = (0..1000).collect();
+        let read = |i: usize| if i == 3 { Err(ResidencyError::Cancelled) } else { Ok(i) };
+        assert!(in_parallel(&jobs, |_| 1, read, &mut |_, _| true).is_err());
+        let mut loaded = in_parallel(&jobs, |_| 1, |i| Ok(2 * i), &mut |_, _| true).unwrap();
+        loaded.sort_unstable();
+        assert!(loaded.iter().enumerate().all(|(i, &l)| l == (i, 2 * i)));
+        assert!(in_parallel(&jobs, |_| 1, Ok, &mut |done, _| done < 10).is_err());
+        assert!(in_parallel(&[0usize; 0], |_| 1, Ok, &mut |_, _| true).unwrap().is_empty());
+    }
 }

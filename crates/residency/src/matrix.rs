@@ -4,34 +4,68 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+use memmap2::MmapMut;
 use quorate_kernels::{DType, MatRef, dequantize};
+
+use crate::error::{ResidencyError, Result};
 
 /// Alignment of a matrix: a cache line, and the widest vector register.
 pub(crate) const ALIGNMENT: usize = 64;
 
+/// Buffers from this size on get pages of their own, which go back to the system when they are dropped. From the heap
+/// they would often stay with the process, and a budget would not be kept.
+const MAPPED_BYTES_MIN: usize = 1 << 20;
+
 /// Memory that begins at a multiple of [`ALIGNMENT`].
-pub(crate) struct Buffer {
-    /// Longer than needed by up to a line; never grown, so that its address stays.
-    raw: Vec<u8>,
-    start: usize,
-    len: usize,
+pub(crate) enum Buffer {
+    /// `bytes` is longer than `len` by up to a line; never grown, so that its address stays.
+    Heap { bytes: Vec<u8>, start: usize, len: usize },
+    /// Whole pages.
+    Mapped(MmapMut),
 }
 
 impl Buffer {
-    pub(crate) fn zeroed(len: usize) -> Self {
-        let raw = vec![0; len + ALIGNMENT - 1];
-        let start = raw.as_ptr().addr().next_multiple_of(ALIGNMENT) - raw.as_ptr().addr();
-        Self { raw, start, len }
+    /// Zeros.
+    pub(crate) fn zeroed(len: usize) -> Result<Self> {
+        if len >= MAPPED_BYTES_MIN {
+            let mapped = MmapMut::map_anon(len);
+            let mapped = mapped.map_err(|source| ResidencyError::NoMemory { bytes: len as u64, source })?;
+            advise_huge_pages(&mapped);
+            return Ok(Self::Mapped(mapped));
+        }
+        let bytes = vec![0; len + ALIGNMENT - 1];
+        let start = bytes.as_ptr().addr().next_multiple_of(ALIGNMENT) - bytes.as_ptr().addr();
+        Ok(Self::Heap { bytes, start, len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.as_slice().len()
     }
 
     fn as_slice(&self) -> &[u8] {
-        &self.raw[self.start..self.start + self.len]
+        match self {
+            Self::Heap { bytes, start, len } => &bytes[*start..*start + *len],
+            Self::Mapped(mapped) => mapped,
+        }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.raw[self.start..self.start + self.len]
+        match self {
+            Self::Heap { bytes, start, len } => &mut bytes[*start..*start + *len],
+            Self::Mapped(mapped) => mapped,
+        }
     }
 }
+
+/// Fewer page faults while reading, and fewer misses while computing.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(mapped: &MmapMut) {
+    // Only advice: without huge pages all works the same.
+    let _ = mapped.advise(memmap2::Advice::HugePage);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_mapped: &MmapMut) {}
 
 /// Shared bytes that begin at a multiple of 64. A clone is another handle on the same memory.
 #[derive(Clone)]
@@ -48,15 +82,18 @@ impl Bytes {
     }
 
     pub(crate) fn whole(buffer: Buffer) -> Self {
-        let range = 0..buffer.len;
+        let range = 0..buffer.len();
         Self { buffer: Arc::new(buffer), range }
     }
 
     /// An aligned copy.
-    pub fn copied(bytes: &[u8]) -> Self {
-        let mut buffer = Buffer::zeroed(bytes.len());
+    ///
+    /// # Errors
+    /// The system has no memory.
+    pub fn copied(bytes: &[u8]) -> Result<Self> {
+        let mut buffer = Buffer::zeroed(bytes.len())?;
         buffer.as_mut_slice().copy_from_slice(bytes);
-        Self::whole(buffer)
+        Ok(Self::whole(buffer))
     }
 }
 
@@ -98,14 +135,17 @@ impl Matrix {
 
     /// An F32 matrix.
     ///
+    /// # Errors
+    /// The system has no memory.
+    ///
     /// # Panics
     /// If the number of values is not `rows * cols`.
-    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
-        let mut buffer = Buffer::zeroed(size_of_val(values));
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Result<Self> {
+        let mut buffer = Buffer::zeroed(size_of_val(values))?;
         for (bytes, value) in buffer.as_mut_slice().as_chunks_mut::<4>().0.iter_mut().zip(values) {
             *bytes = value.to_le_bytes();
         }
-        Self::new(DType::F32, rows, cols, Bytes::whole(buffer))
+        Ok(Self::new(DType::F32, rows, cols, Bytes::whole(buffer)))
     }
 
     /// A view for the kernels.
@@ -143,6 +183,13 @@ pub struct Expert {
 }
 
 impl Expert {
+    /// The memory that the three matrices share, if nobody else holds it.
+    pub(crate) fn into_buffer(self) -> Option<Buffer> {
+        let shared = self.gate.data.buffer;
+        drop((self.up, self.down));
+        Arc::into_inner(shared)
+    }
+
     /// Bytes of memory.
     pub fn bytes(&self) -> u64 {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
@@ -155,8 +202,8 @@ mod tests {
 
     #[test]
     fn memory_is_aligned_and_shared() {
-        for len in [0, 1, 63, 64, 65, 100_000] {
-            let bytes = Bytes::copied(&vec![7; len]);
+        for len in [0, 1, 63, 64, 65, 100_000, MAPPED_BYTES_MIN, MAPPED_BYTES_MIN + 1] {
+            let bytes = Bytes::copied(&vec![7; len]).unwrap();
             assert_eq!(bytes.as_ptr().addr() % ALIGNMENT, 0);
             assert_eq!(bytes.len(), len);
             assert_eq!(bytes.clone().as_ptr(), bytes.as_ptr());
@@ -167,7 +214,7 @@ mod tests {
     #[test]
     fn values_come_back() {
         let values = [1.0, -2.5, 0.0, 3.25, 1e-20, 6.0];
-        let matrix = Matrix::from_f32(2, 3, &values);
+        let matrix = Matrix::from_f32(2, 3, &values).unwrap();
         assert_eq!(matrix.to_f32(), values);
         assert_eq!((matrix.bytes(), matrix.as_ref().rows), (24, 2));
     }

@@ -104,6 +104,6 @@ pub fn memory_plan(
         experts_per_layer: keep,
         all: keep == most,
         weight_bytes: skeleton_bytes + expert_bytes(keep),
-        total_bytes: fixed + expert_bytes(keep),
+        total_bytes: fixed.saturating_add(expert_bytes(keep)),
     })
 }

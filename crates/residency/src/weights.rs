@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quorate_formats::{Checkpoint, Role};
 
 use crate::error::{ResidencyError, Result};
-use crate::load::{Loaded, in_parallel, read_expert, read_weight};
+use crate::load::{Loaded, Spare, in_parallel, read_expert, read_weight};
 use crate::matrix::{Expert, Matrix};
 use crate::plan::{self, Budget, MemoryPlan};
 
@@ -95,7 +95,8 @@ impl Weights {
     /// experts that are new are read.
     ///
     /// New experts are read before old ones are dropped where the budget has room for both; then an error leaves the
-    /// store as it was. Else those no longer kept are dropped first, and an error leaves the common ones.
+    /// store as it was. Else those no longer kept are dropped first and the new ones take their memory, which is also
+    /// faster; an error then leaves the common ones.
     ///
     /// # Errors
     /// Unknown experts, a budget too small, a file that cannot be read, or a value that is not a number.
@@ -109,15 +110,16 @@ impl Weights {
     /// As there, or a cancel.
     pub fn load_experts_with(&mut self, kept: &[Option<Vec<usize>>], progress: &mut Progress<'_>) -> Result<()> {
         let wanted = self.wanted(kept)?;
+        let mut new: Vec<_> = wanted.iter().copied().filter(|&(l, e)| self.expert(l, e).is_none()).collect();
         let bytes = |&(l, e): &(usize, usize)| self.checkpoint.expert_bytes(l, e);
         let skeleton = self.resident_bytes() - self.expert_bytes_resident();
         self.budget.check(skeleton + wanted.iter().map(bytes).sum::<u64>())?;
 
-        let mut new: Vec<_> = wanted.iter().copied().filter(|&(l, e)| self.expert(l, e).is_none()).collect();
         let both = self.resident_bytes() + new.iter().map(bytes).sum::<u64>();
-        if self.budget.check(both).is_err() {
-            self.keep_only(&wanted);
-        }
+        let spare = match self.budget.check(both) {
+            Ok(()) => Spare::default(),
+            Err(_) => Spare::of(self.keep_only(&wanted)),
+        };
         let checkpoint = &self.checkpoint;
         let place = |&(l, e): &(usize, usize)| {
             let first = Role::of_expert(l, e).into_iter().filter_map(|r| checkpoint.tensor(r).ok());
@@ -125,8 +127,8 @@ impl Weights {
         };
         new.sort_by_cached_key(place);
         let size = |(l, e)| checkpoint.expert_bytes(l, e);
-        let loaded = in_parallel(&new, size, |(l, e)| read_expert(checkpoint, l, e), progress)?;
-        self.keep_only(&wanted);
+        let loaded = in_parallel(&new, size, |(l, e)| read_expert(checkpoint, l, e, &spare), progress)?;
+        drop(self.keep_only(&wanted));
         for ((l, e), expert) in loaded {
             self.experts[l][e] = Some(expert);
         }
@@ -161,14 +163,17 @@ impl Weights {
         Ok(wanted)
     }
 
-    fn keep_only(&mut self, wanted: &BTreeSet<(usize, usize)>) {
+    /// Takes all other experts out.
+    fn keep_only(&mut self, wanted: &BTreeSet<(usize, usize)>) -> Vec<Expert> {
+        let mut dropped = Vec::new();
         for (l, layer) in self.experts.iter_mut().enumerate() {
             for (e, slot) in layer.iter_mut().enumerate() {
                 if !wanted.contains(&(l, e)) {
-                    *slot = None;
+                    dropped.extend(slot.take());
                 }
             }
         }
+        dropped
     }
 
     /// Reads an expert without keeping it.
@@ -176,7 +181,7 @@ impl Weights {
     /// # Errors
     /// There is no such expert, a file cannot be read, or a value is not a number.
     pub fn read_expert(&self, layer: usize, expert: usize) -> Result<Expert> {
-        read_expert(&self.checkpoint, layer, expert)
+        read_expert(&self.checkpoint, layer, expert, &Spare::default())
     }
 
     /// A routed expert of a DECODER layer, if it is in memory.

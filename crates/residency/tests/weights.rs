@@ -257,6 +257,12 @@ fn the_budget_is_kept() {
     assert_eq!(resident(&weights), HashSet::from([(0, 5), (1, 0), (1, 1), (1, 2)]), "the common ones stay");
     weights.load_experts(&[Some(vec![0, 1, 5]), Some(vec![0, 1, 2])]).unwrap();
     assert_eq!(weights.experts_resident(), 6);
+    for (l, e) in resident(&weights) {
+        // Memory that another expert had holds this one's values.
+        let loc = checkpoint.tensor(Role::ExpertDown(l, e)).unwrap();
+        let expected = read_tensor_bytes(&checkpoint.files()[loc.file], loc).unwrap();
+        assert_eq!(weights.expert(l, e).unwrap().down.as_ref().data, expected);
+    }
 }
 
 #[test]
@@ -313,4 +319,11 @@ fn plans_fit_to_the_byte() {
     assert_eq!((plan.experts_per_layer, plan.all, plan.weight_bytes), (0, true, dense.total_bytes()));
     assert!(memory_plan(&dense, dense.total_bytes() - 1, 0, 0).is_err());
     assert!(memory_plan(&dense, 1 << 40, u64::MAX, u64::MAX).is_err(), "sums do not overflow");
+}
+
+#[test]
+fn threads_may_share_a_store() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Weights>();
+    shared::<ResidencyError>();
 }

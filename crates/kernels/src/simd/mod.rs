@@ -3,9 +3,9 @@
 //! A kernel is written once, over [`Simd`], inside [`kernel!`]; the macro compiles it for each
 //! instruction set and gives it a leading argument of type [`Isa`].
 
-mod portable;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -57,9 +57,7 @@ impl Isa {
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c")
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
@@ -108,6 +106,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_f16(p: *const u8) -> Self::V;
     /// Widens `LANES` bfloats.
     unsafe fn load_bf16(p: *const u8) -> Self::V;
+    /// Widens the bfloats in the lower and in the upper half of each lane.
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V);
     /// Widens `LANES` signed bytes.
     unsafe fn load_i8(p: *const u8) -> Self::V;
     /// Widens one half into all lanes.
@@ -122,7 +122,9 @@ pub(crate) trait Simd: Copy {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// The lesser; if `b` is no number, that.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
-    /// `v * 2^n` for whole `n` in -252..=254, right also where the result is subnormal.
+    /// `v`, but 0 where `a < b`.
+    unsafe fn zero_if_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V;
+    /// `v * 2^n` for whole `n` in -126..=254.
     unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V;
     /// One step of a transposition: lanes `i` with bit `L` set of `a` change places with
     /// lanes `i - L` of `b`.
@@ -155,22 +157,36 @@ pub(crate) trait Simd: Copy {
     unsafe fn sum(v: Self::V) -> f32 {
         let mut v = [v; MAX_LANES];
         reduce::<Self>(&mut v, 1);
+        Self::first(v[0])
+    }
+
+    /// The first lane.
+    #[inline(always)]
+    unsafe fn first(v: Self::V) -> f32 {
         let mut buffer = [0.0; MAX_LANES];
-        Self::store(buffer.as_mut_ptr(), v[0]);
+        Self::store(buffer.as_mut_ptr(), v);
         buffer[0]
     }
 
     /// The greatest of all lanes.
     #[inline(always)]
     unsafe fn greatest(v: Self::V) -> f32 {
-        let mut buffer = [f32::NEG_INFINITY; MAX_LANES];
-        Self::store(buffer.as_mut_ptr(), v);
-        let mut most = buffer[0];
-        for x in &buffer[1..Self::LANES] {
-            most = most.max(*x);
+        let (a, b) = Self::swap::<1>(v, v);
+        let (a, b) = Self::swap::<2>(Self::max(a, b), Self::max(a, b));
+        let mut v = Self::max(a, b);
+        if Self::LANES > 4 {
+            let (a, b) = Self::swap::<4>(v, v);
+            v = Self::max(a, b);
         }
-        most
+        if Self::LANES > 8 {
+            let (a, b) = Self::swap::<8>(v, v);
+            v = Self::max(a, b);
+        }
+        Self::first(v)
     }
+
+    /// Asks for the cache line at `p`, which need not be readable.
+    unsafe fn prefetch(p: *const u8);
 }
 
 /// Transposes the square of the first `LANES` vectors.

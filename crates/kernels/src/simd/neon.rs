@@ -43,6 +43,12 @@ impl Simd for Neon {
         vreinterpretq_f32_u32(vshll_n_u16::<16>(vreinterpret_u16_u8(vld1_u8(p))))
     }
     #[inline(always)]
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V) {
+        let v = vreinterpretq_u32_f32(v);
+        let upper = vandq_u32(v, vdupq_n_u32(0xffff_0000));
+        (vreinterpretq_f32_u32(vshlq_n_u32::<16>(v)), vreinterpretq_f32_u32(upper))
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self::V {
         let bytes = vcreate_s8(u64::from(p.cast::<u32>().read_unaligned()));
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
@@ -80,6 +86,10 @@ impl Simd for Neon {
         vminq_f32(a, b)
     }
     #[inline(always)]
+    unsafe fn zero_if_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)))
+    }
+    #[inline(always)]
     unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V {
         let n = vcvtq_s32_f32(n);
         let half = vshrq_n_s32::<1>(n);
@@ -87,6 +97,10 @@ impl Simd for Neon {
         let a = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(half, bias)));
         let b = vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(vsubq_s32(n, half), bias)));
         vmulq_f32(vmulq_f32(v, a), b)
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
     }
     #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {

@@ -40,6 +40,11 @@ impl Simd for Portable {
         p.cast::<[u16; N]>().read_unaligned().map(|h| f32::from_bits(u32::from(h) << 16))
     }
     #[inline(always)]
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V) {
+        let halves = v.map(f32::to_bits);
+        (halves.map(|h| f32::from_bits(h << 16)), halves.map(|h| f32::from_bits(h & 0xffff_0000)))
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self::V {
         p.cast::<[i8; N]>().read_unaligned().map(f32::from)
     }
@@ -77,6 +82,10 @@ impl Simd for Portable {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn zero_if_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { 0.0 } else { v[i] })
+    }
+    #[inline(always)]
     unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V {
         zip(v, n, |v, n| {
             let n = n as i32;
@@ -84,6 +93,8 @@ impl Simd for Portable {
             v * pow2(n >> 1) * pow2(n - (n >> 1))
         })
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         (

@@ -47,6 +47,12 @@ impl Simd for Avx512 {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
     }
     #[inline(always)]
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V) {
+        let v = _mm512_castps_si512(v);
+        let upper = _mm512_and_si512(v, _mm512_set1_epi32(-0x1_0000));
+        (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)), _mm512_castsi512_ps(upper))
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self::V {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
     }
@@ -84,8 +90,16 @@ impl Simd for Avx512 {
         _mm512_min_ps(a, b)
     }
     #[inline(always)]
+    unsafe fn zero_if_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), v)
+    }
+    #[inline(always)]
     unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V {
         _mm512_scalef_ps(v, n)
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
     #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
@@ -126,6 +140,12 @@ impl Simd for Avx2 {
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
     }
     #[inline(always)]
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V) {
+        let v = _mm256_castps_si256(v);
+        let upper = _mm256_and_si256(v, _mm256_set1_epi32(-0x1_0000));
+        (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(v)), _mm256_castsi256_ps(upper))
+    }
+    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self::V {
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)))
     }
@@ -162,6 +182,10 @@ impl Simd for Avx2 {
         _mm256_min_ps(a, b)
     }
     #[inline(always)]
+    unsafe fn zero_if_less(a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a, b), v)
+    }
+    #[inline(always)]
     unsafe fn scale_pow2(v: Self::V, n: Self::V) -> Self::V {
         let n = _mm256_cvtps_epi32(n);
         let half = _mm256_srai_epi32::<1>(n);
@@ -171,12 +195,13 @@ impl Simd for Avx2 {
         _mm256_mul_ps(_mm256_mul_ps(v, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b))
     }
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         match L {
-            1 => (
-                _mm256_blend_ps::<0xAA>(a, _mm256_moveldup_ps(b)),
-                _mm256_blend_ps::<0xAA>(_mm256_movehdup_ps(a), b),
-            ),
+            1 => (_mm256_blend_ps::<0xAA>(a, _mm256_moveldup_ps(b)), _mm256_blend_ps::<0xAA>(_mm256_movehdup_ps(a), b)),
             2 => (_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b)),
             _ => (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)),
         }

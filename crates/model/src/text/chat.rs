@@ -1,7 +1,6 @@
 //! Conversations to prompts, by the model's own chat template.
 
 use std::ops::Range;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
@@ -54,7 +53,7 @@ pub struct RenderedChat {
 pub struct ChatTemplate {
     template: Template,
     specials: SpecialTokens,
-    now: Option<i64>,
+    now: Option<Moment>,
 }
 
 impl ChatTemplate {
@@ -68,11 +67,11 @@ impl ChatTemplate {
         Ok(Self { template, specials, now: None })
     }
 
-    /// Sets the time that the template sees, in seconds since 1970, so that prompts with a date are
-    /// reproducible. Without it the template's `strftime_now` reads the system's clock, in UTC.
+    /// Sets the time that the template sees, in seconds since 1970, UTC: some write today's date into the prompt. Without
+    /// it they have no `strftime_now`; those that can do without then write a date of their own, the others fail.
     #[must_use]
     pub fn with_time(mut self, unix_seconds: i64) -> Self {
-        self.now = Some(unix_seconds);
+        self.now = Some(Moment(unix_seconds));
         self
     }
 
@@ -125,15 +124,9 @@ impl ChatTemplate {
             STEPS + STEPS_PER_INPUT_BYTE * spent,
             BYTES + BYTES_PER_INPUT_BYTE * spent,
         );
-        let now = Moment(self.now.unwrap_or_else(system_seconds));
-        let rendered = self.template.render(variables, now, &budget).map_err(template_error)?;
+        let rendered = self.template.render(variables, self.now, &budget).map_err(template_error)?;
         Ok(RenderedChat { text: rendered.text, generated: rendered.generated })
     }
-}
-
-fn system_seconds() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
 }
 
 /// Checks the form, and gives reasoning the names that templates look for, as transformers does.

@@ -79,9 +79,9 @@ pub enum TextError {
         dir: PathBuf,
     },
     /// The chat template is not a template that can be run.
-    #[error("the chat template is broken in line {line}: {message}")]
+    #[error("the chat template is broken{}: {message}", in_line(*.line))]
     TemplateSyntax {
-        /// Line in the template, from 1.
+        /// Line in the template, from 1; 0 if unknown.
         line: u32,
         /// What is wrong.
         message: String,
@@ -93,7 +93,7 @@ pub enum TextError {
         message: String,
     },
     /// The chat template failed.
-    #[error("the chat template failed in line {line}: {message}")]
+    #[error("the chat template failed{}: {message}", in_line(*.line))]
     TemplateFailed {
         /// Line in the template, from 1; 0 if unknown.
         line: u32,
@@ -101,7 +101,7 @@ pub enum TextError {
         message: String,
     },
     /// The chat template wanted more time or memory than it may have.
-    #[error("the chat template was stopped in line {line}: {message}")]
+    #[error("the chat template was stopped{}: {message}", in_line(*.line))]
     TemplateLimit {
         /// Line in the template, from 1; 0 if unknown.
         line: u32,
@@ -114,4 +114,8 @@ pub enum TextError {
         /// What is wrong.
         message: String,
     },
+}
+
+fn in_line(line: u32) -> String {
+    if line == 0 { String::new() } else { format!(" in line {line}") }
 }

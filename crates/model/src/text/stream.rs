@@ -15,8 +15,8 @@ const HELD_MAX: usize = 64;
 /// [`Tokenizer::decode`] gives of all the tokens (but where bytes turn out to be no text only after
 /// characters before them were shown). A token's text depends on the tokens before it, so each is
 /// decoded together with those of the piece before.
-pub struct StreamDecoder<'t> {
-    tokenizer: &'t Tokenizer,
+#[derive(Debug, Clone, Default)]
+pub struct StreamDecoder {
     skip_special: bool,
     /// The tokens of the last shown piece, then those not shown yet.
     ids: Vec<u32>,
@@ -28,28 +28,21 @@ pub struct StreamDecoder<'t> {
     shown: String,
 }
 
-impl<'t> StreamDecoder<'t> {
-    pub(super) fn new(tokenizer: &'t Tokenizer, skip_special: bool) -> Self {
-        Self {
-            tokenizer,
-            skip_special,
-            ids: Vec::new(),
-            context: 0,
-            prefix: String::new(),
-            shown: String::new(),
-        }
+impl StreamDecoder {
+    pub(super) fn new(skip_special: bool) -> Self {
+        Self { skip_special, ..Self::default() }
     }
 
     /// Takes a token and gives the text that can be shown now.
-    pub fn push(&mut self, id: u32) -> Result<Option<String>, TextError> {
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<Option<String>, TextError> {
         self.ids.push(id);
-        let text = self.pending()?;
+        let text = self.pending(tokenizer)?;
         let complete = text.trim_end_matches(INCOMPLETE);
         if self.ids.len() - self.context > HELD_MAX {
-            return self.settle(&text);
+            return self.settle(tokenizer, &text);
         }
         if complete.len() == text.len() {
-            return if text.is_empty() { Ok(None) } else { self.settle(&text) };
+            return if text.is_empty() { Ok(None) } else { self.settle(tokenizer, &text) };
         }
         let Some(new) = complete.strip_prefix(&self.shown).filter(|new| !new.is_empty()) else {
             return Ok(None);
@@ -60,28 +53,28 @@ impl<'t> StreamDecoder<'t> {
     }
 
     /// Gives what was held back. Bytes that never became a character are U+FFFD.
-    pub fn flush(&mut self) -> Result<Option<String>, TextError> {
-        let text = self.pending()?;
-        self.settle(&text)
+    pub fn flush(&mut self, tokenizer: &Tokenizer) -> Result<Option<String>, TextError> {
+        let text = self.pending(tokenizer)?;
+        self.settle(tokenizer, &text)
     }
 
     /// The text of the tokens after the last piece.
-    fn pending(&self) -> Result<String, TextError> {
-        let whole = self.tokenizer.decode(&self.ids, self.skip_special)?;
+    fn pending(&self, tokenizer: &Tokenizer) -> Result<String, TextError> {
+        let whole = tokenizer.decode(&self.ids, self.skip_special)?;
         match whole.strip_prefix(&self.prefix) {
             Some(text) => Ok(text.to_owned()),
             // A byte after complete characters can make a decoder doubt all of them for a moment.
             None if whole.ends_with(INCOMPLETE) => Ok(self.shown.clone() + "\u{fffd}"),
-            None => self.tokenizer.decode(&self.ids[self.context..], self.skip_special),
+            None => tokenizer.decode(&self.ids[self.context..], self.skip_special),
         }
     }
 
     /// Shows the rest of `text` and begins the next piece.
-    fn settle(&mut self, text: &str) -> Result<Option<String>, TextError> {
+    fn settle(&mut self, tokenizer: &Tokenizer, text: &str) -> Result<Option<String>, TextError> {
         let new = text.strip_prefix(&self.shown).unwrap_or(text).to_owned();
         self.ids.drain(..self.context);
         self.context = self.ids.len();
-        self.prefix = self.tokenizer.decode(&self.ids, self.skip_special)?;
+        self.prefix = tokenizer.decode(&self.ids, self.skip_special)?;
         self.shown.clear();
         Ok(Some(new).filter(|new| !new.is_empty()))
     }

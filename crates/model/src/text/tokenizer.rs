@@ -73,8 +73,8 @@ impl Tokenizer {
     }
 
     /// A decoder for ids that come one by one.
-    pub fn stream(&self, skip_special: bool) -> StreamDecoder<'_> {
-        StreamDecoder::new(self, skip_special)
+    pub fn stream_decoder(&self, skip_special: bool) -> StreamDecoder {
+        StreamDecoder::new(skip_special)
     }
 
     /// The id of a token.

@@ -30,7 +30,7 @@ type NamespaceCell = Rc<RefCell<Vec<(Name, Value)>>>;
 /// The state of one render.
 pub(super) struct Interp<'b> {
     budget: &'b Budget,
-    now: Moment,
+    now: Option<Moment>,
     scopes: Scopes,
     scope: usize,
     depth: u32,
@@ -53,12 +53,17 @@ impl Drop for Interp<'_> {
 impl<'b> Interp<'b> {
     pub(super) fn new(
         budget: &'b Budget,
-        now: Moment,
+        now: Option<Moment>,
         variables: Vec<(String, Value)>,
     ) -> Res<Self> {
         let mut root: HashMap<Name, Value> = HashMap::new();
         for name in functions::NAMES {
             root.insert(name.into(), Value::Function(name));
+        }
+        if now.is_none() {
+            // Templates that ask `strftime_now is defined` fall back to a date of their own.
+            let complaint = "'strftime_now' is undefined: the template asks for the time and none was given";
+            root.insert("strftime_now".into(), Value::undefined(complaint));
         }
         root.extend(variables.into_iter().map(|(name, value)| (name.into(), value)));
         Ok(Self {
@@ -124,7 +129,10 @@ impl<'b> Interp<'b> {
     fn exec_one(&mut self, stmt: &Stmt, out: &mut String) -> Res<Flow> {
         match stmt {
             Stmt::Text(text) => self.budget.push(out, text)?,
-            Stmt::Emit(expr) => self.eval(expr)?.write_str(out, self.budget)?,
+            Stmt::Emit(expr) => {
+                let value = self.eval(expr)?;
+                value.write_str(out, self.budget).map_err(|error| error.at(expr.line))?;
+            }
             Stmt::If(branches, otherwise) => {
                 for (test, body) in branches {
                     if self.eval(test)?.truth() {
@@ -139,7 +147,7 @@ impl<'b> Interp<'b> {
             }
             Stmt::Set(target, expr) => {
                 let value = self.eval(expr)?;
-                self.assign(target, value)?;
+                self.assign(target, value).map_err(|error| error.at(expr.line))?;
             }
             Stmt::SetBlock(target, chain, body) => {
                 let text = self.capture(body)?;

@@ -10,19 +10,16 @@ use super::{Budget, Error, Res, json, methods, pyfmt, pystr};
 
 pub(super) use sequences::sort_by;
 
-const NAMES: [&str; 48] = [
-    "abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e",
+const NAMES: [&str; 43] = [
+    "abs", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e",
     "escape", "first", "float", "forceescape", "format", "indent", "int", "items", "join", "last",
     "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse",
     "round", "safe", "select", "selectattr", "slice", "sort", "string", "sum", "title", "tojson",
-    "trim", "unique", "upper", "wordcount", "groupby", "truncate", "urlencode", "random",
+    "trim", "unique", "upper", "wordcount",
 ];
-/// Filters that Jinja has and chat templates have no use for.
-const UNSUPPORTED: [&str; 5] = ["attr", "groupby", "truncate", "urlencode", "random"];
-
 /// Whether there is such a filter.
 pub(super) fn exists(name: &str) -> bool {
-    NAMES.contains(&name) && !UNSUPPORTED.contains(&name)
+    NAMES.contains(&name)
 }
 
 /// `value | name(args)`

@@ -88,8 +88,8 @@ impl<'s> Lexer<'s> {
     /// Text up to the next tag, then the tag.
     fn root(&mut self) -> Res<()> {
         let rest = self.rest();
-        let opener = ["{%", "{{", "{#"].iter().filter_map(|o| rest.find(o)).min();
-        let Some(at) = opener else {
+        let opens = |&(at, _): &(usize, &str)| rest[at + 1..].starts_with(['%', '{', '#']);
+        let Some((at, _)) = rest.match_indices('{').find(opens) else {
             self.push(Tok::Data(rest.to_owned()));
             self.advance(rest.len());
             return Ok(());
@@ -326,6 +326,10 @@ fn number_length(s: &str, after_dot: bool) -> (usize, bool) {
         if exponent > end + 1 + sign {
             end = exponent;
         }
+    }
+    if end == whole && s.starts_with('0') {
+        // Python has no whole numbers with leading zeros.
+        end = s.bytes().take_while(|&b| b == b'0').count();
     }
     (end, end > whole)
 }

@@ -7,8 +7,8 @@ use super::calls::{CallArgs, count_arg, int_arg, needed_text, text_arg};
 use super::value::{Dict, ENTRY_BYTES, Seq, SeqKind, Value};
 use super::{Budget, Error, Res, pyfmt, pystr};
 
-const STR: [&str; 39] = [
-    "capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "index",
+const STR: [&str; 37] = [
+    "capitalize", "center", "count", "endswith", "find", "format", "index",
     "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace",
     "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
     "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines",
@@ -134,15 +134,11 @@ fn str_method(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Valu
         "find" | "rfind" | "index" | "rindex" | "count" => search(s, name, args),
         "format" => pyfmt::braces(s, args, budget),
         "center" | "ljust" | "rjust" | "zfill" => pad(s, name, args, budget),
-        "expandtabs" => {
-            args.none(name)?;
-            Err(Error::runtime("'expandtabs' is not supported in chat templates"))
-        }
         _ => {
             args.none(name)?;
             Ok(match name {
                 "upper" => budget.text(s.to_uppercase())?,
-                "lower" | "casefold" => budget.text(s.to_lowercase())?,
+                "lower" => budget.text(s.to_lowercase())?,
                 "capitalize" => budget.text(pystr::capitalize(s))?,
                 "title" => budget.text(pystr::title(s))?,
                 _ => Value::Bool(is_all(s, name)),

@@ -95,11 +95,11 @@ impl Template {
         Ok(Self { body: parser::parse(source)? })
     }
 
-    /// Renders with these variables. `now` is what `strftime_now` tells.
+    /// Renders with these variables. `now` is what `strftime_now` tells; without it there is none.
     pub(crate) fn render(
         &self,
         variables: Vec<(String, Value)>,
-        now: Moment,
+        now: Option<Moment>,
         budget: &Budget,
     ) -> Res<Rendered> {
         eval::Interp::new(budget, now, variables)?.run(&self.body)

@@ -6,6 +6,9 @@ use super::{Budget, Error, Res, methods, pyfmt};
 
 /// `left op right`
 pub(super) fn binary(op: BinOp, left: &Value, right: &Value, budget: &Budget) -> Res<Value> {
+    if let (BinOp::Mod, Value::Str(format)) = (op, left) {
+        return pyfmt::percent(format, right, budget);
+    }
     for side in [left, right] {
         if let Value::Undefined(why) = side {
             return Err(Error::runtime(&**why));
@@ -27,7 +30,6 @@ pub(super) fn binary(op: BinOp, left: &Value, right: &Value, budget: &Budget) ->
                 return Ok(repeated);
             }
         }
-        (BinOp::Mod, Value::Str(format), _) => return pyfmt::percent(format, right, budget),
         _ => {}
     }
     match (left.as_int(), right.as_int()) {
@@ -247,11 +249,9 @@ pub(super) fn slice(of: &Value, bounds: [Option<Value>; 3], budget: &Budget) -> 
         *number = match bound {
             None | Some(Value::None) => None,
             Some(Value::Undefined(why)) => return Err(Error::runtime(&**why)),
-            // As in Jinja, where the failed slice becomes an undefined value.
-            Some(other) => match other.as_int() {
-                Some(int) => Some(int),
-                None => return Ok(Value::undefined("slice indices must be integers or None")),
-            },
+            Some(other) => Some(other.as_int().ok_or_else(|| {
+                Error::runtime("slice indices must be integers or None")
+            })?),
         };
     }
     match of {
@@ -269,7 +269,7 @@ pub(super) fn slice(of: &Value, bounds: [Option<Value>; 3], budget: &Budget) -> 
         }
         other => {
             let name = other.type_name();
-            Ok(Value::undefined(format!("'{name} object' cannot be sliced")))
+            Err(Error::runtime(format!("'{name}' object cannot be sliced")))
         }
     }
 }

@@ -103,7 +103,8 @@ pub(super) fn percent(format: &str, values: &Value, budget: &Budget) -> Res<Valu
     budget.push(&mut out, rest)?;
     let all_used = match values {
         Value::Seq(seq) if seq.kind == SeqKind::Tuple => used >= list.len(),
-        Value::Seq(_) | Value::Dict(_) => true,
+        // Whatever can be indexed counts as a mapping of which nothing need be used.
+        Value::Seq(_) | Value::Dict(_) | Value::Undefined(_) => true,
         _ => used > 0,
     };
     if !all_used {

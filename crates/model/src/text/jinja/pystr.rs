@@ -1,5 +1,7 @@
 //! Python's rules for text: space, case, splitting, `repr`.
 
+use std::fmt::Write;
+
 /// Python's `str.isspace` for one character.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
@@ -154,10 +156,27 @@ pub(super) fn repr(s: &str) -> String {
     out
 }
 
-/// Python's `str.isprintable` for one character: Rust's debug printing of a string escapes the same
-/// characters once it is past the first one (which it treats apart).
+/// Python's `str.isprintable` for one character. Rust's debug printing escapes the same characters,
+/// and combining ones, but those only at the start of a string.
 fn is_printable(c: char) -> bool {
-    c.is_ascii_graphic() || c == ' ' || !format!("{:?}", format!("a{c}")).contains('\\')
+    struct FindsEscape(bool);
+    impl Write for FindsEscape {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            self.0 |= text.contains('\\');
+            Ok(())
+        }
+    }
+    if c.is_ascii() {
+        return c.is_ascii_graphic() || c == ' ';
+    }
+    if c.escape_debug().len() == 1 {
+        return true;
+    }
+    let mut text = [b'a'; 5];
+    let length = 1 + c.encode_utf8(&mut text[1..]).len();
+    let mut found = FindsEscape(false);
+    let text = std::str::from_utf8(&text[..length]).unwrap_or_default();
+    write!(found, "{text:?}").is_ok() && !found.0
 }
 
 /// `repr(x)` of a float: the shortest digits that read back, with an exponent below 1e-4 and from

@@ -396,7 +396,7 @@ impl Value {
             Self::Int(value) => budget.push(out, &value.to_string()),
             Self::Float(value) => budget.push(out, &pystr::float_repr(*value)),
             Self::Str(text) => {
-                budget.scan(text.len())?;
+                budget.step(text.len())?;
                 budget.push(out, &pystr::repr(text))
             }
             Self::Seq(seq) => {

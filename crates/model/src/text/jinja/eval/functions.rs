@@ -85,7 +85,8 @@ impl Interp<'_> {
             }
             "strftime_now" => {
                 let [format] = args.bind(name, ["format"])?;
-                let text = self.now.format(&needed_text(name, format)?, self.budget)?;
+                let now = self.now.ok_or_else(|| Error::runtime("no time was given"))?;
+                let text = now.format(&needed_text(name, format)?, self.budget)?;
                 self.budget.text(text)
             }
             "range" => range(args, self.budget),

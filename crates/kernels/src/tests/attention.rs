@@ -1,0 +1,126 @@
+use super::*;
+
+/// One row of one head, by the definition.
+fn attend(shape: &AttnShape, s: &AttnSegment<'_>, row: usize, head: usize, q: &[f32]) -> Vec<f64> {
+    let AttnShape { n_heads, n_kv_heads, head_dim: d, scale, window } = *shape;
+    let position = s.pos0 + row;
+    let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let cached = |j: usize| (j * n_kv_heads + head / (n_heads / n_kv_heads)) * d;
+    let q = &q[((s.row0 + row) * n_heads + head) * d..][..d];
+    let score = |j: usize| {
+        let k = &s.k[cached(j)..][..d];
+        let sum: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+        sum * f64::from(scale)
+    };
+    let scores: Vec<f64> = (first..=position).map(score).collect();
+    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    let mut z = vec![0.0; d];
+    for (j, weight) in (first..=position).zip(weights) {
+        for (z, v) in z.iter_mut().zip(&s.v[cached(j)..]) {
+            *z += weight / sum * f64::from(*v);
+        }
+    }
+    z
+}
+
+/// Segments as rows and cached positions before them, one row apart, with values times `size`.
+fn check(shape: AttnShape, lens: &[(usize, usize)], size: f32, seed: u64, pools: &[Pool]) {
+    let mut random = Random(seed);
+    let d = shape.head_dim;
+    let mut values = |n: usize| random.values(n).iter().map(|x| x * size).collect::<Vec<f32>>();
+    let caches: Vec<_> =
+        lens.iter().map(|(len, pos0)| (pos0 + len) * shape.n_kv_heads * d).map(|n| (values(n), values(n))).collect();
+    let (mut segments, mut row0) = (Vec::new(), 0);
+    for (&(len, pos0), (k, v)) in lens.iter().zip(&caches) {
+        segments.push(AttnSegment { row0, len, pos0, k, v });
+        row0 += len + 1;
+    }
+    let q = values(row0 * shape.n_heads * d);
+    for pool in pools {
+        let mut z = vec![7.0; q.len()];
+        attention(pool, &shape, &q, &segments, &mut z);
+        for s in &segments {
+            for (row, head) in (0..s.len).flat_map(|r| (0..shape.n_heads).map(move |h| (r, h))) {
+                let want = attend(&shape, s, row, head, &q);
+                let got = &z[((s.row0 + row) * shape.n_heads + head) * d..][..d];
+                for (got, want) in got.iter().zip(want) {
+                    let tolerance = 2e-6 * f64::from(size.max(size * size * size));
+                    let isa = pool.isa();
+                    near(*got, want, tolerance, format_args!("{isa:?} {shape:?} {lens:?} {row}"));
+                }
+            }
+            let gap = (s.row0 + s.len) * shape.n_heads * d;
+            assert!(z[gap..][..shape.n_heads * d].iter().all(|z| *z == 7.0), "rows of nobody");
+        }
+    }
+}
+
+fn shape(n_heads: usize, n_kv_heads: usize, head_dim: usize) -> AttnShape {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttnShape { n_heads, n_kv_heads, head_dim, scale, window: None }
+}
+
+#[test]
+fn attention_of_all_head_sizes() {
+    let pools = pools(2);
+    for d in (1..=70).step_by(3).chain([4, 8, 16, 32, 64, 80, 96, 128]) {
+        check(shape(2, 1, d), &[(3, 5), (11, 0)], 1.0, d as u64, &pools);
+    }
+}
+
+#[test]
+fn attention_of_all_lengths() {
+    let pools = pools(3);
+    for len in 1..=20 {
+        check(shape(3, 3, 16), &[(len, 7 * len), (1, 64 * len), (len, 0)], 1.0, 1, &pools);
+    }
+    check(shape(4, 2, 32), &[(150, 0), (40, 130), (1, 63), (1, 64)], 1.0, 2, &pools);
+    check(shape(72, 1, 8), &[(3, 100)], 1.0, 3, &pools);
+}
+
+#[test]
+fn attention_in_a_window() {
+    let pools = pools(2);
+    for window in [1, 2, 63, 64, 65, 100, 1000] {
+        let shape = AttnShape { window: Some(window), ..shape(2, 2, 16) };
+        check(shape, &[(140, 0), (1, 200), (9, 190)], 1.0, window as u64, &pools);
+    }
+}
+
+#[test]
+fn attention_of_extreme_scores() {
+    check(shape(2, 2, 32), &[(70, 0), (1, 80)], 30.0, 5, &pools(1));
+    check(shape(2, 2, 32), &[(70, 0), (1, 80)], 0.0, 6, &pools(1));
+}
+
+#[test]
+fn threads_do_not_change_attention() {
+    let mut random = Random(9);
+    let shape = AttnShape { window: Some(90), ..shape(4, 2, 24) };
+    let (k, v) = (random.values(301 * 48), random.values(301 * 48));
+    let q = random.values(301 * 96);
+    let run = |threads: usize| {
+        let mut z = vec![0.0; q.len()];
+        let many = AttnSegment { row0: 0, len: 300, pos0: 0, k: &k[..300 * 48], v: &v[..300 * 48] };
+        let one = AttnSegment { row0: 300, len: 1, pos0: 300, k: &k, v: &v };
+        attention(&Pool::new(threads), &shape, &q, &[many, one], &mut z);
+        z
+    };
+    identical(&(1..=4).map(run).collect::<Vec<_>>(), "attention");
+}
+
+#[test]
+#[should_panic(expected = "segment 1 overlaps another")]
+fn attention_refuses_overlapping_segments() {
+    let (k, q, mut z) = ([0.0; 16], [0.0; 24], [0.0; 24]);
+    let segment = AttnSegment { row0: 0, len: 2, pos0: 0, k: &k, v: &k };
+    let other = AttnSegment { row0: 1, ..segment };
+    attention(&Pool::new(1), &shape(1, 1, 8), &q, &[segment, other], &mut z);
+}
+
+#[test]
+fn attention_of_nothing() {
+    attention(&Pool::new(1), &shape(1, 1, 8), &[], &[], &mut []);
+}

@@ -1,0 +1,127 @@
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use super::*;
+use crate::pool::Share;
+
+#[test]
+fn every_worker_runs_once() {
+    for threads in 1..=4 {
+        let pool = Pool::new(threads);
+        assert_eq!(pool.threads(), threads);
+        for round in 0..200 {
+            let calls: Vec<_> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(|worker, workers| {
+                assert_eq!(workers, threads);
+                calls[worker].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(calls.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            if round % 50 == 0 {
+                // Long enough for the threads to fall asleep.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+    let pool = Pool::new(3);
+    for bad in [0, 1, 2] {
+        let work = |worker, _| assert!(worker != bad, "worker {bad} fails");
+        let payload = catch_unwind(AssertUnwindSafe(|| pool.run(work))).unwrap_err();
+        let message = payload.downcast_ref::<String>().expect("a message");
+        assert_eq!(*message, format!("worker {bad} fails"));
+        let sum = AtomicUsize::new(0);
+        pool.run(|worker, _| {
+            sum.fetch_add(worker, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 3);
+    }
+}
+
+#[test]
+fn a_nested_run_is_inline() {
+    let (pool, other) = (Pool::new(2), Pool::new(2));
+    let seen = Mutex::new(Vec::new());
+    pool.run(|worker, _| {
+        pool.run(|w, n| seen.lock().unwrap().push((worker, w, n)));
+        other.run(|w, n| seen.lock().unwrap().push((worker, w, n)));
+    });
+    let mut seen = seen.into_inner().unwrap();
+    seen.sort_unstable();
+    assert_eq!(seen, [(0, 0, 1), (0, 0, 1), (1, 0, 1), (1, 0, 1)]);
+}
+
+#[test]
+fn callers_take_turns() {
+    let (pool, sum) = (Pool::new(3), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    pool.run(|_, _| {
+                        sum.fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(sum.into_inner(), 4 * 100 * 3);
+}
+
+#[test]
+fn every_part_runs_once() {
+    for threads in [1, 2, 3, 70] {
+        let pool = Pool::new(threads);
+        for operations in [0, 1 << 17, 1 << 19, usize::MAX] {
+            let calls: Vec<_> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            let count = AtomicUsize::new(0);
+            pool.run_parts(operations, |part, parts| {
+                calls[part].fetch_add(1, Ordering::Relaxed);
+                count.store(parts, Ordering::Relaxed);
+            });
+            let count = count.into_inner();
+            let calls: Vec<_> = calls.into_iter().map(AtomicUsize::into_inner).collect();
+            assert!(calls[..count].iter().all(|c| *c == 1) && calls[count..].iter().all(|c| *c == 0));
+        }
+    }
+}
+
+#[test]
+fn split_covers_everything_once() {
+    for n in 0..50 {
+        for (workers, align) in [(1, 1), (3, 1), (4, 8), (7, 16), (2, 64)] {
+            let mut next = 0;
+            for worker in 0..workers {
+                let range = split(n, worker, workers, align);
+                assert_eq!(range.start, next);
+                assert!(range.start % align == 0 || range.is_empty());
+                next = range.end;
+            }
+            assert_eq!(next, n);
+        }
+    }
+}
+
+#[test]
+fn shares_cover_everything_once() {
+    let mut random = Random(19);
+    for _ in 0..200 {
+        let groups: Vec<_> = (0..1 + random.below(9)).map(|_| (random.below(20), random.below(30) as u64)).collect();
+        let total = groups.iter().map(|(items, cost)| *items as u64 * cost).sum();
+        let workers = 1 + random.below(6);
+        let mut shares: Vec<_> = (0..workers).map(|w| Share::new(total, w, workers)).collect();
+        for (items, cost) in groups {
+            let mut next = 0;
+            for share in &mut shares {
+                let range = share.take(items, cost);
+                assert!(range.is_empty() || range.start == next);
+                next = next.max(range.end);
+            }
+            assert!(next == items || cost == 0);
+        }
+    }
+}

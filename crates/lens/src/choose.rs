@@ -1,0 +1,82 @@
+//! From a prompt or a task's name to a plan.
+
+use quorate_formats::spec::ModelSpec;
+use quorate_model::{Model, RoutingMode};
+use serde::Serialize;
+
+use crate::{Keep, KeyMetric, LensError, Library, Nearest, Pattern, Plan, Scope, Selection, nearest, prompt_keys};
+
+/// Name of the pattern that an unfamiliar prompt falls back to.
+pub const GENERALIST: &str = "generalist";
+
+/// How experts are chosen once the pattern is known.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// Metric.
+    pub metric: String,
+    /// How many experts; `None` keeps half of them.
+    pub keep: Option<Keep>,
+    /// How layers share the places.
+    pub scope: Scope,
+    /// What happens to tokens whose expert is not kept.
+    pub mode: RoutingMode,
+    /// Experts `(decoder layer, expert)` that are kept whatever their score.
+    pub protect: Vec<(usize, usize)>,
+}
+
+impl Choice {
+    /// The plan that keeps a pattern's best experts.
+    ///
+    /// # Errors
+    /// A pattern of another model, a metric it does not have, or a number that cannot be kept.
+    pub fn plan(&self, pattern: &Pattern, spec: &ModelSpec, fingerprint: &str) -> Result<Plan, LensError> {
+        pattern.check_model(fingerprint)?;
+        let map = &pattern.map;
+        let half = map.experts.iter().sum::<usize>() / 2;
+        let mut protect = Vec::with_capacity(self.protect.len());
+        for &(layer, expert) in &self.protect {
+            let moe = map.moe_index(layer);
+            protect.push((moe.ok_or_else(|| LensError::Select(format!("layer {layer} has no experts to protect")))?, expert));
+        }
+        let floor = map.layers.iter().map(|&l| spec.moe(l).map_or(0, |m| m.top_k)).collect();
+        let selection = Selection { scope: self.scope, protect, floor };
+        let kept = selection.select(pattern.scores(&self.metric)?, self.keep.unwrap_or(Keep::Total(half)))?;
+        let mut plan = Plan::keeping(fingerprint, map, &kept, self.mode);
+        plan.task = Some(pattern.info.name.clone());
+        plan.metric = Some(self.metric.clone());
+        Ok(plan)
+    }
+}
+
+/// Which pattern a prompt is served with.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Retrieved {
+    /// The pattern to use: the nearest, or the generalist if the prompt is unfamiliar and there is one.
+    pub task: String,
+    /// The nearest pattern.
+    pub nearest: Nearest,
+}
+
+/// Finds each prompt's pattern. `None` if the library has no patterns of the model.
+///
+/// # Errors
+/// The library, or the model's forward pass up to its first router.
+pub fn retrieve(
+    model: &Model,
+    library: &Library,
+    prompts: &[&[u32]],
+    metric: KeyMetric,
+) -> Result<Option<Vec<Retrieved>>, LensError> {
+    let fingerprint = model.checkpoint().fingerprint();
+    let keys = library.keys(fingerprint)?;
+    if keys.is_empty() {
+        return Ok(None);
+    }
+    let has_generalist = library.list(Some(fingerprint))?.iter().any(|i| i.name == GENERALIST);
+    let found = prompt_keys(model, prompts)?.into_iter().filter_map(|prompt| nearest(&keys, &prompt, metric));
+    let choose = |nearest: Nearest| Retrieved {
+        task: if nearest.familiar || !has_generalist { nearest.name.clone() } else { GENERALIST.to_string() },
+        nearest,
+    };
+    Ok(Some(found.map(choose).collect()))
+}
