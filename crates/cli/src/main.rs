@@ -1,1 +1,70 @@
-fn main() {}
+//! The `quorate` program: arguments, printing and exit codes. What it does is in the library crates.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod commands;
+mod common;
+mod embedded;
+mod experts;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::commands::Command;
+use crate::common::Common;
+
+/// Runs mixture-of-experts language models with just the experts that a task needs.
+#[derive(Parser)]
+#[command(name = "quorate", version, about, long_about = None, max_term_width = 100, after_help = "\
+Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment.
+Files: $QUORATE_HOME, or quorate/ in the user's data folder, holds the pattern library and the unpacked embedded model.
+
+Examples:
+  quorate run \"78+95=\"                     find the nearest task, load its experts, answer
+  quorate profile --tasks tasks/            measure which experts each task needs
+  quorate eval --keep 8 --task own          how well half a quarter of the experts do")]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print(); // nowhere left to report that stderr is closed
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match common::catch_interrupts().and_then(|()| cli.command.run(&cli.common)) {
+        Ok(outcome) => outcome,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quorate: {}", chain(&error));
+            ExitCode::from(3)
+        }
+    }
+}
+
+/// The error and its causes on one line, each said once.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        }
+    }
+    text
+}
+
+/// Whether whoever read our output has closed it, as `head` does.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let pipe = |io: &std::io::Error| io.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| {
+        let json = cause.downcast_ref::<serde_json::Error>();
+        cause.downcast_ref::<std::io::Error>().is_some_and(pipe)
+            || json.is_some_and(|j| j.io_error_kind() == Some(std::io::ErrorKind::BrokenPipe))
+    })
+}

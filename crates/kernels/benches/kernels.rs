@@ -106,10 +106,10 @@ impl Bench {
             [(DType::BF16, 32, 4, 256, 128), (DType::Q8_0, 32, 4, 256, 128), (DType::BF16, 64, 8, 2048, 1024)]
         {
             let of = format!("{} of {e}, d {d}, I {i}, k {k}", dtype.name());
-            if !["expert_hidden", "expert_down", "experts"]
-                .iter()
-                .any(|f| self.wants(&format!("{f} {of}, n 1 8 32 128 512")))
-            {
+            let names = ["expert_hidden", "expert_down", "experts", "combine"];
+            let sizes = [1, 8, 32, 128, 512];
+            let wanted = |f: &&str| sizes.iter().any(|n| self.wants(&format!("{f} {of}, n {n}")));
+            if !names.iter().any(wanted) {
                 continue;
             }
             let sets: Vec<_> =
@@ -124,7 +124,7 @@ impl Bench {
                     })
                 })
                 .collect();
-            for n in [1, 8, 32, 128, 512] {
+            for n in sizes {
                 self.expert_cases(&experts, n, k, &format!("{of}, n {n}"));
             }
         }

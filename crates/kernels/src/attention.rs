@@ -22,6 +22,9 @@ const KEYS: usize = 64;
 /// From this many rows on keys are packed.
 const PACK_FROM: usize = 8;
 
+/// The cost of a key and its value, in rows' worth of using them.
+const KEY_COST: usize = 8;
+
 /// What is common to all segments.
 #[derive(Clone, Copy, Debug)]
 pub struct AttnShape {
@@ -70,7 +73,7 @@ pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegm
                 for head in (0..shape.n_kv_heads).step_by(heads) {
                     let kv_heads = head..(head + heads).min(shape.n_kv_heads);
                     let block = Block { shape, segment, kv_heads, group, rows: rows.clone() };
-                    let cost = block.kv_heads.len() * rows.len() * block.keys().len();
+                    let cost = block.kv_heads.len() * (rows.len() + KEY_COST) * block.keys().len();
                     f(block, cost as u64);
                 }
             }
@@ -79,7 +82,7 @@ pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegm
     let mut total = 0;
     blocks(&mut |_, cost| total += cost);
     let z = SendPtr(z.as_mut_ptr());
-    pool.run_parts(total as usize * shape.head_dim / 8, |part, parts| {
+    pool.run_parts(total as usize * shape.head_dim, |part, parts| {
         let mut share = Share::new(total, part, parts);
         blocks(&mut |block, cost| {
             if !share.take(1, cost).is_empty() {

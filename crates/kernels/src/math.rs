@@ -33,7 +33,7 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     let r = S::fma(n, S::splat(2.121_944_4e-4), r);
     // exp(r) = 1 + r + r^2 p(r), the polynomial of Cephes' expf.
     let mut p = S::splat(1.987_569_1e-4);
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
         p = S::fma(p, r, S::splat(c));
     }
     let p = S::fma(p, S::mul(r, r), S::add(r, S::splat(1.0)));
@@ -82,7 +82,7 @@ pub(crate) unsafe fn activate<S: Simd>(act: Act, x: S::V) -> S::V {
         Act::GeluTanh => {
             // 1 + tanh(u) = 2 / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
             let cube = S::fma(S::mul(x, x), S::splat(0.044_715), S::splat(1.0));
-            logistic::<S>(x, S::mul(S::mul(x, cube), S::splat(1.595_769_1)))
+            logistic::<S>(x, S::mul(S::mul(x, cube), S::splat(1.595_769_2)))
         }
         Act::Gelu => gelu::<S>(x),
     }

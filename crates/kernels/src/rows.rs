@@ -49,10 +49,10 @@ kernel! {
         let step = 4 * S::LANES;
         let whole = a.len() - a.len() % step;
         for i in (0..whole).step_by(step) {
-            for j in 0..4 {
+            for (j, sum) in sums.iter_mut().enumerate() {
                 let at = i + j * S::LANES;
                 let (a, b) = (S::load(a.as_ptr().add(at)), S::load(b.as_ptr().add(at)));
-                sums[j] = S::fma(a, b, sums[j]);
+                *sum = S::fma(a, b, *sum);
             }
         }
         for i in (whole..a.len()).step_by(S::LANES) {

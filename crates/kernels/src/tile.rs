@@ -5,6 +5,8 @@
 //! [`dots`] works on the rows as they lie. Both add up each result in an order that depends on
 //! the length of the rows alone.
 
+#![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
+
 use crate::DType;
 use crate::math::{Act, activate};
 use crate::simd::{Isa, MAX_LANES, Simd, kernel, reduce, transpose};
@@ -45,6 +47,17 @@ impl Rows {
     unsafe fn row(&self, r: usize) -> *const u8 {
         self.data.add(r.min(self.rows - 1) * self.stride)
     }
+
+    /// Asks for the vector at column `c` of the row that lies `ahead` rows behind `row`: processors
+    /// guess how one row goes on, but not that the next will be wanted.
+    #[inline(always)]
+    unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, ahead: usize, c: usize) {
+        let byte = |c: usize| c * W::DTYPE.block_bytes() / W::DTYPE.block_len();
+        // Once per cache line is enough.
+        if byte(c) % 64 < byte(S::LANES) {
+            S::prefetch(row.wrapping_add(ahead * self.stride + byte(c)));
+        }
+    }
 }
 
 kernel! {
@@ -68,43 +81,41 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     for i in 0..S::LANES {
         rows[i] = w.row(first + i);
     }
-    let whole = w.cols - w.cols % S::LANES;
-    let mut paired = 0;
-    if W::DTYPE as u8 == DType::BF16 as u8 {
+    let mut v = [S::zero(); MAX_LANES];
+    let mut start = 0;
+    if matches!(W::DTYPE, DType::BF16) {
         // Two bfloats to a lane halve the work of turning them.
-        paired = w.cols - w.cols % (2 * S::LANES);
-        for c in (0..paired).step_by(2 * S::LANES) {
-            let mut v = [S::zero(); MAX_LANES];
+        while start + 2 * S::LANES <= w.cols {
             for i in 0..S::LANES {
-                v[i] = S::load(rows[i].add(2 * c).cast());
+                v[i] = S::load(rows[i].add(2 * start).cast());
             }
             transpose::<S>(&mut v);
             for i in 0..S::LANES {
                 let (even, odd) = S::split_bf16(v[i]);
-                S::store(packed.add((c + 2 * i) * stride), even);
-                S::store(packed.add((c + 2 * i + 1) * stride), odd);
+                S::store(packed.add((start + 2 * i) * stride), even);
+                S::store(packed.add((start + 2 * i + 1) * stride), odd);
             }
+            start += 2 * S::LANES;
         }
     }
-    for c in (paired..whole).step_by(S::LANES) {
-        let mut v = [S::zero(); MAX_LANES];
+    while start + S::LANES <= w.cols {
         for i in 0..S::LANES {
-            v[i] = W::load::<S>(rows[i], c);
+            v[i] = W::load::<S>(rows[i], start);
         }
         transpose::<S>(&mut v);
         for i in 0..S::LANES {
-            S::store(packed.add((c + i) * stride), v[i]);
+            S::store(packed.add((start + i) * stride), v[i]);
         }
+        start += S::LANES;
     }
-    if whole < w.cols {
-        let mut v = [S::zero(); MAX_LANES];
+    if start < w.cols {
         for i in 0..S::LANES {
-            v[i] = W::load_part::<S>(rows[i], whole, w.cols - whole);
+            v[i] = W::load_part::<S>(rows[i], start, w.cols - start);
         }
         transpose::<S>(&mut v);
         for i in 0..S::LANES {
-            if whole + i < w.cols {
-                S::store(packed.add((whole + i) * stride), v[i]);
+            if start + i < w.cols {
+                S::store(packed.add((start + i) * stride), v[i]);
             }
         }
     }
@@ -221,8 +232,7 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
             let mut v = [S::zero(); R];
             for i in 0..R {
                 v[i] = W::load::<S>(rows[i], c);
-                let at = c * W::DTYPE.block_bytes() / W::DTYPE.block_len();
-                S::prefetch(rows[i].wrapping_add(R * w.stride + at));
+                w.prefetch::<S, W>(rows[i], R, c);
             }
             for t in 0..T {
                 let x = S::load(tokens[t].add(c));
@@ -253,9 +263,7 @@ unsafe fn store_sums<S: Simd, const R: usize>(sums: &[S::V; R], out: *mut f32) {
     let mut i = 0;
     while i < R {
         let mut v = [S::zero(); MAX_LANES];
-        for j in 0..step {
-            v[j] = sums[i + j];
-        }
+        v[..step].copy_from_slice(&sums[i..i + step]);
         reduce::<S>(&mut v, step);
         S::store_part(out.add(i), v[0], step);
         i += step;

@@ -138,21 +138,28 @@ unsafe fn widen_all<S: Simd, W: Weight>(src: *const u8, out: &mut [f32]) {
 /// If `out` has not the bytes of so many values.
 pub fn quantize(dtype: DType, src: &[f32], out: &mut [u8]) {
     assert_eq!(dtype.row_bytes(src.len()), Some(out.len()), "bytes of the result");
-    let blocks = src.chunks_exact(dtype.block_len()).zip(out.chunks_exact_mut(dtype.block_bytes()));
-    for (x, block) in blocks {
-        match dtype {
-            DType::F32 => block.copy_from_slice(&x[0].to_le_bytes()),
-            DType::F16 => block.copy_from_slice(&f16::from_f32(x[0]).to_le_bytes()),
-            DType::BF16 => block.copy_from_slice(&bf16::from_f32(x[0]).to_le_bytes()),
-            DType::Q8_0 => {
-                let d = x.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
-                let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-                let (scale, quants) = block.split_at_mut(2);
-                scale.copy_from_slice(&f16::from_f32(d).to_le_bytes());
-                for (q, x) in quants.iter_mut().zip(x) {
-                    *q = (x * inverse).round() as i8 as u8;
-                }
+    match dtype {
+        DType::F32 => narrow(src, out, |[x]: [f32; 1]| x.to_le_bytes()),
+        DType::F16 => narrow(src, out, |[x]: [f32; 1]| f16::from_f32(x).to_le_bytes()),
+        DType::BF16 => narrow(src, out, |[x]: [f32; 1]| bf16::from_f32(x).to_le_bytes()),
+        DType::Q8_0 => narrow(src, out, |x: [f32; 32]| {
+            let d = x.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / 127.0;
+            let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+            let mut block = [0; 34];
+            block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
+            for (q, x) in block[2..].iter_mut().zip(x) {
+                *q = (x * inverse).round() as i8 as u8;
             }
-        }
+            block
+        }),
+    }
+}
+
+/// Writes each block of `N` values as `B` bytes.
+fn narrow<const N: usize, const B: usize>(src: &[f32], out: &mut [u8], f: impl Fn([f32; N]) -> [u8; B]) {
+    let (blocks, _) = src.as_chunks::<N>();
+    let (out, _) = out.as_chunks_mut::<B>();
+    for (x, out) in blocks.iter().zip(out) {
+        *out = f(*x);
     }
 }

@@ -7,7 +7,7 @@ mod card;
 pub mod experts;
 
 pub use card::{Card, Kind};
-pub use experts::{METRICS, Metric, Phases, metric};
+pub use experts::{DEFAULT_METRIC, METRICS, Metric, Phases, all_tables, metric};
 
 /// Every method, in the order in which `quorate methods` lists them.
 pub const METHODS: &[&Card] = &[

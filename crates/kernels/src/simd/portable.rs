@@ -1,7 +1,5 @@
 //! Vectors as arrays, for machines without a path of their own.
 
-use half::f16;
-
 use super::{Isa, Simd};
 
 /// Four values.
@@ -13,6 +11,15 @@ const N: usize = Isa::Portable.lanes();
 #[inline(always)]
 fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
     std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+/// Exactly the value of a half, without branches: the bits in their places, the exponent mended by
+/// a product (which is right for subnormals too), and the highest exponent kept the highest.
+#[inline(always)]
+fn widen_f16(h: u16) -> f32 {
+    let size = f32::from_bits(u32::from(h & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    let special = if size >= 65536.0 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(size.to_bits() | special | u32::from(h & 0x8000) << 16)
 }
 
 impl Simd for Portable {
@@ -33,7 +40,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::V {
-        p.cast::<[u16; N]>().read_unaligned().map(|h| f16::from_bits(h).to_f32())
+        p.cast::<[u16; N]>().read_unaligned().map(widen_f16)
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> Self::V {
@@ -50,7 +57,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn splat_f16(p: *const u8) -> Self::V {
-        [f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32(); N]
+        [widen_f16(p.cast::<u16>().read_unaligned()); N]
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -98,7 +98,7 @@ fn split_covers_everything_once() {
             for worker in 0..workers {
                 let range = split(n, worker, workers, align);
                 assert_eq!(range.start, next);
-                assert!(range.start % align == 0 || range.is_empty());
+                assert!(range.start.is_multiple_of(align) || range.is_empty());
                 next = range.end;
             }
             assert_eq!(next, n);

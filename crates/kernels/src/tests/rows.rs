@@ -208,7 +208,7 @@ fn quantize_rounds_to_the_nearest() {
         assert_eq!(Weights::new(dtype, 64, 32, &exact).bytes, w.bytes);
     }
     // 1 + 2^-8 and 1 + 3 * 2^-8 lie halfway: to the even ones, 1 and 1 + 2^-6.
-    let tie = [1.003_906_25, 1.011_718_75];
+    let tie = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0];
     assert_eq!(Weights::new(DType::BF16, 1, 2, &tie).exact, [1.0, 1.015_625]);
     assert_eq!(Weights::new(DType::F16, 1, 1, &[2049.0]).exact, [2048.0]);
 }

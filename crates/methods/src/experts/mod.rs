@@ -30,13 +30,16 @@ pub enum Phases {
     /// Answer tokens.
     Answer,
     /// All tokens alike.
-    #[default]
     Both,
     /// The mean of the prompt's and of the answer's score, whatever their lengths.
+    #[default]
     Balanced,
 }
 
-/// Every metric, the default first.
+/// The metric that commands use unless told otherwise: the best on the testbed (`docs/results.md`).
+pub const DEFAULT_METRIC: &str = "easy-ep";
+
+/// Every metric.
 pub const METRICS: &[&Metric] = &[
     &premoe::PEU,
     &premoe::PEU_IDENTITY,
@@ -64,6 +67,28 @@ pub const METRICS: &[&Metric] = &[
 pub fn metric(name: &str) -> Result<&'static Metric, LensError> {
     let found = METRICS.iter().find(|m| m.name == name).copied();
     found.ok_or_else(|| LensError::unknown("metric", name, METRICS.iter().map(|m| m.name)))
+}
+
+/// The score tables of all metrics.
+pub fn all_tables(stats: &RouterStats, phases: Phases) -> Vec<ScoreTable> {
+    METRICS.iter().map(|m| m.table(stats, phases)).collect()
+}
+
+impl Phases {
+    /// The name on the command line and in patterns.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phases::Prompt => "prompt",
+            Phases::Answer => "answer",
+            Phases::Both => "both",
+            Phases::Balanced => "balanced",
+        }
+    }
+
+    /// The phases of that name.
+    pub fn of_name(name: &str) -> Option<Phases> {
+        [Phases::Prompt, Phases::Answer, Phases::Both, Phases::Balanced].into_iter().find(|p| p.name() == name)
+    }
 }
 
 impl Metric {

@@ -36,7 +36,7 @@ impl StreamDecoder {
     /// Takes a token and gives the text that can be shown now.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<Option<String>, TextError> {
         self.ids.push(id);
-        let text = self.pending(tokenizer)?;
+        let text = self.pending(tokenizer, false)?;
         let complete = text.trim_end_matches(INCOMPLETE);
         if self.ids.len() - self.context > HELD_MAX {
             return self.settle(tokenizer, &text);
@@ -54,17 +54,17 @@ impl StreamDecoder {
 
     /// Gives what was held back. Bytes that never became a character are U+FFFD.
     pub fn flush(&mut self, tokenizer: &Tokenizer) -> Result<Option<String>, TextError> {
-        let text = self.pending(tokenizer)?;
+        let text = self.pending(tokenizer, true)?;
         self.settle(tokenizer, &text)
     }
 
     /// The text of the tokens after the last piece.
-    fn pending(&self, tokenizer: &Tokenizer) -> Result<String, TextError> {
+    fn pending(&self, tokenizer: &Tokenizer, last: bool) -> Result<String, TextError> {
         let whole = tokenizer.decode(&self.ids, self.skip_special)?;
         match whole.strip_prefix(&self.prefix) {
             Some(text) => Ok(text.to_owned()),
             // A byte after complete characters can make a decoder doubt all of them for a moment.
-            None if whole.ends_with(INCOMPLETE) => Ok(self.shown.clone() + "\u{fffd}"),
+            None if whole.ends_with(INCOMPLETE) && !last => Ok(format!("{}{INCOMPLETE}", self.shown)),
             None => tokenizer.decode(&self.ids[self.context..], self.skip_special),
         }
     }

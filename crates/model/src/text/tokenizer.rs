@@ -1,6 +1,7 @@
 //! A model folder's tokenizer.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use super::tokenizer_config::{TokenizerConfig, read_limited};
@@ -25,23 +26,25 @@ pub struct Tokenizer {
 pub struct EncodedToken {
     /// The token's id.
     pub id: u32,
+    /// The token in the vocabulary's spelling; an added token with the spaces that it took from the text.
+    pub token: String,
     /// The CHARACTERS (not bytes) of the text it stands for; empty for tokens that were added.
     pub chars: Range<usize>,
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a model folder: `tokenizer.json` and, where present,
-    /// `tokenizer_config.json`, `special_tokens_map.json` and the chat template's files.
+    /// Reads the tokenizer of a model folder: `tokenizer.json` and, where present, `tokenizer_config.json`,
+    /// `special_tokens_map.json` and the chat template's files. The path of a model's file stands for its folder.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
     pub fn open(dir: &Path) -> Result<Self, TextError> {
+        let dir = if dir.is_file() { dir.parent().unwrap_or(dir) } else { dir };
         let path = dir.join("tokenizer.json");
         let Some(bytes) = read_limited(&path, TOKENIZER_BYTES_MAX)? else {
             return Err(no_tokenizer(dir));
         };
         let invalid = |message: String| TextError::Invalid { path: path.clone(), message };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| invalid(error.to_string()))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(invalid)?;
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         inner.with_padding(None);
         Ok(Self { inner, config: TokenizerConfig::read(dir)?, dir: dir.to_owned() })
@@ -50,7 +53,7 @@ impl Tokenizer {
     /// The ids of a text. `add_special` lets the tokenizer add what it adds to whole texts, such as
     /// a beginning-of-text token; special tokens written in the text count in both cases.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(encode_error)?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special)).map_err(encode_error)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -60,16 +63,19 @@ impl Tokenizer {
         text: &str,
         add_special: bool,
     ) -> Result<Vec<EncodedToken>, TextError> {
-        let encoding = self.inner.encode_char_offsets(text, add_special).map_err(encode_error)?;
-        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
-        Ok(tokens.map(|(&id, &(start, end))| EncodedToken { id, chars: start..end }).collect())
+        let encoding = guarded(|| self.inner.encode_char_offsets(text, add_special)).map_err(encode_error)?;
+        let ids = encoding.get_ids().iter().zip(encoding.get_tokens()).zip(encoding.get_offsets());
+        let token = |((&id, token), &(start, end)): ((&u32, &String), &(usize, usize))| EncodedToken {
+            id,
+            token: token.clone(),
+            chars: start..end,
+        };
+        Ok(ids.map(token).collect())
     }
 
     /// The text of ids. Ids without a token give nothing; bytes that are no text give U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| TextError::Decode { message: error.to_string() })
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|message| TextError::Decode { message })
     }
 
     /// A decoder for ids that come one by one.
@@ -127,8 +133,17 @@ impl Tokenizer {
     }
 }
 
-fn encode_error(error: tokenizers::Error) -> TextError {
-    TextError::Encode { message: error.to_string() }
+/// Runs a part of the tokenizer. The library panics on some files whose parts contradict each other (a template that
+/// names a token without definition, a decoder that strips more than there is); here that is an error of the file.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("the parts of tokenizer.json contradict each other".to_owned()),
+    }
+}
+
+fn encode_error(message: String) -> TextError {
+    TextError::Encode { message }
 }
 
 fn no_tokenizer(dir: &Path) -> TextError {

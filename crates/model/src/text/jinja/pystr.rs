@@ -1,7 +1,5 @@
 //! Python's rules for text: space, case, splitting, `repr`.
 
-use std::fmt::Write;
-
 /// Python's `str.isspace` for one character.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
@@ -156,27 +154,16 @@ pub(super) fn repr(s: &str) -> String {
     out
 }
 
-/// Python's `str.isprintable` for one character. Rust's debug printing escapes the same characters,
-/// and combining ones, but those only at the start of a string.
+/// Python's `str.isprintable` for one character. Rust escapes the same characters, and combining ones, but those only at
+/// the start of a string.
 fn is_printable(c: char) -> bool {
-    struct FindsEscape(bool);
-    impl Write for FindsEscape {
-        fn write_str(&mut self, text: &str) -> std::fmt::Result {
-            self.0 |= text.contains('\\');
-            Ok(())
-        }
-    }
     if c.is_ascii() {
         return c.is_ascii_graphic() || c == ' ';
     }
-    if c.escape_debug().len() == 1 {
-        return true;
-    }
     let mut text = [b'a'; 5];
     let length = 1 + c.encode_utf8(&mut text[1..]).len();
-    let mut found = FindsEscape(false);
     let text = std::str::from_utf8(&text[..length]).unwrap_or_default();
-    write!(found, "{text:?}").is_ok() && !found.0
+    text.escape_debug().nth(1) == Some(c)
 }
 
 /// `repr(x)` of a float: the shortest digits that read back, with an exponent below 1e-4 and from

@@ -1,0 +1,110 @@
+//! `quorate chat`: a conversation.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+use quorate_model::text::Message;
+use quorate_model::{Event, KvCache, NoLens};
+use serde_json::json;
+
+use super::run::{SamplingArgs, Timing, announce, chat_prompt, choose_task};
+use crate::common::{Common, interrupted};
+use crate::experts::{ExpertArgs, open};
+
+/// Arguments of `chat`.
+#[derive(Args)]
+#[command(after_help = "\
+The first message fixes the task's experts for the whole conversation, unless --each-message is given.
+With --json each answer is one JSON document per line. An empty line or Ctrl-D ends the conversation.
+
+Examples:
+  quorate chat
+  printf 'What is the capital of Oman?\\n' | quorate chat --keep 8
+  quorate chat --task bios --system \"Answer briefly.\"")]
+pub struct Chat {
+    /// Task whose experts are used: `auto` finds the one nearest to the first message, `none` uses all experts
+    #[arg(long, default_value = "auto")]
+    task: String,
+    /// Find the nearest task anew for each message
+    #[arg(long)]
+    each_message: bool,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    #[command(flatten)]
+    experts: ExpertArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+impl Chat {
+    pub fn run(&self, common: &Common) -> Result<()> {
+        let (mut model, library) = open(common, &self.experts)?;
+        let mut messages: Vec<Message> = self.system.iter().map(|s| Message::new("system", s.clone())).collect();
+        let mut cache = KvCache::new(model.spec(), 1);
+        let mut held: Vec<u32> = Vec::new(); // tokens whose keys and values the cache holds
+        let mut task: Option<Option<String>> = None;
+        let options = self.sampling.options();
+        while let Some(line) = read_line()? {
+            let start = Instant::now();
+            messages.push(Message::new("user", line.clone()));
+            let prompt = chat_prompt(&model, &messages)?;
+            if task.is_none() || self.each_message {
+                let first = chat_prompt(&model, &[Message::new("user", line)])?;
+                let choice = choose_task(common, &model, &library, &first, &self.task, &self.experts)?;
+                if task.as_ref() != Some(&choice.task) {
+                    let context = model.spec().max_position_embeddings;
+                    self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
+                    announce(common, &model, choice.task.as_deref(), choice.nearest.as_ref());
+                    held.clear(); // other experts, other keys and values
+                    task = Some(choice.task);
+                }
+            }
+            let shared = held.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
+            cache.truncate(0, shared);
+            let mut timing = Timing::new(start, prompt.len() - shared);
+            let answer = model.generate(&prompt[shared..], 0, &mut cache, &options, &mut NoLens, &mut |event| {
+                timing.note(&event);
+                if let (Event::Text(text), false) = (&event, common.json) {
+                    print!("{text}");
+                    let _ = std::io::stdout().flush(); // a closed pipe shows at the next line
+                }
+                !interrupted()
+            })?;
+            timing.end();
+            held = prompt;
+            held.extend(&answer.tokens);
+            held.truncate(cache.len(0));
+            if common.json {
+                let document = json!({
+                    "text": answer.text, "tokens": answer.tokens, "task": task.clone().flatten(),
+                    "cached_tokens": shared, "finish": answer.finish.name(),
+                    "decode_tokens_per_s": timing.decode_rate(), "time_to_first_token_s": timing.first_token_s,
+                });
+                println!("{document}");
+            } else {
+                println!();
+                common.note(&timing.summary());
+            }
+            messages.push(Message::new("assistant", answer.text));
+            if interrupted() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The next message; `None` at the end.
+fn read_line() -> Result<Option<String>> {
+    if std::io::stdin().is_terminal() {
+        eprint!("> ");
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().read_until(b'\n', &mut bytes)?;
+    let line = String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("the message is not UTF-8"))?;
+    let line = line.trim_end_matches(['\n', '\r']);
+    Ok((!line.is_empty()).then(|| line.to_string()))
+}

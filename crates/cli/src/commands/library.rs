@@ -1,0 +1,204 @@
+//! `quorate library`: the stored patterns.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use quorate_lens::{Library, Pattern};
+use quorate_model::Model;
+use serde_json::json;
+
+use super::profile::{merged, patterns_of, phases_of, print_summary, summary, write_pattern};
+use crate::common::Common;
+
+/// Arguments of `library`.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  quorate library list
+  quorate library show arithmetic
+  quorate library merge arithmetic modular --into sums
+  quorate library merge shard0/*.pattern shard1/*.pattern
+  quorate library export -o patterns/ --compact
+  quorate library import patterns/*.pattern")]
+pub struct LibraryCommand {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Patterns of the model (--all: of every model)
+    List {
+        /// Patterns of every model
+        #[arg(long)]
+        all: bool,
+    },
+    /// A pattern: where it comes from, held-out coverage, overlap with the others, best experts
+    Show {
+        /// Its name
+        name: String,
+        /// Metric whose ranking is shown
+        #[arg(long, default_value = quorate_methods::DEFAULT_METRIC)]
+        metric: String,
+    },
+    /// Remove patterns
+    Remove {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Pool patterns, exactly as if their texts had been profiled at once
+    Merge {
+        /// Names in the library, or pattern files; files of one task are merged into that task
+        #[arg(required = true)]
+        sources: Vec<String>,
+        /// Name of the result; left out, the sources must be shards, and keep their task's name
+        #[arg(long)]
+        into: Option<String>,
+    },
+    /// Write patterns as files
+    Export {
+        /// Their names; left out, all of the model
+        names: Vec<String>,
+        /// Folder
+        #[arg(short, long)]
+        output: PathBuf,
+        /// Leave out what only merging needs
+        #[arg(long)]
+        compact: bool,
+    },
+    /// Read pattern files
+    Import {
+        /// The files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+}
+
+impl LibraryCommand {
+    pub fn run(&self, common: &Common) -> Result<()> {
+        let mut library = common.open_library()?;
+        match &self.action {
+            Action::List { all } => list(common, &library, *all),
+            Action::Show { name, metric } => show(common, &library, name, metric),
+            Action::Remove { names } => {
+                let fingerprint = fingerprint(common)?;
+                for name in names {
+                    library.remove(&fingerprint, name)?;
+                }
+                done(common, "removed", names)
+            }
+            Action::Merge { sources, into } => merge(common, &mut library, sources, into.as_deref()),
+            Action::Export { names, output, compact } => export(common, &library, names, output, *compact),
+            Action::Import { files } => {
+                let names = library.import(files)?;
+                done(common, "imported", &names)
+            }
+        }
+    }
+}
+
+fn done(common: &Common, what: &str, names: &[String]) -> Result<()> {
+    if common.json {
+        return common.print_json(&json!({ what: names }));
+    }
+    println!("{what} {}", names.join(", "));
+    Ok(())
+}
+
+fn fingerprint(common: &Common) -> Result<String> {
+    Ok(quorate_formats::Checkpoint::open(&common.model_path()?)?.fingerprint().to_string())
+}
+
+fn list(common: &Common, library: &Library, all: bool) -> Result<()> {
+    let infos = library.list((!all).then(|| fingerprint(common)).transpose()?.as_deref())?;
+    if common.json {
+        return common.print_json(&infos);
+    }
+    println!("{:16} {:>7} {:>9} {:>9} {:>9}  {:9} model", "pattern", "items", "prompt", "answer", "held out", "phases");
+    for i in &infos {
+        println!(
+            "{:16} {:>7} {:>9} {:>9} {:>9}  {:9} {}",
+            i.name, i.items, i.tokens[0], i.tokens[1], i.heldout_items, i.phases, i.fingerprint
+        );
+    }
+    common.note(&format!("{} patterns in {}", infos.len(), library.path().display()));
+    Ok(())
+}
+
+fn show(common: &Common, library: &Library, name: &str, metric: &str) -> Result<()> {
+    let model: Model = common.open_model(None)?;
+    let fingerprint = model.checkpoint().fingerprint();
+    let pattern = library.get(fingerprint, name)?;
+    let names: Vec<String> = library.list(Some(fingerprint))?.into_iter().map(|i| i.name).collect();
+    let all = patterns_of(library, fingerprint, &names)?;
+    let summary = summary(&model, &pattern, &all)?;
+    let scores = pattern.scores(metric)?;
+    let rankings: Vec<(usize, Vec<usize>)> =
+        scores.map.layers.iter().enumerate().map(|(moe, &layer)| (layer, scores.ranking(moe))).collect();
+    if common.json {
+        let rankings: Vec<_> = rankings.iter().map(|(l, r)| json!({ "layer": l, "experts": r })).collect();
+        return common.print_json(&json!({
+            "info": pattern.info, "summary": summary, "metric": scores.metric, "ranking": rankings,
+        }));
+    }
+    println!("{} of model {}, from {}", name, pattern.info.fingerprint, pattern.info.data.join(", "));
+    println!("{} items ({} held out), {} prompt and {} answer tokens", pattern.info.items, pattern.info.heldout_items,
+        pattern.info.tokens[0], pattern.info.tokens[1]);
+    println!("held-out coverage (share of selections / of gate mass):");
+    print_summary(&summary);
+    println!("experts by {metric}, best first:");
+    for (layer, ranking) in rankings {
+        let ids: Vec<String> = ranking.iter().map(ToString::to_string).collect();
+        println!("  layer {layer}: {}", ids.join(" "));
+    }
+    Ok(())
+}
+
+/// Merges sources; files without `--into` are grouped by their task.
+fn merge(common: &Common, library: &mut Library, sources: &[String], into: Option<&str>) -> Result<()> {
+    let mut patterns = Vec::with_capacity(sources.len());
+    for source in sources {
+        let path = PathBuf::from(source);
+        if path.is_file() {
+            let bytes = std::fs::read(&path).with_context(|| source.clone())?;
+            patterns.push(Pattern::from_bytes(&bytes, source)?);
+        } else {
+            patterns.push(library.get(&fingerprint(common)?, source)?);
+        }
+    }
+    let mut groups: Vec<(String, Vec<&Pattern>)> = Vec::new();
+    for pattern in &patterns {
+        let name = into.unwrap_or(&pattern.info.name);
+        match groups.iter_mut().find(|g| g.0 == name) {
+            Some(group) => group.1.push(pattern),
+            None => groups.push((name.to_string(), vec![pattern])),
+        }
+    }
+    if into.is_none() && groups.iter().any(|g| g.1.len() < 2) {
+        bail!("the sources are of different tasks; help: name the result with --into NAME");
+    }
+    let mut results = Vec::with_capacity(groups.len());
+    for (name, group) in &groups {
+        results.push(merged(name, group, phases_of(group)?)?);
+    }
+    library.put(&results)?;
+    done(common, "merged", &results.into_iter().map(|p| p.info.name).collect::<Vec<_>>())
+}
+
+fn export(common: &Common, library: &Library, names: &[String], output: &PathBuf, compact: bool) -> Result<()> {
+    let fingerprint = fingerprint(common)?;
+    let names = match names {
+        [] => library.list(Some(&fingerprint))?.into_iter().map(|i| i.name).collect(),
+        names => names.to_vec(),
+    };
+    std::fs::create_dir_all(output).with_context(|| output.display().to_string())?;
+    for mut pattern in patterns_of(library, &fingerprint, &names)? {
+        if compact {
+            pattern.data = None;
+        }
+        write_pattern(&pattern, &output.join(format!("{}.pattern", pattern.info.name)))?;
+    }
+    done(common, "exported", &names)
+}

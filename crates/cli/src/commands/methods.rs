@@ -1,0 +1,45 @@
+//! `quorate methods`: what there is and how to run it.
+
+use anyhow::Result;
+use clap::Args;
+use quorate_lens::LensError;
+use quorate_methods::{Card, METHODS, METRICS};
+use serde_json::json;
+
+use crate::common::Common;
+
+/// Arguments of `methods`.
+#[derive(Args)]
+#[command(after_help = "Examples:\n  quorate methods\n  quorate methods premoe\n  quorate methods --json")]
+pub struct Methods {
+    /// Show one method
+    name: Option<String>,
+}
+
+impl Methods {
+    pub fn run(&self, common: &Common) -> Result<()> {
+        let chosen: Vec<&Card> = match &self.name {
+            None => METHODS.to_vec(),
+            Some(name) => {
+                let card = METHODS.iter().find(|m| m.id == name || m.metrics.contains(&name.as_str()));
+                vec![card.ok_or_else(|| LensError::unknown("method", name, METHODS.iter().map(|m| m.id)))?]
+            }
+        };
+        let metrics_of = |card: &Card| METRICS.iter().filter(|m| card.metrics.contains(&m.name)).copied().collect::<Vec<_>>();
+        if common.json {
+            let cards = chosen.iter().map(|card| json!({ "card": card, "metrics": metrics_of(card) }));
+            return common.print_json(&cards.collect::<Vec<_>>());
+        }
+        for card in chosen {
+            println!("{}: {} ({}, {})", card.id, card.title, card.paper, card.year);
+            if self.name.is_some() {
+                println!("\n{}\n\nneeds: {}\ncost:  {}\nrun:   {}\n", card.about, card.needs, card.cost, card.run);
+            }
+            for metric in metrics_of(card) {
+                let gauge = if metric.gauge_dependent { " [gauge dependent]" } else { "" };
+                println!("  {:15} {}{gauge}", metric.name, metric.about);
+            }
+        }
+        Ok(())
+    }
+}

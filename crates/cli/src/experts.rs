@@ -1,0 +1,210 @@
+//! The flags that choose experts, and making the model ready with them; shared by the commands that run a model.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope};
+use quorate_methods::DEFAULT_METRIC;
+use quorate_model::{KvCache, Model, RoutingMode};
+
+use crate::common::{Common, parse_bytes};
+
+/// How many experts to keep, and which.
+#[derive(Args, Clone, Debug)]
+pub struct ExpertArgs {
+    /// Metric that ranks experts (`quorate methods` lists them)
+    #[arg(long, default_value = DEFAULT_METRIC)]
+    pub metric: String,
+    /// Experts kept per layer (on average, if layers compete); left out, half of them
+    #[arg(long, value_name = "K")]
+    pub keep: Option<usize>,
+    /// Keep as many experts as fit into this much memory for the whole process, e.g. 4GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "keep")]
+    pub memory: Option<u64>,
+    /// Whether layers keep equal numbers or compete
+    #[arg(long, value_enum, default_value_t = ScopeArg::Global)]
+    pub scope: ScopeArg,
+    /// What happens to tokens whose expert is not kept
+    #[arg(long, value_enum, default_value_t = ModeArg::MaskFullGates)]
+    pub mode: ModeArg,
+    /// Experts kept whatever their score, as LAYER:EXPERT pairs
+    #[arg(long, value_name = "L:E,..", value_delimiter = ',', value_parser = parse_pair)]
+    pub protect: Vec<(usize, usize)>,
+    /// How the distance between prompts and tasks is measured
+    #[arg(long, value_enum, default_value_t = KeyArg::Hidden)]
+    pub key: KeyArg,
+    /// What happens when an expert that is not in memory is wanted (only mask yet)
+    #[arg(long, value_enum, default_value_t = OnMiss::Mask)]
+    pub on_miss: OnMiss,
+}
+
+/// [`Scope`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ScopeArg {
+    /// Every layer keeps the same number
+    Local,
+    /// All layers compete, scores as they are
+    Global,
+    /// All layers compete with their share of the layer's score
+    GlobalShare,
+}
+
+/// [`RoutingMode`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ModeArg {
+    /// Before top-k; the gates come from the kept experts only (what a pruned checkpoint computes)
+    Mask,
+    /// Before top-k; the gates come from all experts
+    MaskFullGates,
+    /// After top-k: missing experts contribute nothing
+    Drop,
+    /// After top-k, the other gates scaled up
+    DropRenormalise,
+}
+
+/// [`KeyMetric`] on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum KeyArg {
+    /// L2 distance of the first router's mean input
+    Hidden,
+    /// Its cosine distance
+    HiddenCosine,
+    /// L2 distance of the first router's mean scores (the public method)
+    Router,
+    /// Its cosine distance
+    RouterCosine,
+}
+
+/// What to do about missing experts.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnMiss {
+    /// Route around them
+    Mask,
+}
+
+impl From<ScopeArg> for Scope {
+    fn from(scope: ScopeArg) -> Scope {
+        match scope {
+            ScopeArg::Local => Scope::Local,
+            ScopeArg::Global => Scope::Global,
+            ScopeArg::GlobalShare => Scope::GlobalShare,
+        }
+    }
+}
+
+impl From<ModeArg> for RoutingMode {
+    fn from(mode: ModeArg) -> RoutingMode {
+        match mode {
+            ModeArg::Mask => RoutingMode::Mask,
+            ModeArg::MaskFullGates => RoutingMode::MaskFullGates,
+            ModeArg::Drop => RoutingMode::Drop,
+            ModeArg::DropRenormalise => RoutingMode::DropRenormalise,
+        }
+    }
+}
+
+impl From<KeyArg> for KeyMetric {
+    fn from(key: KeyArg) -> KeyMetric {
+        match key {
+            KeyArg::Hidden => KeyMetric::Hidden,
+            KeyArg::HiddenCosine => KeyMetric::HiddenCosine,
+            KeyArg::Router => KeyMetric::Router,
+            KeyArg::RouterCosine => KeyMetric::RouterCosine,
+        }
+    }
+}
+
+fn parse_pair(text: &str) -> Result<(usize, usize), String> {
+    let bad = || format!("`{text}` is no LAYER:EXPERT pair");
+    let (layer, expert) = text.split_once(':').ok_or_else(bad)?;
+    Ok((layer.parse().map_err(|_| bad())?, expert.parse().map_err(|_| bad())?))
+}
+
+impl ExpertArgs {
+    /// The choice for a model; with `--memory`, what fits beside `context` tokens of cache.
+    pub fn choice(&self, model: &Model, context: usize) -> Result<Choice> {
+        quorate_methods::metric(&self.metric)?;
+        let layers = model.spec().moe_layers().len();
+        let keep = match (self.keep, self.memory) {
+            (Some(k), _) => Some(per_layer(self.scope, k, layers)),
+            (None, Some(bytes)) => {
+                let kv = KvCache::bytes_per_token(model.spec()) * context as u64;
+                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model))?;
+                Some(per_layer(self.scope, plan.experts_per_layer, layers))
+            }
+            (None, None) => None,
+        };
+        let (scope, mode) = (self.scope.into(), self.mode.into());
+        Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protect.clone() })
+    }
+
+    /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan.
+    pub fn load(&self, model: &mut Model, library: &Library, task: Option<&str>, context: usize) -> Result<Option<Plan>> {
+        let Some(task) = task else {
+            model.load_all_experts()?;
+            return Ok(None);
+        };
+        let fingerprint = model.checkpoint().fingerprint().to_string();
+        let pattern = library.get(&fingerprint, task)?;
+        let plan = self.choice(model, context)?.plan(&pattern, model.spec(), &fingerprint)?;
+        model.load_experts(&plan.kept(model.spec(), &fingerprint)?, plan.routing_mode)?;
+        Ok(Some(plan))
+    }
+}
+
+fn per_layer(scope: ScopeArg, k: usize, layers: usize) -> Keep {
+    match scope {
+        ScopeArg::Local => Keep::PerLayer(k),
+        _ => Keep::Total(k * layers),
+    }
+}
+
+/// Bytes that a process holds besides weights and cache: the program itself and the buffers of a forward pass.
+pub fn buffer_bytes(model: &Model) -> u64 {
+    let spec = model.spec();
+    let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
+        .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
+        .max()
+        .unwrap_or(0);
+    let per_row = 12 * spec.hidden_size + widest;
+    (16 << 20) + 4 * (quorate_model::PREFILL_CHUNK * per_row + 2 * spec.vocab_size) as u64
+}
+
+/// Reads a plan file and makes the model ready: its experts loaded, its interventions prepared.
+pub fn load_plan(model: &mut Model, path: &Path) -> Result<(Plan, Interventions)> {
+    let plan = Plan::read(path)?;
+    let fingerprint = model.checkpoint().fingerprint().to_string();
+    let kept = plan.kept(model.spec(), &fingerprint).with_context(|| path.display().to_string())?;
+    model.load_experts(&kept, plan.routing_mode).with_context(|| path.display().to_string())?;
+    let folder = path.parent().map(PathBuf::from).unwrap_or_default();
+    let interventions = Interventions::prepare(&plan.intervene, model.spec(), &folder)?;
+    Ok((plan, interventions))
+}
+
+/// Number of experts in memory per MoE layer.
+pub fn kept_per_layer(model: &Model) -> Vec<usize> {
+    let map = ExpertMap::of(model.spec());
+    let count = |(&layer, &experts): (&usize, &usize)| {
+        (0..experts).filter(|&e| model.weights().expert(layer, e).is_some()).count()
+    };
+    map.layers.iter().zip(&map.experts).map(count).collect()
+}
+
+/// Refuses what a dense model cannot do.
+pub fn need_experts(model: &Model) -> Result<()> {
+    if !model.spec().is_moe() {
+        bail!("the model has no experts; help: use --task none");
+    }
+    Ok(())
+}
+
+/// What `--task` said, where the common meanings are.
+pub fn is_none(task: &str) -> bool {
+    task == "none"
+}
+
+/// Common to commands that take `--task`: opens the model with the memory limit of `--memory`.
+pub fn open(common: &Common, experts: &ExpertArgs) -> Result<(Model, Library)> {
+    Ok((common.open_model(experts.memory)?, common.open_library()?))
+}
