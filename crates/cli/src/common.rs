@@ -147,12 +147,6 @@ impl Progress {
         }
     }
 
-    /// Another message beside the bar.
-    pub fn say(&mut self, what: &str) {
-        self.what = what.into();
-        self.bar.set_message(what.to_string());
-    }
-
     /// Takes the bar away.
     pub fn finish(&self) {
         self.bar.finish_and_clear();

@@ -199,11 +199,6 @@ pub fn need_experts(model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// What `--task` said, where the common meanings are.
-pub fn is_none(task: &str) -> bool {
-    task == "none"
-}
-
 /// Common to commands that take `--task`: opens the model with the memory limit of `--memory`.
 pub fn open(common: &Common, experts: &ExpertArgs) -> Result<(Model, Library)> {
     Ok((common.open_model(experts.memory)?, common.open_library()?))

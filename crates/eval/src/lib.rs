@@ -3,6 +3,7 @@
 //! This crate must never know HTTP or a paper.
 
 pub mod answer;
+pub mod compare;
 pub mod encode;
 pub mod evaluate;
 pub mod profile;

@@ -5,7 +5,7 @@
 
 use crate::math::Act;
 use crate::pool::Pool;
-use crate::product::Product;
+use crate::product::{Pack, Product};
 use crate::rows::add_scaled;
 use crate::scratch;
 use crate::tile::Finish;
@@ -37,6 +37,7 @@ pub struct ExpertRef<'a> {
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 pub fn expert_hidden(
     pool: &Pool,
+    pack: Pack,
     experts: &[Option<ExpertRef<'_>>],
     x: &[f32],
     n: usize,
@@ -46,7 +47,7 @@ pub fn expert_hidden(
     hidden: &mut [f32],
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
+    each_slot(pool, pack, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
 }
 
 /// `out[s] = down hidden[s]` for every slot `s`, with the weights of its expert: `hidden` is
@@ -57,8 +58,10 @@ pub fn expert_hidden(
 ///
 /// # Panics
 /// If a slice or matrix has not the length of its shape.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 pub fn expert_down(
     pool: &Pool,
+    pack: Pack,
     experts: &[Option<ExpertRef<'_>>],
     hidden: &[f32],
     n: usize,
@@ -67,13 +70,14 @@ pub fn expert_down(
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
+    each_slot(pool, pack, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
 }
 
 /// `y[s] = finish(w x[s / per_row])` with the weights of each slot's expert, zero for empty slots.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 fn each_slot<'w>(
     pool: &Pool,
+    pack: Pack,
     experts: &[Option<ExpertRef<'w>>],
     weights: impl Fn(&ExpertRef<'w>) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
     x: &[f32],
@@ -95,7 +99,7 @@ fn each_slot<'w>(
             y[slot as usize * rows..][..rows].fill(0.0);
         }
         let bounds = &bounds[..=experts.len()];
-        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish }
+        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack }
             .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
         Ok(())
     })

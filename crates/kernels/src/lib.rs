@@ -40,7 +40,7 @@ pub use error::KernelError;
 pub use experts::{ExpertRef, NO_EXPERT, combine, expert_down, expert_hidden};
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
-pub use product::{gated_hidden, matmul};
+pub use product::{Pack, gated_hidden, matmul};
 pub use rows::{add, add_inplace, dot, norm_sq, rms_norm, rope, softmax_rows};
 pub use simd::Isa;
 pub use weight::{dequantize, quantize};

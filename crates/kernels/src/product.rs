@@ -10,6 +10,23 @@ use crate::tile::{Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_ti
 /// From this many tokens on a tile is packed.
 const PACK_FROM: usize = 12;
 
+/// Whether weights are multiplied from packed tiles, or straight from their rows by dot products. The two add in different
+/// orders, so that the last bits of a result differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pack {
+    /// Whichever is faster for the number of tokens that share the weights.
+    #[default]
+    BySize,
+    /// Always packed: a token's results do not depend on which other tokens are in the batch.
+    Always,
+}
+
+impl Pack {
+    fn packs(self, tokens: usize) -> bool {
+        self == Pack::Always || tokens >= PACK_FROM
+    }
+}
+
 /// The most tokens of a cell, the unit of sharing.
 const CELL_TOKENS: usize = 96;
 
@@ -33,6 +50,7 @@ pub(crate) struct Product<'a> {
     pub y: &'a mut [f32],
     pub rows: usize,
     pub finish: Finish<'a>,
+    pub pack: Pack,
 }
 
 /// What is to be done for one group.
@@ -50,7 +68,7 @@ impl Product<'_> {
     fn group(&self, isa: Isa, g: usize) -> Group {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
-        let packed = tokens >= PACK_FROM;
+        let packed = self.pack.packs(tokens);
         let chunks = if packed { tokens.div_ceil(CELL_TOKENS) } else { tokens.min(1) };
         let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
         let cost = tokens.div_ceil(chunks.max(1)) + if packed { PACK_COST } else { 1 };
@@ -119,7 +137,7 @@ impl Product<'_> {
         y: SendPtr,
     ) {
         let (width, k) = (isa.tile_rows(), self.cols);
-        let packed = group.tokens >= PACK_FROM;
+        let packed = self.pack.packs(group.tokens);
         let most = if packed { isa.tile_tokens() } else { DOT_TOKENS };
         let (tile_len, sums_len) = (if packed { k * width } else { 0 }, MAX_TOKENS * width);
         scratch::floats(2 * (tile_len + sums_len), |scratch| {
@@ -176,9 +194,10 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 ///
 /// # Panics
 /// If a slice has not the length of its shape.
-pub fn matmul(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
     assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
-    dense(pool, w, None, x, n, Finish::Bias(bias), y);
+    dense(pool, pack, w, None, x, n, Finish::Bias(bias), y);
 }
 
 /// `hidden[t] = act(gate x[t]) * (up x[t])`: `gate` and `up` are `[I, d]`, `x` is `[n, d]`,
@@ -186,12 +205,15 @@ pub fn matmul(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f3
 ///
 /// # Panics
 /// If a slice or matrix has not the length of its shape.
-pub fn gated_hidden(pool: &Pool, gate: MatRef<'_>, up: MatRef<'_>, x: &[f32], n: usize, act: Act, hidden: &mut [f32]) {
-    dense(pool, gate, Some(up), x, n, Finish::Gated(act), hidden);
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn gated_hidden(pool: &Pool, pack: Pack, gate: MatRef<'_>, up: MatRef<'_>, x: &[f32], n: usize, act: Act, hidden: &mut [f32]) {
+    dense(pool, pack, gate, Some(up), x, n, Finish::Gated(act), hidden);
 }
 
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 fn dense(
     pool: &Pool,
+    pack: Pack,
     w: MatRef<'_>,
     other: Option<MatRef<'_>>,
     x: &[f32],
@@ -201,5 +223,5 @@ fn dense(
 ) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols) = (w.rows, w.cols);
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish }.run(pool, |_| (w, other));
+    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack }.run(pool, |_| (w, other));
 }

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 use quorate_formats::Role;
 use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, MoeSpec, QkNorm};
-use quorate_kernels::{self as kernels, Act, AttnSegment, AttnShape, ExpertRef, NO_EXPERT};
+use quorate_kernels::{self as kernels, Act, AttnSegment, AttnShape, ExpertRef, NO_EXPERT, Pack};
 
 use crate::ops::{self, values};
 use crate::routing::{Keep, route};
@@ -36,6 +36,7 @@ struct Pass<'a> {
     model: &'a Model,
     rows: &'a Rows,
     lens: &'a mut dyn Lens,
+    pack: Pack,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -50,6 +51,8 @@ struct Here {
 impl Model {
     /// Runs new tokens of one or several sequences through the model and appends them to `cache`.
     ///
+    /// When a segment has more than one token, every row's values are the same whatever else is in the batch.
+    ///
     /// # Errors
     /// Tokens outside the vocabulary, slots that do not exist, experts that are not loaded, and whatever the lens reports.
     /// After an error, and after a lens stopped the pass, the cache's sequences are as long as before.
@@ -60,7 +63,9 @@ impl Model {
         lens: &mut dyn Lens,
     ) -> Result<Forward, ModelError> {
         let rows = Rows::of(segments, &cache.lengths(), self.spec().vocab_size)?;
-        let outcome = Pass { model: self, rows: &rows, lens, cos: Vec::new(), sin: Vec::new() }.run(cache);
+        // With prompts among them, rows do not depend on their neighbours; pure decoding takes the faster way.
+        let pack = if rows.spans.iter().all(|s| s.len == 1) { Pack::BySize } else { Pack::Always };
+        let outcome = Pass { model: self, rows: &rows, lens, pack, cos: Vec::new(), sin: Vec::new() }.run(cache);
         let logits = match outcome {
             Ok(logits) => {
                 rows.spans.iter().for_each(|span| cache.advance(span.slot, span.len));
@@ -93,7 +98,7 @@ impl Pass<'_> {
         let norm = ops::rms_norm(model.pool(), &picked, model.vector(Role::FinalNorm)?, spec.norm_eps)?;
         let norm = self.visit(last, Site::FinalNorm, norm, None)?;
         let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
-        let logits = ops::linear(model.pool(), &norm, model.matrix(head)?, None)?;
+        let logits = ops::linear(model.pool(), self.pack, &norm, model.matrix(head)?, None)?;
         Ok(Some(self.visit(last, Site::Logits, logits, None)?))
     }
 
@@ -151,9 +156,10 @@ impl Pass<'_> {
         let h = ops::rms_norm(model.pool(), x, model.vector(Role::AttnNorm(l))?, eps)?;
         let h = self.visit(here, Site::AttnIn, h, None)?;
 
+        let pack = self.pack;
         let project = |w, bias, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
             let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
-            let mut y = ops::linear(model.pool(), &h, model.matrix(w)?, bias)?;
+            let mut y = ops::linear(model.pool(), pack, &h, model.matrix(w)?, bias)?;
             if let (Some(norm), QkNorm::Whole | QkNorm::PerHead) = (norm, attn.qk_norm) {
                 y = ops::rms_norm(model.pool(), &y, model.vector(norm)?, eps)?;
             }
@@ -182,7 +188,7 @@ impl Pass<'_> {
         let z = self.visit(here, Site::Z, z, None)?;
         let z = z.reshape((n, attn.n_heads * dim))?;
         let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
-        let out = ops::linear(model.pool(), &z, model.matrix(Role::O(l))?, bias)?;
+        let out = ops::linear(model.pool(), self.pack, &z, model.matrix(Role::O(l))?, bias)?;
         self.visit(here, Site::AttnOut, out, None)
     }
 
@@ -266,15 +272,15 @@ impl Pass<'_> {
         let (gate, up) = (model.matrix(gate)?, model.matrix(up)?);
         let n = self.rows.len();
         let mut hidden = vec![0.0; n * gate.rows];
-        kernels::gated_hidden(model.pool(), gate.as_ref(), up.as_ref(), &values(x)?, n, kernel_act(act), &mut hidden);
+        kernels::gated_hidden(model.pool(), self.pack, gate.as_ref(), up.as_ref(), &values(x)?, n, kernel_act(act), &mut hidden);
         let hidden = ops::tensor(hidden, &[n, gate.rows])?;
         let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
-        Ok(ops::linear(model.pool(), &hidden, model.matrix(down)?, None)?)
+        Ok(ops::linear(model.pool(), self.pack, &hidden, model.matrix(down)?, None)?)
     }
 
     fn moe(&mut self, here: Here, moe: &MoeSpec, x: &Tensor) -> Result<Tensor, Exit> {
         let (model, l, n) = (self.model, here.layer, self.rows.len());
-        let logits = ops::linear(model.pool(), x, model.matrix(Role::Router(l))?, None)?;
+        let logits = ops::linear(model.pool(), self.pack, x, model.matrix(Role::Router(l))?, None)?;
         let logits = self.visit(here, Site::RouterLogits, logits, None)?;
         let mut selection = None;
         if here.sites.contains(Site::Selection) {
@@ -297,7 +303,7 @@ impl Pass<'_> {
         let roles = [Role::SharedGate(l), Role::SharedUp(l), Role::SharedDown(l)];
         let mut always = self.dense(here, roles, moe.act, x)?;
         if shared.gated {
-            let gate = ops::linear(model.pool(), x, model.matrix(Role::SharedExpertGate(l))?, None)?;
+            let gate = ops::linear(model.pool(), self.pack, x, model.matrix(Role::SharedExpertGate(l))?, None)?;
             let (gate, width) = (values(&gate)?, model.spec().hidden_size);
             let scaled = (values(&always)?.iter().enumerate())
                 .map(|(i, v)| v / (1.0 + (-gate[i / width]).exp()))
@@ -317,11 +323,11 @@ impl Pass<'_> {
         }
         let mut hidden = vec![0.0; n * k * moe.intermediate_size];
         let act = kernel_act(moe.act);
-        kernels::expert_hidden(model.pool(), &weights, &values(x)?, n, k, &routing.ids, act, &mut hidden)?;
+        kernels::expert_hidden(model.pool(), self.pack, &weights, &values(x)?, n, k, &routing.ids, act, &mut hidden)?;
         let hidden = ops::tensor(hidden, &[n, k, moe.intermediate_size])?;
         let hidden = self.visit(here, Site::ExpertHidden, hidden, Some(routing))?;
         let mut slots = vec![0.0; n * k * d];
-        kernels::expert_down(model.pool(), &weights, &values(&hidden)?, n, k, &routing.ids, &mut slots)?;
+        kernels::expert_down(model.pool(), self.pack, &weights, &values(&hidden)?, n, k, &routing.ids, &mut slots)?;
         let slots = self.visit(here, Site::ExpertOut, ops::tensor(slots, &[n, k, d])?, Some(routing))?;
         let mut out = vec![0.0; n * d];
         let gates = values(&routing.gates)?;

@@ -4,7 +4,7 @@ use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use quorate_kernels as kernels;
-use quorate_kernels::Pool;
+use quorate_kernels::{Pack, Pool};
 use quorate_residency::Matrix;
 
 use crate::ModelError;
@@ -43,11 +43,17 @@ pub fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor, ModelError> {
 }
 
 /// `y = x W^T + b`; `x [n, in]`, `w [out, in]`.
-pub(crate) fn linear(pool: &Pool, x: &Tensor, w: &Matrix, bias: Option<&[f32]>) -> Result<Tensor, ModelError> {
+pub(crate) fn linear(
+    pool: &Pool,
+    pack: Pack,
+    x: &Tensor,
+    w: &Matrix,
+    bias: Option<&[f32]>,
+) -> Result<Tensor, ModelError> {
     let x = values(x)?;
     let n = x.len() / w.cols;
     let mut y = vec![0.0; n * w.rows];
-    kernels::matmul(pool, w.as_ref(), &x, n, bias, &mut y);
+    kernels::matmul(pool, pack, w.as_ref(), &x, n, bias, &mut y);
     tensor(y, &[n, w.rows])
 }
 

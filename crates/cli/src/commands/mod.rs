@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod compare;
 mod eval;
 mod inspect;
 mod library;
@@ -29,6 +30,8 @@ pub enum Command {
     Profile(profile::Profile),
     /// Answer task files and score the answers
     Eval(eval::Eval),
+    /// Compare metrics and sources of experts over task files
+    Compare(compare::Compare),
     /// List, show, remove, merge, export and import patterns
     Library(library::LibraryCommand),
     /// What a model is, where its bytes are, what fits in how much memory
@@ -51,6 +54,7 @@ impl Command {
             Command::Run(c) => c.run(common),
             Command::Chat(c) => c.run(common),
             Command::Profile(c) => c.run(common),
+            Command::Compare(c) => c.run(common),
             Command::Library(c) => c.run(common),
             Command::Inspect(c) => c.run(common),
             Command::Prune(c) => c.run(common),

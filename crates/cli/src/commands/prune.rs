@@ -130,7 +130,8 @@ fn check_same(read: &Plan, kept: &[Vec<usize>], map: &ExpertMap, mode: RoutingMo
     Ok(())
 }
 
-fn write_text(path: &Path, text: &str) -> Result<()> {
+/// Writes a text file under a temporary name and renames it.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
     if written.is_err() {

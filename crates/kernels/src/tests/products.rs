@@ -4,7 +4,7 @@ use super::*;
 fn check_matmul(w: &Weights, x: &[f32], n: usize, bias: Option<&[f32]>, pools: &[Pool]) {
     for pool in pools {
         let mut y = vec![f32::NAN; n * w.rows];
-        matmul(pool, w.get(), x, n, bias, &mut y);
+        matmul(pool, Pack::BySize, w.get(), x, n, bias, &mut y);
         for (i, y) in y.iter().enumerate() {
             let (t, r) = (i / w.rows, i % w.rows);
             let (sum, size) = w.times(r, &x[t * w.cols..][..w.cols]);
@@ -54,14 +54,14 @@ fn matmul_keeps_huge_subnormal_and_infinite_values() {
             let big = Weights::new(DType::F32, 5, 33, &[1e30; 5 * 33]);
             let (mut x, mut y) = (random.values(n * 33), vec![0.0; n * 5]);
             x[7] = f32::INFINITY;
-            matmul(&pool, big.get(), &x, n, None, &mut y);
+            matmul(&pool, Pack::BySize, big.get(), &x, n, None, &mut y);
             assert!(y[..5].iter().all(|y| *y == f32::INFINITY), "{:?} {y:?}", pool.isa());
             assert!(y[5..].iter().all(|y| y.is_finite()));
             x[7] = f32::NAN;
-            matmul(&pool, big.get(), &x, n, None, &mut y);
+            matmul(&pool, Pack::BySize, big.get(), &x, n, None, &mut y);
             assert!(y[..5].iter().all(|y| y.is_nan()));
             let tiny = Weights::new(DType::F32, 1, 33, &[1e-40; 33]);
-            matmul(&pool, tiny.get(), &vec![1.0; n * 33], n, None, &mut y[..n]);
+            matmul(&pool, Pack::BySize, tiny.get(), &vec![1.0; n * 33], n, None, &mut y[..n]);
             near(y[0], 33e-40, 1e-43, format_args!("{:?}", pool.isa()));
         }
     }
@@ -73,13 +73,13 @@ fn matmul_without_inputs_is_the_bias() {
         for n in [1, 16] {
             let w = MatRef::new(DType::F32, 3, 0, &[]).expect("an empty matrix");
             let mut y = vec![f32::NAN; 3 * n];
-            matmul(&pool, w, &[], n, Some(&[1.0, 2.0, 3.0]), &mut y);
+            matmul(&pool, Pack::BySize, w, &[], n, Some(&[1.0, 2.0, 3.0]), &mut y);
             assert!(y.chunks(3).all(|y| y == [1.0, 2.0, 3.0]), "{y:?}");
-            matmul(&pool, w, &[], n, None, &mut y);
+            matmul(&pool, Pack::BySize, w, &[], n, None, &mut y);
             assert!(y.iter().all(|y| *y == 0.0), "{y:?}");
         }
         let w = MatRef::new(DType::F32, 0, 3, &[]).expect("an empty matrix");
-        matmul(&pool, w, &[1.0; 6], 2, None, &mut []);
+        matmul(&pool, Pack::BySize, w, &[1.0; 6], 2, None, &mut []);
     }
 }
 
@@ -94,7 +94,7 @@ fn gated_hidden_with_all_activations() {
         let x = random.values(n * cols);
         for pool in &pools {
             let mut hidden = vec![f32::NAN; n * rows];
-            gated_hidden(pool, gate.get(), up.get(), &x, n, act, &mut hidden);
+            gated_hidden(pool, Pack::BySize, gate.get(), up.get(), &x, n, act, &mut hidden);
             for (at, h) in hidden.iter().enumerate() {
                 let x = &x[at / rows * cols..][..cols];
                 let ((g, g_size), (u, u_size)) = (gate.times(at % rows, x), up.times(at % rows, x));
@@ -152,10 +152,10 @@ fn experts_of_all_token_counts() {
         let x = random.values(n * d);
         for pool in &pools {
             let mut hidden = vec![f32::NAN; n * k * i];
-            let done = expert_hidden(pool, &experts.get(), &x, n, k, &ids, act, &mut hidden);
+            let done = expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, k, &ids, act, &mut hidden);
             assert_eq!(done, Ok(()));
             let mut out = vec![f32::NAN; n * k * d];
-            let done = expert_down(pool, &experts.get(), &hidden, n, k, &ids, &mut out);
+            let done = expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, k, &ids, &mut out);
             assert_eq!(done, Ok(()));
             for s in 0..n * k {
                 let (h, o) = (&hidden[s * i..][..i], &out[s * d..][..d]);
@@ -188,22 +188,22 @@ fn missing_experts_are_errors() {
         let mut hidden = [7.0; 32];
         let error = Err(KernelError::MissingExpert { expert, slot: 3 });
         let (x, experts) = ([1.0; 16], experts.get());
-        let done = expert_hidden(&pool, &experts, &x, 2, 2, &ids, Act::Silu, &mut hidden);
+        let done = expert_hidden(&pool, Pack::BySize, &experts, &x, 2, 2, &ids, Act::Silu, &mut hidden);
         assert_eq!(done, error);
         assert_eq!(hidden, [7.0; 32]);
         let mut out = [0.0; 32];
-        assert_eq!(expert_down(&pool, &experts, &hidden, 2, 2, &ids, &mut out), error);
+        assert_eq!(expert_down(&pool, Pack::BySize, &experts, &hidden, 2, 2, &ids, &mut out), error);
     }
 }
 
 #[test]
 fn experts_without_slots() {
     let pool = Pool::new(2);
-    assert_eq!(expert_hidden(&pool, &[], &[], 0, 4, &[], Act::Silu, &mut []), Ok(()));
-    assert_eq!(expert_down(&pool, &[], &[], 0, 4, &[], &mut []), Ok(()));
+    assert_eq!(expert_hidden(&pool, Pack::BySize, &[], &[], 0, 4, &[], Act::Silu, &mut []), Ok(()));
+    assert_eq!(expert_down(&pool, Pack::BySize, &[], &[], 0, 4, &[], &mut []), Ok(()));
     let mut hidden = [1.0; 6];
     let ids = [NO_EXPERT; 2];
-    let done = expert_hidden(&pool, &[None], &[1.0; 4], 2, 1, &ids, Act::Silu, &mut hidden);
+    let done = expert_hidden(&pool, Pack::BySize, &[None], &[1.0; 4], 2, 1, &ids, Act::Silu, &mut hidden);
     assert_eq!((done, hidden), (Ok(()), [0.0; 6]));
 }
 
@@ -238,7 +238,7 @@ fn threads_do_not_change_products() {
         let (w, x) = (Weights::new(DType::BF16, rows, 192, &values), random.values(n * 192));
         let product = |pool: &Pool| {
             let mut y = vec![0.0; n * rows];
-            matmul(pool, w.get(), &x, n, None, &mut y);
+            matmul(pool, Pack::BySize, w.get(), &x, n, None, &mut y);
             y
         };
         identical(&pools.iter().map(product).collect::<Vec<_>>(), "matmul");
@@ -248,8 +248,8 @@ fn threads_do_not_change_products() {
         let (ids, x) = (some_ids(&mut random, n * 4, 9), random.values(n * 128));
         let both = |pool: &Pool| {
             let (mut hidden, mut out) = (vec![0.0; n * 4 * 96], vec![0.0; n * 4 * 128]);
-            expert_hidden(pool, &experts.get(), &x, n, 4, &ids, Act::Silu, &mut hidden).unwrap();
-            expert_down(pool, &experts.get(), &hidden, n, 4, &ids, &mut out).unwrap();
+            expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, 4, &ids, Act::Silu, &mut hidden).unwrap();
+            expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, 4, &ids, &mut out).unwrap();
             hidden.extend(out);
             hidden
         };
@@ -261,7 +261,7 @@ fn threads_do_not_change_products() {
 #[should_panic(expected = "results: 2 rows of 3")]
 fn matmul_refuses_wrong_lengths() {
     let w = Weights::new(DType::F32, 3, 4, &[0.0; 12]);
-    matmul(&Pool::new(1), w.get(), &[0.0; 8], 2, None, &mut [0.0; 5]);
+    matmul(&Pool::new(1), Pack::BySize, w.get(), &[0.0; 8], 2, None, &mut [0.0; 5]);
 }
 
 #[test]
@@ -275,4 +275,22 @@ fn matrices_refuse_wrong_shapes() {
     assert_eq!(error.to_string(), "a Q8_0 matrix of 2 x 32 needs 68 bytes, found 67");
     assert!(MatRef::new(DType::F32, usize::MAX, 8, &[]).is_err());
     assert_eq!(DType::F32.row_bytes(usize::MAX / 2), None);
+}
+
+#[test]
+fn packed_rows_do_not_depend_on_their_neighbours() {
+    let mut random = Random(9);
+    let (rows, cols, n) = (50, 64, 30);
+    let values = random.values(rows * cols);
+    let w = Weights::new(DType::BF16, rows, cols, &values);
+    let x = random.values(n * cols);
+    for pool in pools(2) {
+        let mut all = vec![0.0; n * rows];
+        matmul(&pool, Pack::Always, w.get(), &x, n, None, &mut all);
+        for (from, to) in [(0, 1), (3, 7), (11, 24), (29, 30)] {
+            let mut some = vec![0.0; (to - from) * rows];
+            matmul(&pool, Pack::Always, w.get(), &x[from * cols..to * cols], to - from, None, &mut some);
+            assert_eq!(some, all[from * rows..to * rows], "{:?} {from}..{to}", pool.isa());
+        }
+    }
 }

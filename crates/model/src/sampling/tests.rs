@@ -222,7 +222,7 @@ fn stop_strings_do_not_depend_on_the_pieces() {
         let mut pieces = Vec::new();
         let mut start = 0;
         for (at, _) in text.char_indices().skip(1) {
-            if random.next() % 2 == 0 {
+            if random.unit() < 0.5 {
                 pieces.push(&text[start..at]);
                 start = at;
             }

@@ -84,8 +84,8 @@ impl ChatTemplate {
         kwargs: &Map<String, Json>,
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let messages = serde_json::to_value(messages)
-            .map_err(|error| TextError::Conversation { message: error.to_string() })?;
+        let messages =
+            serde_json::to_value(messages).map_err(|error| TextError::Conversation { message: error.to_string() })?;
         let chat = self.render_json(&messages, tools, kwargs, add_generation_prompt)?;
         Ok(chat.text)
     }
@@ -120,10 +120,7 @@ impl ChatTemplate {
         variables.push(("tools".to_owned(), json(tools.unwrap_or(&Json::Null))?));
         variables.push(("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt)));
         let spent = input.spent_bytes();
-        let budget = Budget::new(
-            STEPS + STEPS_PER_INPUT_BYTE * spent,
-            BYTES + BYTES_PER_INPUT_BYTE * spent,
-        );
+        let budget = Budget::new(STEPS + STEPS_PER_INPUT_BYTE * spent, BYTES + BYTES_PER_INPUT_BYTE * spent);
         let rendered = self.template.render(variables, self.now, &budget).map_err(template_error)?;
         Ok(RenderedChat { text: rendered.text, generated: rendered.generated })
     }

@@ -11,8 +11,7 @@ use super::{ChatTemplate, SpecialTokens, StreamDecoder, TextError};
 const TOKENIZER_BYTES_MAX: u64 = 1 << 30;
 
 /// Files of tokenizer formats that are not read, named when `tokenizer.json` is missing.
-const OTHER_FORMATS: [&str; 5] =
-    ["tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "tiktoken.model"];
+const OTHER_FORMATS: [&str; 5] = ["tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "tiktoken.model"];
 
 /// Text to token ids and back, as transformers does it with the same files.
 pub struct Tokenizer {
@@ -58,11 +57,7 @@ impl Tokenizer {
     }
 
     /// The ids of a text with the places they stand for.
-    pub fn encode_with_offsets(
-        &self,
-        text: &str,
-        add_special: bool,
-    ) -> Result<Vec<EncodedToken>, TextError> {
+    pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Vec<EncodedToken>, TextError> {
         let encoding = guarded(|| self.inner.encode_char_offsets(text, add_special)).map_err(encode_error)?;
         let ids = encoding.get_ids().iter().zip(encoding.get_tokens()).zip(encoding.get_offsets());
         let token = |((&id, token), &(start, end)): ((&u32, &String), &(usize, usize))| EncodedToken {

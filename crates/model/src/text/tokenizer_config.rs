@@ -56,19 +56,15 @@ pub(super) fn read_limited(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, T
 
 fn read_text(path: &Path) -> Result<Option<String>, TextError> {
     let Some(bytes) = read_limited(path, SIDE_FILE_BYTES_MAX)? else { return Ok(None) };
-    let text = String::from_utf8(bytes).map_err(|error| TextError::Invalid {
-        path: path.to_owned(),
-        message: error.to_string(),
-    })?;
+    let text = String::from_utf8(bytes)
+        .map_err(|error| TextError::Invalid { path: path.to_owned(), message: error.to_string() })?;
     Ok(Some(text))
 }
 
 fn read_json(path: &Path) -> Result<Option<Json>, TextError> {
     let Some(text) = read_text(path)? else { return Ok(None) };
-    let json = serde_json::from_str(&text).map_err(|error| TextError::Invalid {
-        path: path.to_owned(),
-        message: error.to_string(),
-    })?;
+    let json = serde_json::from_str(&text)
+        .map_err(|error| TextError::Invalid { path: path.to_owned(), message: error.to_string() })?;
     Ok(Some(json))
 }
 
@@ -125,14 +121,12 @@ fn add_templates(templates: &mut BTreeMap<String, String>, json: &Json) -> bool 
             templates.insert("default".to_owned(), source.clone());
             true
         }
-        Json::Array(list) => list.iter().all(|entry| {
-            match (entry["name"].as_str(), entry["template"].as_str()) {
-                (Some(name), Some(source)) => {
-                    templates.insert(name.to_owned(), source.to_owned());
-                    true
-                }
-                _ => false,
+        Json::Array(list) => list.iter().all(|entry| match (entry["name"].as_str(), entry["template"].as_str()) {
+            (Some(name), Some(source)) => {
+                templates.insert(name.to_owned(), source.to_owned());
+                true
             }
+            _ => false,
         }),
         _ => false,
     }

@@ -18,12 +18,7 @@ fn specials(json: &Json) -> SpecialTokens {
 }
 
 fn render(source: &str) -> Result<String, TextError> {
-    ChatTemplate::new(source, SpecialTokens::default())?.render(
-        &[Message::new("user", "hi")],
-        None,
-        &Map::new(),
-        true,
-    )
+    ChatTemplate::new(source, SpecialTokens::default())?.render(&[Message::new("user", "hi")], None, &Map::new(), true)
 }
 
 #[test]
@@ -208,7 +203,8 @@ fn hostile_templates_are_stopped() {
 fn circles_of_namespaces_are_harmless() {
     let circle = "{% set ns = namespace() %}{% set ns.x = ns %}{% set ns.l = [ns] %}{{ ns.x == ns }}{{ ns.l }}";
     assert_eq!(render(circle).unwrap(), "True[<Namespace>]");
-    let chain = "{% set ns = namespace(x=1) %}{% for i in range(50000) %}{% set ns.x = namespace(x=ns.x) %}{% endfor %}ok";
+    let chain =
+        "{% set ns = namespace(x=1) %}{% for i in range(50000) %}{% set ns.x = namespace(x=ns.x) %}{% endfor %}ok";
     assert_eq!(render(chain).unwrap(), "ok");
 }
 
@@ -216,9 +212,8 @@ fn circles_of_namespaces_are_harmless() {
 #[test]
 fn long_conversations_are_rendered() {
     let file = fixture("chat_templates.json");
-    let messages: Vec<_> = (0..4000)
-        .map(|i| Message::new(if i % 2 == 0 { "user" } else { "assistant" }, "word ".repeat(100)))
-        .collect();
+    let messages: Vec<_> =
+        (0..4000).map(|i| Message::new(if i % 2 == 0 { "user" } else { "assistant" }, "word ".repeat(100))).collect();
     for (name, source) in file["templates"].as_object().unwrap() {
         let template = ChatTemplate::new(source.as_str().unwrap(), specials(&file)).unwrap();
         let text = template.render(&messages, None, &Map::new(), true);

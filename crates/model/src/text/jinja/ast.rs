@@ -63,7 +63,11 @@ pub(crate) enum Node {
     /// `a ~ b ~ c`
     Concat(Vec<Expr>),
     /// `then if test else other`
-    Cond { test: Expr, then: Expr, other: Option<Expr> },
+    Cond {
+        test: Expr,
+        then: Expr,
+        other: Option<Expr>,
+    },
     Attr(Expr, Name),
     Item(Expr, Expr),
     /// `a[start:stop:step]`
@@ -71,6 +75,31 @@ pub(crate) enum Node {
     Call(Expr, Args),
     Filter(Expr, FilterCall),
     Test(Expr, Name, Args),
+}
+
+impl Node {
+    /// The height of the highest expression in it.
+    pub(crate) fn height_below(&self) -> u16 {
+        let of = |expr: &Expr| expr.height;
+        let all = |exprs: &[Expr]| exprs.iter().map(|expr| expr.height).max().unwrap_or(0);
+        let args = |args: &Args| {
+            let named = args.named.iter().map(|(_, expr)| expr.height).max().unwrap_or(0);
+            let stars = args.star.iter().chain(&args.double_star).map(of).max().unwrap_or(0);
+            all(&args.positional).max(named).max(stars)
+        };
+        match self {
+            Node::Const(_) | Node::Name(_) => 0,
+            Node::List(items) | Node::Tuple(items) | Node::Concat(items) => all(items),
+            Node::Dict(pairs) => pairs.iter().map(|(key, value)| of(key).max(of(value))).max().unwrap_or(0),
+            Node::Neg(a) | Node::Pos(a) | Node::Not(a) | Node::Attr(a, _) => of(a),
+            Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) | Node::Item(a, b) => of(a).max(of(b)),
+            Node::Compare(a, rest) => rest.iter().map(|(_, expr)| expr.height).max().unwrap_or(0).max(of(a)),
+            Node::Cond { test, then, other } => of(test).max(of(then)).max(other.as_ref().map_or(0, of)),
+            Node::Slice(a, bounds) => bounds.iter().flatten().map(of).max().unwrap_or(0).max(of(a)),
+            Node::Call(a, list) | Node::Test(a, _, list) => of(a).max(args(list)),
+            Node::Filter(a, call) => of(a).max(args(&call.args)),
+        }
+    }
 }
 
 /// Arguments of a call: `f(a, name=b, *c, **d)`.

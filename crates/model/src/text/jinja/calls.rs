@@ -16,16 +16,10 @@ pub(super) struct CallArgs {
 
 impl CallArgs {
     /// Assigns the arguments to parameters by place and name.
-    pub(super) fn bind<const N: usize>(
-        &self,
-        function: &str,
-        params: [&str; N],
-    ) -> Res<[Option<Value>; N]> {
+    pub(super) fn bind<const N: usize>(&self, function: &str, params: [&str; N]) -> Res<[Option<Value>; N]> {
         if self.positional.len() > N {
             let given = self.positional.len();
-            return Err(Error::runtime(format!(
-                "{function} takes at most {N} argument(s), {given} given"
-            )));
+            return Err(Error::runtime(format!("{function} takes at most {N} argument(s), {given} given")));
         }
         let mut bound = [const { None }; N];
         for (slot, value) in bound.iter_mut().zip(&self.positional) {
@@ -66,8 +60,7 @@ pub(super) fn text_arg(function: &str, value: Option<Value>) -> Res<Option<Arc<s
 
 /// A text argument that must be there.
 pub(super) fn needed_text(function: &str, value: Option<Value>) -> Res<Arc<str>> {
-    text_arg(function, value)?
-        .ok_or_else(|| Error::runtime(format!("{function} needs a str argument")))
+    text_arg(function, value)?.ok_or_else(|| Error::runtime(format!("{function} needs a str argument")))
 }
 
 /// An integer argument.

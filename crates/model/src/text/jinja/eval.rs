@@ -1,21 +1,21 @@
 //! Runs a template: statements write into a text, expressions give values.
 
 mod functions;
+mod loops;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use super::ast::{Args, Const, Expr, FilterCall, ForLoop, Name, Node, Stmt, Target};
-use super::calls::{CallArgs, LoopState};
+use super::ast::{Args, CmpOp, Const, Expr, FilterCall, Name, Node, Stmt, Target};
+use super::calls::CallArgs;
 use super::scope::Scopes;
 use super::value::{SeqKind, Value};
 use super::{Budget, Error, Moment, Rendered, Res, filters, ops, predicates};
 
 /// Nested evaluations; bounds the stack that a render needs, macros that call themselves included.
-const DEPTH_MAX: u32 = 300;
+const DEPTH_MAX: u32 = 200;
 
 /// How a list of statements ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,11 +51,7 @@ impl Drop for Interp<'_> {
 }
 
 impl<'b> Interp<'b> {
-    pub(super) fn new(
-        budget: &'b Budget,
-        now: Option<Moment>,
-        variables: Vec<(String, Value)>,
-    ) -> Res<Self> {
+    pub(super) fn new(budget: &'b Budget, now: Option<Moment>, variables: Vec<(String, Value)>) -> Res<Self> {
         let mut root: HashMap<Name, Value> = HashMap::new();
         for name in functions::NAMES {
             root.insert(name.into(), Value::Function(name));
@@ -186,14 +182,8 @@ impl<'b> Interp<'b> {
         Ok(Flow::Done)
     }
 
-    fn with(
-        &mut self,
-        assignments: &[(Target, Expr)],
-        body: &[Stmt],
-        out: &mut String,
-    ) -> Res<Flow> {
-        let values: Vec<_> =
-            assignments.iter().map(|(_, expr)| self.eval(expr)).collect::<Res<_>>()?;
+    fn with(&mut self, assignments: &[(Target, Expr)], body: &[Stmt], out: &mut String) -> Res<Flow> {
+        let values: Vec<_> = assignments.iter().map(|(_, expr)| self.eval(expr)).collect::<Res<_>>()?;
         let outer = self.scope;
         self.scope = self.scopes.open(outer, self.budget)?;
         for ((target, _), value) in assignments.iter().zip(values) {
@@ -203,56 +193,6 @@ impl<'b> Interp<'b> {
         self.scopes.close(self.scope);
         self.scope = outer;
         Ok(flow)
-    }
-
-    fn run_loop(
-        &mut self,
-        def: &Arc<ForLoop>,
-        over: &Value,
-        depth: usize,
-        out: &mut String,
-    ) -> Res<Flow> {
-        let outer = self.scope;
-        let mut items = over.iterate(self.budget).map_err(|error| error.at(def.iter.line))?;
-        let mut lazy_test = def.test.as_ref();
-        if let Some(test) = lazy_test.filter(|_| def.uses_loop) {
-            // `loop` counts the items that pass, so they must be known first.
-            let mut passed = Vec::new();
-            for item in items {
-                self.scope = self.scopes.open(outer, self.budget)?;
-                self.assign(&def.target, item.clone())?;
-                if self.eval(test)?.truth() {
-                    passed.push(item);
-                }
-                self.scopes.close(self.scope);
-            }
-            items = passed;
-            lazy_test = None;
-        }
-        let items = Rc::new(items);
-        let mut ran = false;
-        for (index, item) in items.iter().enumerate() {
-            self.scope = self.scopes.open(outer, self.budget)?;
-            self.assign(&def.target, item.clone())?;
-            let mut flow = Flow::Continue;
-            if lazy_test.map_or(Ok(true), |test| self.eval(test).map(|value| value.truth()))? {
-                ran = true;
-                if def.uses_loop {
-                    let recursion = def.recursive.then(|| (def.clone(), outer));
-                    let state = LoopState { items: items.clone(), index, depth, recursion };
-                    let name = self.loop_name.clone();
-                    self.scopes.set(self.scope, &name, Value::Loop(Rc::new(state)));
-                }
-                flow = self.exec(&def.body, out)?;
-            }
-            self.scopes.close(self.scope);
-            self.scope = outer;
-            if flow == Flow::Break {
-                break;
-            }
-        }
-        self.scope = outer;
-        if ran { Ok(Flow::Done) } else { self.exec_scoped(&def.otherwise, out) }
     }
 
     fn assign(&mut self, target: &Target, value: Value) -> Res<()> {
@@ -271,9 +211,7 @@ impl<'b> Interp<'b> {
                 let (wanted, given) = (targets.len(), values.len());
                 if given != wanted {
                     let message = match given < wanted {
-                        true => format!(
-                            "not enough values to unpack (expected {wanted}, got {given})"
-                        ),
+                        true => format!("not enough values to unpack (expected {wanted}, got {given})"),
                         false => format!("too many values to unpack (expected {wanted})"),
                     };
                     return Err(Error::runtime(message));
@@ -289,8 +227,7 @@ impl<'b> Interp<'b> {
     fn apply_chain(&mut self, mut value: Value, chain: &[FilterCall]) -> Res<Value> {
         for call in chain {
             let args = self.args(&call.args)?;
-            value = filters::apply(&call.name, &value, &args, self.budget)
-                .map_err(|error| error.at(call.line))?;
+            value = filters::apply(&call.name, &value, &args, self.budget).map_err(|error| error.at(call.line))?;
         }
         Ok(value)
     }
@@ -308,19 +245,13 @@ impl<'b> Interp<'b> {
 
     fn eval_node(&mut self, expr: &Expr) -> Res<Value> {
         Ok(match &*expr.node {
-            Node::Const(Const::None) => Value::None,
-            Node::Const(Const::Bool(value)) => Value::Bool(*value),
-            Node::Const(Const::Int(value)) => Value::Int(*value),
-            Node::Const(Const::Float(value)) => Value::Float(*value),
-            Node::Const(Const::Str(text)) => Value::Str(text.clone()),
+            Node::Const(literal) => constant(literal),
             Node::Name(name) => match self.scopes.get(self.scope, name) {
                 Some(value) => value.clone(),
                 None => Value::undefined(format!("'{name}' is undefined")),
             },
             Node::List(items) => Value::list(self.eval_all(items)?, self.budget)?,
-            Node::Tuple(items) => {
-                Value::seq(SeqKind::Tuple, self.eval_all(items)?, self.budget)?
-            }
+            Node::Tuple(items) => Value::seq(SeqKind::Tuple, self.eval_all(items)?, self.budget)?,
             Node::Dict(pairs) => {
                 let pair = |(key, value): &(Expr, Expr)| Ok((self.eval(key)?, self.eval(value)?));
                 let pairs = pairs.iter().map(pair).collect::<Res<_>>()?;
@@ -340,17 +271,7 @@ impl<'b> Interp<'b> {
                 let (left, right) = (self.eval(left)?, self.eval(right)?);
                 ops::binary(*op, &left, &right, self.budget)?
             }
-            Node::Compare(first, rest) => {
-                let mut left = self.eval(first)?;
-                for (op, right) in rest {
-                    let right = self.eval(right)?;
-                    if !ops::compare(*op, &left, &right, self.budget)? {
-                        return Ok(Value::Bool(false));
-                    }
-                    left = right;
-                }
-                Value::Bool(true)
-            }
+            Node::Compare(first, rest) => self.compare(first, rest)?,
             Node::Concat(parts) => {
                 let mut text = String::new();
                 for part in parts {
@@ -361,23 +282,16 @@ impl<'b> Interp<'b> {
             Node::Cond { test, then, other } => match (self.eval(test)?.truth(), other) {
                 (true, _) => self.eval(then)?,
                 (false, Some(other)) => self.eval(other)?,
-                (false, None) => Value::undefined(
-                    "the inline if-expression evaluated to false and has no else section",
-                ),
+                (false, None) => {
+                    Value::undefined("the inline if-expression evaluated to false and has no else section")
+                }
             },
             Node::Attr(of, name) => ops::attribute(&self.eval(of)?, name, self.budget)?,
             Node::Item(of, key) => {
                 let (of, key) = (self.eval(of)?, self.eval(key)?);
                 ops::item(&of, &key, self.budget)?
             }
-            Node::Slice(of, bounds) => {
-                let of = self.eval(of)?;
-                let mut values = [const { None }; 3];
-                for (value, bound) in values.iter_mut().zip(bounds) {
-                    *value = bound.as_ref().map(|bound| self.eval(bound)).transpose()?;
-                }
-                ops::slice(&of, values, self.budget)?
-            }
+            Node::Slice(of, bounds) => self.slice(of, bounds)?,
             Node::Call(callee, args) => self.call(callee, args, None)?,
             Node::Filter(of, call) => {
                 let value = self.eval(of)?;
@@ -389,6 +303,27 @@ impl<'b> Interp<'b> {
                 Value::Bool(predicates::test(name, &value, &args, self.budget)?)
             }
         })
+    }
+
+    fn compare(&mut self, first: &Expr, rest: &[(CmpOp, Expr)]) -> Res<Value> {
+        let mut left = self.eval(first)?;
+        for (op, right) in rest {
+            let right = self.eval(right)?;
+            if !ops::compare(*op, &left, &right, self.budget)? {
+                return Ok(Value::Bool(false));
+            }
+            left = right;
+        }
+        Ok(Value::Bool(true))
+    }
+
+    fn slice(&mut self, of: &Expr, bounds: &[Option<Expr>; 3]) -> Res<Value> {
+        let of = self.eval(of)?;
+        let mut values = [const { None }; 3];
+        for (value, bound) in values.iter_mut().zip(bounds) {
+            *value = bound.as_ref().map(|bound| self.eval(bound)).transpose()?;
+        }
+        ops::slice(&of, values, self.budget)
     }
 
     fn signed(&mut self, expr: &Expr, inner: &Expr) -> Res<Value> {
@@ -425,5 +360,15 @@ impl<'b> Interp<'b> {
             }
         }
         Ok(values)
+    }
+}
+
+fn constant(literal: &Const) -> Value {
+    match literal {
+        Const::None => Value::None,
+        Const::Bool(value) => Value::Bool(*value),
+        Const::Int(value) => Value::Int(*value),
+        Const::Float(value) => Value::Float(*value),
+        Const::Str(text) => Value::Str(text.clone()),
     }
 }

@@ -11,11 +11,49 @@ use super::{Budget, Error, Res, json, methods, pyfmt, pystr};
 pub(super) use sequences::sort_by;
 
 const NAMES: [&str; 43] = [
-    "abs", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e",
-    "escape", "first", "float", "forceescape", "format", "indent", "int", "items", "join", "last",
-    "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse",
-    "round", "safe", "select", "selectattr", "slice", "sort", "string", "sum", "title", "tojson",
-    "trim", "unique", "upper", "wordcount",
+    "abs",
+    "batch",
+    "capitalize",
+    "center",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "first",
+    "float",
+    "forceescape",
+    "format",
+    "indent",
+    "int",
+    "items",
+    "join",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "replace",
+    "reverse",
+    "round",
+    "safe",
+    "select",
+    "selectattr",
+    "slice",
+    "sort",
+    "string",
+    "sum",
+    "title",
+    "tojson",
+    "trim",
+    "unique",
+    "upper",
+    "wordcount",
 ];
 /// Whether there is such a filter.
 pub(super) fn exists(name: &str) -> bool {
@@ -38,8 +76,8 @@ pub(super) fn apply(name: &str, value: &Value, args: &CallArgs, budget: &Budget)
             args.none(name)?;
             Ok(Value::Int(value.length(budget)? as i128))
         }
-        "upper" | "lower" | "capitalize" | "title" | "string" | "safe" | "trim" | "center"
-        | "replace" | "indent" | "escape" | "e" | "forceescape" | "format" | "wordcount" => {
+        "upper" | "lower" | "capitalize" | "title" | "string" | "safe" | "trim" | "center" | "replace" | "indent"
+        | "escape" | "e" | "forceescape" | "format" | "wordcount" => {
             let text = value.to_text(budget)?;
             budget.scan(text.len())?;
             text_filter(name, &text, args, budget)
@@ -145,9 +183,7 @@ fn number_filter(name: &str, value: &Value, args: &CallArgs) -> Res<Value> {
             let [default, base] = args.bind(name, ["default", "base"])?;
             let base = int_arg(name, base)?.unwrap_or(10);
             let parsed = match value {
-                Value::Str(text) => {
-                    parse_int(text, base).or_else(|| parse_float(text).and_then(float_to_int))
-                }
+                Value::Str(text) => parse_int(text, base).or_else(|| parse_float(text).and_then(float_to_int)),
                 Value::Float(float) => float_to_int(*float),
                 other => other.as_int(),
             };
@@ -218,9 +254,7 @@ fn round(value: &Value, args: &CallArgs) -> Res<Value> {
             return Ok(value.clone());
         }
         // Formatting rounds the exact value, halves to even, as Python does.
-        "common" if precision >= 0 => {
-            format!("{float:.*}", precision as usize).parse().unwrap_or(float)
-        }
+        "common" if precision >= 0 => format!("{float:.*}", precision as usize).parse().unwrap_or(float),
         "common" => (float * scale).round_ties_even() / scale,
         _ => return Err(Error::runtime("method must be common, ceil or floor")),
     };

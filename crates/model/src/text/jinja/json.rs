@@ -77,8 +77,7 @@ fn write(out: &mut String, value: &Value, style: &Style, level: usize, budget: &
                 separate(out, style, i, level + 1, budget)?;
                 let Some(key) = scalar(key).or_else(|| key.as_str().map(str::to_owned)) else {
                     let name = key.type_name();
-                    let message =
-                        format!("keys must be str, int, float, bool or None, not {name}");
+                    let message = format!("keys must be str, int, float, bool or None, not {name}");
                     return Err(Error::runtime(message));
                 };
                 write_str(out, &key, style.ascii, budget)?;
@@ -90,10 +89,7 @@ fn write(out: &mut String, value: &Value, style: &Style, level: usize, budget: &
         }
         other => match scalar(other) {
             Some(text) => budget.push(out, &text),
-            None => Err(Error::runtime(format!(
-                "object of type {} is not JSON serializable",
-                other.type_name()
-            ))),
+            None => Err(Error::runtime(format!("object of type {} is not JSON serializable", other.type_name()))),
         },
     }
 }
@@ -104,9 +100,7 @@ fn scalar(value: &Value) -> Option<String> {
         Value::Bool(value) => value.to_string(),
         Value::Int(value) => value.to_string(),
         Value::Float(value) if value.is_nan() => "NaN".into(),
-        Value::Float(value) if value.is_infinite() => {
-            if *value > 0.0 { "Infinity" } else { "-Infinity" }.into()
-        }
+        Value::Float(value) if value.is_infinite() => if *value > 0.0 { "Infinity" } else { "-Infinity" }.into(),
         Value::Float(value) => pystr::float_repr(*value),
         _ => return None,
     })

@@ -8,27 +8,55 @@ use super::value::{Dict, ENTRY_BYTES, Seq, SeqKind, Value};
 use super::{Budget, Error, Res, pyfmt, pystr};
 
 const STR: [&str; 37] = [
-    "capitalize", "center", "count", "endswith", "find", "format", "index",
-    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace",
-    "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
-    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines",
-    "startswith", "strip", "title", "upper", "zfill",
+    "capitalize",
+    "center",
+    "count",
+    "endswith",
+    "find",
+    "format",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "islower",
+    "isnumeric",
+    "isspace",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "title",
+    "upper",
+    "zfill",
 ];
 const SEQ: [&str; 2] = ["count", "index"];
 const DICT: [&str; 5] = ["copy", "get", "items", "keys", "values"];
 /// Methods that Python has and the sandbox refuses.
-const CHANGING: [&str; 11] = [
-    "append", "clear", "extend", "insert", "pop", "popitem", "remove", "reverse", "setdefault",
-    "sort", "update",
-];
+const CHANGING: [&str; 11] =
+    ["append", "clear", "extend", "insert", "pop", "popitem", "remove", "reverse", "setdefault", "sort", "update"];
 
 /// `of.name`, where it is a method or belongs to the engine's own objects.
 pub(super) fn attribute(of: &Value, name: &str) -> Option<Value> {
     let known = match of {
         Value::Str(_) => STR.contains(&name),
-        Value::Seq(seq) if seq.kind == SeqKind::List => {
-            SEQ.contains(&name) || CHANGING.contains(&name)
-        }
+        Value::Seq(seq) if seq.kind == SeqKind::List => SEQ.contains(&name) || CHANGING.contains(&name),
         Value::Seq(seq) if seq.kind == SeqKind::Tuple => SEQ.contains(&name),
         Value::Dict(_) => DICT.contains(&name) || CHANGING[4..].contains(&name) || name == "clear",
         Value::Namespace(attributes) => {
@@ -53,10 +81,9 @@ pub(super) fn call(of: &Value, name: &str, args: &CallArgs, budget: &Budget) -> 
         Value::Seq(seq) if SEQ.contains(&name) => seq_method(seq, name, args, budget),
         Value::Dict(dict) if DICT.contains(&name) => dict_method(of, dict, name, args, budget),
         Value::Loop(state) => state.cycle(args),
-        other => Err(Error::runtime(format!(
-            "'{name}' would change a {}, which templates may not do",
-            other.type_name()
-        ))),
+        other => {
+            Err(Error::runtime(format!("'{name}' would change a {}, which templates may not do", other.type_name())))
+        }
     }
 }
 
@@ -68,34 +95,14 @@ fn list(parts: Vec<&str>, kind: SeqKind, budget: &Budget) -> Res<Value> {
 
 fn str_method(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Value> {
     match name {
-        "strip" | "lstrip" | "rstrip" => {
-            let [chars] = args.bind(name, ["chars"])?;
-            let chars = text_arg(name, chars)?;
-            budget.step(s.len().saturating_mul(chars.as_ref().map_or(0, |c| c.len() / 64)))?;
-            let left = if name == "rstrip" { s } else { pystr::lstrip(s, chars.as_deref()) };
-            budget.text(if name == "lstrip" { left } else { pystr::rstrip(left, chars.as_deref()) })
-        }
+        "strip" | "lstrip" | "rstrip" => strip(s, name, args, budget),
         "split" | "rsplit" => split(s, name, args, budget),
         "splitlines" => {
             let [keep] = args.bind(name, ["keepends"])?;
             let lines = pystr::split_lines(s, keep.is_some_and(|keep| keep.truth()));
             list(lines, SeqKind::List, budget)
         }
-        "partition" | "rpartition" => {
-            let [separator] = args.bind(name, ["sep"])?;
-            let separator = needed_text(name, separator)?;
-            check_separator(&separator)?;
-            let parts = match name {
-                "partition" => s.split_once(&*separator),
-                _ => s.rsplit_once(&*separator),
-            };
-            let parts = match (parts, name) {
-                (Some((before, after)), _) => vec![before, &separator, after],
-                (None, "partition") => vec![s, "", ""],
-                (None, _) => vec!["", "", s],
-            };
-            list(parts, SeqKind::Tuple, budget)
-        }
+        "partition" | "rpartition" => partition(s, name, args, budget),
         "startswith" | "endswith" => {
             let [affix] = args.bind(name, ["prefix"])?;
             starts_or_ends(s, name == "startswith", affix.as_ref(), budget)
@@ -114,23 +121,7 @@ fn str_method(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Valu
             let count = int_arg(name, count)?.and_then(|count| usize::try_from(count).ok());
             replace(s, &needed_text(name, old)?, &needed_text(name, new)?, count, budget)
         }
-        "join" => {
-            let [items] = args.bind(name, ["iterable"])?;
-            let items = items.ok_or_else(|| Error::runtime("join() takes one argument"))?;
-            let mut out = String::new();
-            for (i, item) in items.iterate(budget)?.iter().enumerate() {
-                let Value::Str(text) = item else {
-                    let found = item.type_name();
-                    let message = format!("sequence item {i}: expected str instance, {found} found");
-                    return Err(Error::runtime(message));
-                };
-                if i > 0 {
-                    budget.push(&mut out, s)?;
-                }
-                budget.push(&mut out, text)?;
-            }
-            budget.text(out)
-        }
+        "join" => join(s, args, budget),
         "find" | "rfind" | "index" | "rindex" | "count" => search(s, name, args),
         "format" => pyfmt::braces(s, args, budget),
         "center" | "ljust" | "rjust" | "zfill" => pad(s, name, args, budget),
@@ -145,6 +136,45 @@ fn str_method(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Valu
             })
         }
     }
+}
+
+fn strip(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Value> {
+    let [chars] = args.bind(name, ["chars"])?;
+    let chars = text_arg(name, chars)?;
+    budget.step(s.len().saturating_mul(chars.as_ref().map_or(0, |chars| chars.len() / 64)))?;
+    let left = if name == "rstrip" { s } else { pystr::lstrip(s, chars.as_deref()) };
+    budget.text(if name == "lstrip" { left } else { pystr::rstrip(left, chars.as_deref()) })
+}
+
+fn partition(s: &str, name: &str, args: &CallArgs, budget: &Budget) -> Res<Value> {
+    let [separator] = args.bind(name, ["sep"])?;
+    let separator = needed_text(name, separator)?;
+    check_separator(&separator)?;
+    let from_left = name == "partition";
+    let parts = if from_left { s.split_once(&*separator) } else { s.rsplit_once(&*separator) };
+    let parts = match parts {
+        Some((before, after)) => vec![before, &separator, after],
+        None if from_left => vec![s, "", ""],
+        None => vec!["", "", s],
+    };
+    list(parts, SeqKind::Tuple, budget)
+}
+
+fn join(s: &str, args: &CallArgs, budget: &Budget) -> Res<Value> {
+    let [items] = args.bind("join", ["iterable"])?;
+    let items = items.ok_or_else(|| Error::runtime("join() takes one argument"))?;
+    let mut out = String::new();
+    for (i, item) in items.iterate(budget)?.iter().enumerate() {
+        let Value::Str(text) = item else {
+            let found = item.type_name();
+            return Err(Error::runtime(format!("sequence item {i}: expected str instance, {found} found")));
+        };
+        if i > 0 {
+            budget.push(&mut out, s)?;
+        }
+        budget.push(&mut out, text)?;
+    }
+    budget.text(out)
 }
 
 /// The methods `isalpha` and the like.
@@ -191,13 +221,7 @@ fn starts_or_ends(s: &str, starts: bool, affix: Option<&Value>, budget: &Budget)
 }
 
 /// `s.replace(old, new, count)`, paid for before it is built.
-pub(super) fn replace(
-    s: &str,
-    old: &str,
-    new: &str,
-    count: Option<usize>,
-    budget: &Budget,
-) -> Res<Value> {
+pub(super) fn replace(s: &str, old: &str, new: &str, count: Option<usize>, budget: &Budget) -> Res<Value> {
     budget.scan(s.len())?;
     let found = s.matches(old).count().min(count.unwrap_or(usize::MAX));
     budget.alloc(s.len().saturating_add(found.saturating_mul(new.len())))?;
@@ -264,13 +288,7 @@ fn seq_method(seq: &Seq, name: &str, args: &CallArgs, budget: &Budget) -> Res<Va
     Ok(Value::Int(count))
 }
 
-fn dict_method(
-    of: &Value,
-    dict: &Dict,
-    name: &str,
-    args: &CallArgs,
-    budget: &Budget,
-) -> Res<Value> {
+fn dict_method(of: &Value, dict: &Dict, name: &str, args: &CallArgs, budget: &Budget) -> Res<Value> {
     if name == "get" {
         let [key, default] = args.bind(name, ["key", "default"])?;
         let key = key.ok_or_else(|| Error::runtime("get() takes a key"))?;
@@ -288,8 +306,6 @@ fn dict_method(
 
 /// The entries of a dict as pairs.
 pub(super) fn items(dict: &Dict, kind: SeqKind, budget: &Budget) -> Res<Value> {
-    let pair = |(key, value): &(Value, Value)| {
-        Value::seq(SeqKind::Tuple, vec![key.clone(), value.clone()], budget)
-    };
+    let pair = |(key, value): &(Value, Value)| Value::seq(SeqKind::Tuple, vec![key.clone(), value.clone()], budget);
     Value::seq(kind, dict.entries().iter().map(pair).collect::<Res<_>>()?, budget)
 }

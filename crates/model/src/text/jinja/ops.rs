@@ -19,9 +19,7 @@ pub(super) fn binary(op: BinOp, left: &Value, right: &Value, budget: &Budget) ->
             budget.alloc(a.len() + b.len())?;
             return Ok(Value::Str([&**a, &**b].concat().into()));
         }
-        (BinOp::Add, Value::Seq(a), Value::Seq(b))
-            if a.kind == b.kind && a.kind != SeqKind::Generator =>
-        {
+        (BinOp::Add, Value::Seq(a), Value::Seq(b)) if a.kind == b.kind && a.kind != SeqKind::Generator => {
             budget.alloc((a.items.len() + b.items.len()) * ENTRY_BYTES)?;
             return Value::seq(a.kind, [&a.items[..], &b.items[..]].concat(), budget);
         }
@@ -146,10 +144,9 @@ pub(super) fn contains(container: &Value, item: &Value, budget: &Budget) -> Res<
                 budget.scan(text.len() + part.len())?;
                 Ok(text.contains(&**part))
             }
-            other => Err(Error::runtime(format!(
-                "'in <string>' requires string as left operand, not {}",
-                other.type_name()
-            ))),
+            other => {
+                Err(Error::runtime(format!("'in <string>' requires string as left operand, not {}", other.type_name())))
+            }
         },
         Value::Seq(seq) => {
             for have in &seq.items {
@@ -249,9 +246,9 @@ pub(super) fn slice(of: &Value, bounds: [Option<Value>; 3], budget: &Budget) -> 
         *number = match bound {
             None | Some(Value::None) => None,
             Some(Value::Undefined(why)) => return Err(Error::runtime(&**why)),
-            Some(other) => Some(other.as_int().ok_or_else(|| {
-                Error::runtime("slice indices must be integers or None")
-            })?),
+            Some(other) => {
+                Some(other.as_int().ok_or_else(|| Error::runtime("slice indices must be integers or None"))?)
+            }
         };
     }
     match of {
@@ -275,19 +272,14 @@ pub(super) fn slice(of: &Value, bounds: [Option<Value>; 3], budget: &Budget) -> 
 }
 
 /// The positions that a slice picks, by Python's rules.
-fn positions(
-    [start, stop, step]: [Option<i128>; 3],
-    length: usize,
-) -> Res<impl Iterator<Item = usize>> {
+fn positions([start, stop, step]: [Option<i128>; 3], length: usize) -> Res<impl Iterator<Item = usize>> {
     let length = length as i128;
     let step = step.unwrap_or(1);
     if step == 0 {
         return Err(Error::runtime("slice step cannot be zero"));
     }
     let (lowest, highest) = if step > 0 { (0, length) } else { (-1, length - 1) };
-    let clamp = |index: i128| {
-        if index < 0 { index.saturating_add(length) } else { index }.clamp(lowest, highest)
-    };
+    let clamp = |index: i128| if index < 0 { index.saturating_add(length) } else { index }.clamp(lowest, highest);
     let (first, last) = if step > 0 { (lowest, highest) } else { (highest, lowest) };
     let mut at = start.map_or(first, clamp);
     let stop = stop.map_or(last, clamp);
@@ -307,9 +299,7 @@ mod tests {
 
     #[test]
     fn slices_follow_python() {
-        let picked = |start, stop, step| -> Vec<usize> {
-            positions([start, stop, step], 5).unwrap().collect()
-        };
+        let picked = |start, stop, step| -> Vec<usize> { positions([start, stop, step], 5).unwrap().collect() };
         assert_eq!(picked(None, None, Some(-1)), [4, 3, 2, 1, 0]);
         assert_eq!(picked(Some(3), Some(0), Some(-1)), [3, 2, 1]);
         assert_eq!(picked(Some(-2), None, None), [3, 4]);

@@ -244,8 +244,7 @@ impl Parser {
 
     fn call_statement(&mut self) -> Res<Stmt> {
         // The signature comes before the call it is for, the body after it.
-        let (params, defaults) =
-            if self.at_op("(") { self.signature()? } else { (Vec::new(), Vec::new()) };
+        let (params, defaults) = if self.at_op("(") { self.signature()? } else { (Vec::new(), Vec::new()) };
         let call = self.expression()?;
         if !matches!(*call.node, super::ast::Node::Call(..)) {
             return self.error("expected a call after 'call'");

@@ -44,14 +44,10 @@ pub(super) fn test(name: &str, value: &Value, args: &CallArgs, budget: &Budget) 
             Value::Seq(seq) => seq.kind != SeqKind::Generator,
             other => matches!(other, Value::Str(_) | Value::Dict(_) | Value::Undefined(_)),
         },
-        "iterable" => matches!(
-            value,
-            Value::Str(_) | Value::Seq(_) | Value::Dict(_) | Value::Undefined(_) | Value::Loop(_)
-        ),
-        "callable" => matches!(
-            value,
-            Value::Function(_) | Value::Method(_) | Value::Macro(..) | Value::Undefined(_)
-        ),
+        "iterable" => {
+            matches!(value, Value::Str(_) | Value::Seq(_) | Value::Dict(_) | Value::Undefined(_) | Value::Loop(_))
+        }
+        "callable" => matches!(value, Value::Function(_) | Value::Method(_) | Value::Macro(..) | Value::Undefined(_)),
         "even" => remainder(value, &Value::Int(2), budget)?.as_float() == Some(0.0),
         "odd" => remainder(value, &Value::Int(2), budget)?.as_float() == Some(1.0),
         "lower" => text_case(false)?,
@@ -78,10 +74,45 @@ fn same(a: &Value, b: &Value, budget: &Budget) -> Res<bool> {
 
 fn exists(name: &str) -> bool {
     const NAMES: [&str; 39] = [
-        "!=", "<", "<=", "==", ">", ">=", "boolean", "callable", "defined", "divisibleby", "eq",
-        "equalto", "escaped", "even", "false", "filter", "float", "ge", "greaterthan", "gt", "in",
-        "integer", "iterable", "le", "lessthan", "lower", "lt", "mapping", "ne", "none", "number",
-        "odd", "sameas", "sequence", "string", "test", "true", "undefined", "upper",
+        "!=",
+        "<",
+        "<=",
+        "==",
+        ">",
+        ">=",
+        "boolean",
+        "callable",
+        "defined",
+        "divisibleby",
+        "eq",
+        "equalto",
+        "escaped",
+        "even",
+        "false",
+        "filter",
+        "float",
+        "ge",
+        "greaterthan",
+        "gt",
+        "in",
+        "integer",
+        "iterable",
+        "le",
+        "lessthan",
+        "lower",
+        "lt",
+        "mapping",
+        "ne",
+        "none",
+        "number",
+        "odd",
+        "sameas",
+        "sequence",
+        "string",
+        "test",
+        "true",
+        "undefined",
+        "upper",
     ];
     NAMES.contains(&name)
 }

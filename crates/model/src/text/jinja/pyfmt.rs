@@ -69,30 +69,14 @@ pub(super) fn percent(format: &str, values: &Value, budget: &Budget) -> Res<Valu
         }
         let mut named = None;
         if let Some(after) = rest.strip_prefix('(') {
-            let (name, after) =
-                after.split_once(')').ok_or_else(|| bad("incomplete format key"))?;
+            let (name, after) = after.split_once(')').ok_or_else(|| bad("incomplete format key"))?;
             if !matches!(values, Value::Dict(_)) {
                 return Err(bad("format requires a mapping"));
             }
             named = Some(ops::item(values, &budget.text(name)?, budget)?);
             rest = after;
         }
-        let mut spec = Spec::default();
-        while let Some(flag) = take_char(&mut rest, |c| "-+ #0".contains(c)) {
-            match flag {
-                '-' => spec.align = Some('<'),
-                '0' if spec.align.is_none() => (spec.fill, spec.align) = (Some('0'), Some('=')),
-                '#' => spec.alternate = true,
-                '0' => {}
-                sign => spec.plus = Some(sign),
-            }
-        }
-        spec.width = take_number(&mut rest)?.unwrap_or(0);
-        if let Some(after) = rest.strip_prefix('.') {
-            rest = after;
-            spec.precision = Some(take_number(&mut rest)?.unwrap_or(0));
-        }
-        spec.kind = take_char(&mut rest, |_| true);
+        let mut spec = percent_spec(&mut rest)?;
         let value = match named {
             Some(value) => value,
             None => next()?,
@@ -113,12 +97,36 @@ pub(super) fn percent(format: &str, values: &Value, budget: &Budget) -> Res<Valu
     budget.text(out)
 }
 
+/// Reads flags, width, precision and kind of a `%` conversion.
+fn percent_spec(rest: &mut &str) -> Res<Spec> {
+    let mut spec = Spec::default();
+    while let Some(flag) = take_char(rest, |c| "-+ #0".contains(c)) {
+        match flag {
+            '-' => spec.align = Some('<'),
+            '0' if spec.align.is_none() => (spec.fill, spec.align) = (Some('0'), Some('=')),
+            '#' => spec.alternate = true,
+            '0' => {}
+            sign => spec.plus = Some(sign),
+        }
+    }
+    spec.width = take_number(rest)?.unwrap_or(0);
+    if take_char(rest, |c| c == '.').is_some() {
+        spec.precision = Some(take_number(rest)?.unwrap_or(0));
+    }
+    spec.kind = take_char(rest, |_| true);
+    Ok(spec)
+}
+
 fn percent_value(spec: &mut Spec, value: &Value, budget: &Budget) -> Res<String> {
     let kind = spec.kind.ok_or_else(|| bad("incomplete format"))?;
     let mut text = String::new();
     match kind {
         's' | 'r' | 'a' => {
-            if kind == 's' { value.write_str(&mut text, budget)? } else { value.write_repr(&mut text, budget)? }
+            if kind == 's' {
+                value.write_str(&mut text, budget)?
+            } else {
+                value.write_repr(&mut text, budget)?
+            }
             // Zero padding is for numbers only.
             (spec.fill, spec.align) = (None, spec.align.filter(|&align| align == '<'));
             truncate(&mut text, spec.precision);
@@ -132,16 +140,14 @@ fn percent_value(spec: &mut Spec, value: &Value, budget: &Budget) -> Res<String>
                 Value::Float(float) if !"xXo".contains(kind) => Some(float.trunc() as i128),
                 other => other.as_int(),
             };
-            let int = int.ok_or_else(|| {
-                bad(format!("%{kind} format: a real number is required, not {}", value.type_name()))
-            })?;
+            let int = int
+                .ok_or_else(|| bad(format!("%{kind} format: a real number is required, not {}", value.type_name())))?;
             spec.kind = Some(if "iu".contains(kind) { 'd' } else { kind });
             text = integer(int, spec);
         }
         'f' | 'F' | 'e' | 'E' | 'g' | 'G' => {
             let float = value.as_float();
-            let float = float
-                .ok_or_else(|| bad(format!("must be real number, not {}", value.type_name())))?;
+            let float = float.ok_or_else(|| bad(format!("must be real number, not {}", value.type_name())))?;
             text = self::float(float, spec);
         }
         other => return Err(bad(format!("unsupported format character '{other}'"))),
@@ -271,8 +277,7 @@ pub(super) fn braces(format: &str, args: &CallArgs, budget: &Budget) -> Res<Valu
         if brace == "}" {
             return Err(bad("single '}' encountered in format string"));
         }
-        let (field, after) =
-            rest.split_once('}').ok_or_else(|| bad("expected '}' before end of string"))?;
+        let (field, after) = rest.split_once('}').ok_or_else(|| bad("expected '}' before end of string"))?;
         if field.contains('{') {
             return Err(bad("nested format fields are not supported"));
         }
@@ -290,12 +295,7 @@ pub(super) fn braces(format: &str, args: &CallArgs, budget: &Budget) -> Res<Valu
 }
 
 /// The argument that `name`, `0`, `` or `name.attribute[item]` stands for.
-fn braces_field(
-    target: &str,
-    args: &CallArgs,
-    automatic: &mut usize,
-    budget: &Budget,
-) -> Res<Value> {
+fn braces_field(target: &str, args: &CallArgs, automatic: &mut usize, budget: &Budget) -> Res<Value> {
     let end = target.find(['.', '[']).unwrap_or(target.len());
     let (first, mut path) = target.split_at(end);
     let value = if first.is_empty() {
@@ -306,9 +306,7 @@ fn braces_field(
     } else {
         args.named.iter().find(|(name, _)| &**name == first).map(|(_, value)| value)
     };
-    let mut value = value
-        .cloned()
-        .ok_or_else(|| bad(format!("no argument for the format field '{{{target}}}'")))?;
+    let mut value = value.cloned().ok_or_else(|| bad(format!("no argument for the format field '{{{target}}}'")))?;
     while !path.is_empty() {
         if let Some(tail) = path.strip_prefix('[') {
             let (key, tail) = tail.split_once(']').ok_or_else(|| bad("missing ']' in format"))?;
@@ -323,13 +321,7 @@ fn braces_field(
     Ok(value)
 }
 
-fn braces_value(
-    out: &mut String,
-    value: &Value,
-    conversion: Option<&str>,
-    mut text: &str,
-    budget: &Budget,
-) -> Res<()> {
+fn braces_value(out: &mut String, value: &Value, conversion: Option<&str>, mut text: &str, budget: &Budget) -> Res<()> {
     let mut spec = Spec::default();
     let second = text.chars().nth(1);
     if second.is_some_and(|c| "<>^=".contains(c)) {

@@ -66,12 +66,7 @@ pub(super) fn all_cased(s: &str, upper: bool) -> bool {
 }
 
 /// `s.split(separator, limit)` or, from the right, `s.rsplit(separator, limit)`.
-pub(super) fn split<'s>(
-    s: &'s str,
-    separator: Option<&str>,
-    limit: Option<usize>,
-    from_right: bool,
-) -> Vec<&'s str> {
+pub(super) fn split<'s>(s: &'s str, separator: Option<&str>, limit: Option<usize>, from_right: bool) -> Vec<&'s str> {
     let limit = limit.unwrap_or(usize::MAX);
     match (separator, from_right) {
         (Some(separator), false) => s.splitn(limit.saturating_add(1), separator).collect(),
@@ -109,17 +104,12 @@ pub(super) fn split<'s>(
 
 /// `s.splitlines(keepends)`
 pub(super) fn split_lines(s: &str, keep_ends: bool) -> Vec<&str> {
-    let is_end = |c| {
-        matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
-    };
+    let is_end = |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = Vec::new();
     let mut rest = s;
     while let Some(at) = rest.find(is_end) {
-        let width = if rest[at..].starts_with("\r\n") {
-            2
-        } else {
-            rest[at..].chars().next().map_or(0, char::len_utf8)
-        };
+        let width =
+            if rest[at..].starts_with("\r\n") { 2 } else { rest[at..].chars().next().map_or(0, char::len_utf8) };
         lines.push(&rest[..if keep_ends { at + width } else { at }]);
         rest = &rest[at + width..];
     }

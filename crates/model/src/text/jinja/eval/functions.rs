@@ -11,8 +11,7 @@ use super::super::{Budget, Error, ErrorKind, Res, methods};
 use super::Interp;
 
 /// The global functions.
-pub(super) const NAMES: [&str; 5] =
-    ["raise_exception", "strftime_now", "range", "dict", "namespace"];
+pub(super) const NAMES: [&str; 5] = ["raise_exception", "strftime_now", "range", "dict", "namespace"];
 
 /// What Python's sandbox allows a range to hold.
 const RANGE_MAX: u128 = 100_000;
@@ -42,12 +41,7 @@ pub(super) fn set_attribute(
 
 impl Interp<'_> {
     /// `callee(args)`; `caller` is the block of a `{% call %}`.
-    pub(super) fn call(
-        &mut self,
-        callee: &Expr,
-        args: &Args,
-        caller: Option<Value>,
-    ) -> Res<Value> {
+    pub(super) fn call(&mut self, callee: &Expr, args: &Args, caller: Option<Value>) -> Res<Value> {
         let callee = self.eval(callee)?;
         let args = self.args(args)?;
         match &callee {
@@ -132,13 +126,7 @@ impl Interp<'_> {
         Ok(entries)
     }
 
-    fn call_macro(
-        &mut self,
-        def: &Arc<Macro>,
-        scope: usize,
-        mut args: CallArgs,
-        caller: Option<Value>,
-    ) -> Res<Value> {
+    fn call_macro(&mut self, def: &Arc<Macro>, scope: usize, mut args: CallArgs, caller: Option<Value>) -> Res<Value> {
         let outer = self.scope;
         self.scope = self.scopes.open(scope, self.budget)?;
         let mut positional = args.positional.into_iter();
@@ -153,9 +141,7 @@ impl Interp<'_> {
                 (Some(value), None) => value,
                 (None, Some(named)) => args.named.remove(named).1,
                 (None, None) if i >= first_default => self.eval(&def.defaults[i - first_default])?,
-                (None, None) => {
-                    Value::undefined(format!("parameter '{param}' was not provided"))
-                }
+                (None, None) => Value::undefined(format!("parameter '{param}' was not provided")),
             };
             self.scopes.set(self.scope, param, value);
         }

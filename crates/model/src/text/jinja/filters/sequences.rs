@@ -22,9 +22,7 @@ pub(super) fn apply(name: &str, value: &Value, args: &CallArgs, budget: &Budget)
             args.none(name)?;
             match (name, value) {
                 ("list", _) => Value::list(value.iterate(budget)?, budget),
-                ("items", Value::Undefined(_)) => {
-                    Value::seq(SeqKind::Generator, Vec::new(), budget)
-                }
+                ("items", Value::Undefined(_)) => Value::seq(SeqKind::Generator, Vec::new(), budget),
                 ("items", Value::Dict(dict)) => methods::items(dict, SeqKind::Generator, budget),
                 ("items", _) => Err(Error::runtime("can only get item pairs from a mapping")),
                 ("reverse", Value::Str(text)) => budget.text(text.chars().rev().collect::<String>()),
@@ -32,15 +30,18 @@ pub(super) fn apply(name: &str, value: &Value, args: &CallArgs, budget: &Budget)
                     let items = value.iterate(budget)?.into_iter().rev().collect();
                     Value::seq(SeqKind::Generator, items, budget)
                 }
-                ("first", _) => Ok(value.iterate(budget)?.into_iter().next().unwrap_or_else(|| {
-                    Value::undefined("no first item, sequence was empty")
-                })),
+                ("first", _) => Ok(value
+                    .iterate(budget)?
+                    .into_iter()
+                    .next()
+                    .unwrap_or_else(|| Value::undefined("no first item, sequence was empty"))),
                 ("last", Value::Seq(seq)) if seq.kind == SeqKind::Generator => {
                     Err(Error::runtime("'generator' object is not reversible"))
                 }
-                _ => Ok(value.iterate(budget)?.pop().unwrap_or_else(|| {
-                    Value::undefined("no last item, sequence was empty")
-                })),
+                _ => Ok(value
+                    .iterate(budget)?
+                    .pop()
+                    .unwrap_or_else(|| Value::undefined("no last item, sequence was empty"))),
             }
         }
     }
@@ -81,8 +82,7 @@ fn map(value: &Value, args: &CallArgs, budget: &Budget) -> Res<Value> {
     let items = value.iterate(budget)?;
     let mapped: Res<Vec<Value>> = if args.positional.is_empty() {
         let [attribute, default] = args.bind("map", ["attribute", "default"])?;
-        let attribute =
-            attribute.ok_or_else(|| Error::runtime("map requires a filter argument"))?;
+        let attribute = attribute.ok_or_else(|| Error::runtime("map requires a filter argument"))?;
         let get = |item: &Value| {
             let found = path(item, &attribute, budget)?;
             Ok(match (&found, &default) {
@@ -104,14 +104,11 @@ fn select(name: &str, value: &Value, args: &CallArgs, budget: &Budget) -> Res<Va
     if value.truth() {
         let mut rest = args.positional.iter();
         let attribute = match name.ends_with("attr") {
-            true => Some(rest.next().ok_or_else(|| {
-                Error::runtime("missing parameter for attribute name")
-            })?),
+            true => Some(rest.next().ok_or_else(|| Error::runtime("missing parameter for attribute name"))?),
             false => None,
         };
         let test = rest.next().map(|test| test.to_text(budget)).transpose()?;
-        let test_args =
-            CallArgs { positional: rest.cloned().collect(), named: args.named.clone() };
+        let test_args = CallArgs { positional: rest.cloned().collect(), named: args.named.clone() };
         let wanted = name.starts_with("select");
         for item in value.iterate(budget)? {
             budget.step(1)?;
@@ -178,14 +175,8 @@ pub(in super::super) fn sort_by<T: Clone>(
 }
 
 /// Items with their keys, sorted by the keys.
-fn sorted(
-    items: Vec<Value>,
-    key: impl Fn(&Value) -> Res<Value>,
-    reverse: bool,
-    budget: &Budget,
-) -> Res<Vec<Value>> {
-    let mut keyed: Vec<_> =
-        items.into_iter().map(|item| Ok((key(&item)?, item))).collect::<Res<_>>()?;
+fn sorted(items: Vec<Value>, key: impl Fn(&Value) -> Res<Value>, reverse: bool, budget: &Budget) -> Res<Vec<Value>> {
+    let mut keyed: Vec<_> = items.into_iter().map(|item| Ok((key(&item)?, item))).collect::<Res<_>>()?;
     sort_by(&mut keyed, &|a, b| {
         let order = a.0.compare(&b.0, "<", budget)?;
         Ok(if reverse { order.map(Ordering::reverse) } else { order })
@@ -194,14 +185,11 @@ fn sorted(
 }
 
 fn sort(value: &Value, args: &CallArgs, budget: &Budget) -> Res<Value> {
-    let [reverse, cased, attribute] =
-        args.bind("sort", ["reverse", "case_sensitive", "attribute"])?;
+    let [reverse, cased, attribute] = args.bind("sort", ["reverse", "case_sensitive", "attribute"])?;
     let cased = is_true(cased.as_ref());
     let by = |item: &Value| match &attribute {
         Some(Value::Str(paths)) if paths.contains(',') => {
-            let keys = paths.split(',').map(|part| {
-                key(item, Some(&Value::Str(part.into())), cased, budget)
-            });
+            let keys = paths.split(',').map(|part| key(item, Some(&Value::Str(part.into())), cased, budget));
             Value::list(keys.collect::<Res<_>>()?, budget)
         }
         attribute => key(item, attribute.as_ref(), cased, budget),

@@ -9,33 +9,7 @@ const HEIGHT_MAX: u16 = 200;
 
 impl Parser {
     fn expr(&self, line: u32, node: Node) -> Res<Expr> {
-        let of = |expr: &Expr| expr.height;
-        let all = |exprs: &[Expr]| exprs.iter().map(|expr| expr.height).max().unwrap_or(0);
-        let args = |args: &Args| {
-            let named = args.named.iter().map(|(_, expr)| expr.height).max().unwrap_or(0);
-            let stars = args.star.iter().chain(&args.double_star).map(of).max().unwrap_or(0);
-            all(&args.positional).max(named).max(stars)
-        };
-        let below = match &node {
-            Node::Const(_) | Node::Name(_) => 0,
-            Node::List(items) | Node::Tuple(items) | Node::Concat(items) => all(items),
-            Node::Dict(pairs) => {
-                pairs.iter().map(|(key, value)| of(key).max(of(value))).max().unwrap_or(0)
-            }
-            Node::Neg(a) | Node::Pos(a) | Node::Not(a) | Node::Attr(a, _) => of(a),
-            Node::And(a, b) | Node::Or(a, b) | Node::Binary(_, a, b) | Node::Item(a, b) => {
-                of(a).max(of(b))
-            }
-            Node::Compare(a, rest) => {
-                rest.iter().map(|(_, expr)| expr.height).max().unwrap_or(0).max(of(a))
-            }
-            Node::Cond { test, then, other } => {
-                of(test).max(of(then)).max(other.as_ref().map_or(0, of))
-            }
-            Node::Slice(a, bounds) => bounds.iter().flatten().map(of).max().unwrap_or(0).max(of(a)),
-            Node::Call(a, list) | Node::Test(a, _, list) => of(a).max(args(list)),
-            Node::Filter(a, call) => of(a).max(args(&call.args)),
-        };
+        let below = node.height_below();
         if below >= HEIGHT_MAX {
             return self.error("the expression is too long");
         }
@@ -79,8 +53,7 @@ impl Parser {
             let mut then = parser.or()?;
             while parser.skip_name("if") {
                 let test = parser.or()?;
-                let other =
-                    if parser.skip_name("else") { Some(parser.expression()?) } else { None };
+                let other = if parser.skip_name("else") { Some(parser.expression()?) } else { None };
                 then = parser.expr(line, Node::Cond { test, then, other })?;
             }
             Ok(then)
@@ -129,9 +102,7 @@ impl Parser {
                 Tok::Op(">") => CmpOp::Gt,
                 Tok::Op(">=") => CmpOp::Ge,
                 Tok::Name(name) if name == "in" => CmpOp::In,
-                Tok::Name(name)
-                    if name == "not" && *self.peek_second() == Tok::Name("in".into()) =>
-                {
+                Tok::Name(name) if name == "not" && *self.peek_second() == Tok::Name("in".into()) => {
                     self.next();
                     CmpOp::NotIn
                 }
@@ -413,9 +384,7 @@ impl Parser {
         match self.peek() {
             Tok::Op("(") => args = self.args()?,
             Tok::Name(word) if word == "is" => return self.error("tests cannot be chained with 'is'"),
-            Tok::Name(_) | Tok::Str(_) | Tok::Int(_) | Tok::Float(_) | Tok::Op("[" | "{")
-                if !ends =>
-            {
+            Tok::Name(_) | Tok::Str(_) | Tok::Int(_) | Tok::Float(_) | Tok::Op("[" | "{") if !ends => {
                 let arg = self.primary()?;
                 args.positional.push(self.postfix(arg)?);
             }
