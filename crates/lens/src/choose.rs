@@ -4,7 +4,7 @@ use quorate_formats::spec::ModelSpec;
 use quorate_model::{Model, RoutingMode};
 use serde::Serialize;
 
-use crate::{Keep, KeyMetric, LensError, Library, Nearest, Pattern, Plan, Scope, Selection, nearest, prompt_keys};
+use crate::{Keep, KeyIndex, KeyMetric, LensError, Library, Nearest, Pattern, Plan, Scope, Selection, prompt_keys};
 
 /// Name of the pattern that an unfamiliar prompt falls back to.
 pub const GENERALIST: &str = "generalist";
@@ -68,12 +68,12 @@ pub fn retrieve(
     metric: KeyMetric,
 ) -> Result<Option<Vec<Retrieved>>, LensError> {
     let fingerprint = model.checkpoint().fingerprint();
-    let keys = library.keys(fingerprint)?;
-    if keys.is_empty() {
+    let index = KeyIndex::new(library.keys(fingerprint)?);
+    if index.is_empty() {
         return Ok(None);
     }
     let has_generalist = library.list(Some(fingerprint))?.iter().any(|i| i.name == GENERALIST);
-    let found = prompt_keys(model, prompts)?.into_iter().filter_map(|prompt| nearest(&keys, &prompt, metric));
+    let found = prompt_keys(model, prompts)?.into_iter().filter_map(|prompt| index.nearest(&prompt, metric));
     let choose = |nearest: Nearest| Retrieved {
         task: if nearest.familiar || !has_generalist { nearest.name.clone() } else { GENERALIST.to_string() },
         nearest,

@@ -1,8 +1,8 @@
 //! Retrieval keys: how a task's prompts look to the first router, and which task a new prompt is nearest to.
 //!
 //! A prompt's key needs no expert: the forward pass ends at the first MoE layer's router. It has two parts. `hidden` is
-//! the mean over the prompt's tokens of the router's input, `[d]`; a task keeps several typical ones. `router` is the mean
-//! over tokens of `max(s, sigmoid(s))` of the `top_k` logits `s`, 0 elsewhere, `[E]`: the key of the public method, of which
+//! the mean over the prompt's tokens of the router's input, sketched to at most 256 numbers; a task keeps several typical
+//! ones. `router` is the mean over tokens of `max(s, sigmoid(s))` of the `top_k` logits `s`, 0 elsewhere, `[E]`: the key of the public method, of which
 //! a task keeps the mean.
 
 use candle_core::Tensor;
@@ -15,6 +15,8 @@ use crate::LensError;
 
 /// Most typical keys of a task.
 const PROTOTYPES: usize = 8;
+/// Numbers of a key's hidden part; wider models are sketched to it, so that search takes the same time for all.
+const WIDTH: usize = 256;
 /// A prompt is familiar within this many times the largest distance of the task's own held-out prompts.
 const RADIUS_SLACK: f32 = 1.25;
 
@@ -36,7 +38,7 @@ pub enum KeyMetric {
 /// The key of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct PromptKey {
-    /// Mean router input, `[d]`.
+    /// Mean router input, `[min(d, 256)]`.
     pub hidden: Vec<f32>,
     /// Mean router scores, `[E]`.
     pub router: Vec<f32>,
@@ -134,12 +136,48 @@ impl Key {
     }
 }
 
-/// The nearest of several tasks; `None` if there are none.
-pub fn nearest(keys: &[(String, Key)], prompt: &PromptKey, metric: KeyMetric) -> Option<Nearest> {
-    let distances = keys.iter().map(|(name, key)| (key.distance(prompt, metric), name, key));
-    let (distance, name, key) = distances.min_by(|a, b| a.0.total_cmp(&b.0))?;
-    let familiar = metric != KeyMetric::Hidden || distance <= key.radius;
-    Some(Nearest { name: name.clone(), distance, familiar })
+/// The keys of many tasks, ready to be searched: one scan over all typical keys.
+#[derive(Clone, Debug, Default)]
+pub struct KeyIndex {
+    keys: Vec<(String, Key)>,
+    /// Squared norms of each key's prototypes.
+    norms: Vec<Vec<f32>>,
+}
+
+impl KeyIndex {
+    /// An index of named keys.
+    pub fn new(keys: Vec<(String, Key)>) -> KeyIndex {
+        let norms = keys.iter().map(|(_, key)| key.prototypes.iter().map(|p| norm_sq(p)).collect()).collect();
+        KeyIndex { keys, norms }
+    }
+
+    /// Number of tasks.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// The task nearest to a prompt among those that it is familiar to; if there is none, the nearest of all, not
+    /// familiar. `None` if the index is empty.
+    pub fn nearest(&self, prompt: &PromptKey, metric: KeyMetric) -> Option<Nearest> {
+        let own = norm_sq(&prompt.hidden);
+        let scored = self.keys.iter().zip(&self.norms).map(|((name, key), norms)| {
+            let distance = match metric {
+                KeyMetric::Hidden => {
+                    let squared = |(p, n): (&Vec<f32>, &f32)| n + own - 2.0 * dot(p, &prompt.hidden);
+                    key.prototypes.iter().zip(norms).map(squared).fold(f32::INFINITY, f32::min).max(0.0).sqrt()
+                }
+                _ => key.distance(prompt, metric),
+            };
+            (metric != KeyMetric::Hidden || distance <= key.radius, distance, name)
+        });
+        let (familiar, distance, name) = scored.min_by(|a, b| b.0.cmp(&a.0).then(a.1.total_cmp(&b.1)))?;
+        Some(Nearest { name: name.clone(), distance, familiar })
+    }
 }
 
 /// Computes the keys of prompts with the non-expert weights only, up to the first router.
@@ -198,7 +236,7 @@ impl Lens for KeyProbe {
                 .map(|r| &x[r * width..(r + 1) * width])
                 .collect();
             if at.site == Site::FfnIn {
-                self.keys.push(PromptKey { hidden: mean_of(&prompt, width), router: Vec::new() });
+                self.keys.push(PromptKey { hidden: sketch(mean_of(&prompt, width)), router: Vec::new() });
             } else {
                 self.keys[first + i].router = router_scores(&prompt, width, self.top_k);
             }
@@ -227,6 +265,21 @@ fn mean_of(rows: &[&[f32]], width: usize) -> Vec<f32> {
         sum.iter_mut().zip(*row).for_each(|(s, v)| *s += f64::from(*v));
     }
     sum.iter().map(|s| (s / rows.len().max(1) as f64) as f32).collect()
+}
+
+/// A vector of at most [`WIDTH`] numbers with nearly the same distances (count sketch): every coordinate is added, with a
+/// sign, to one place that a hash of its number gives.
+fn sketch(values: Vec<f32>) -> Vec<f32> {
+    if values.len() <= WIDTH {
+        return values;
+    }
+    let mut out = vec![0f32; WIDTH];
+    for (i, v) in values.iter().enumerate() {
+        let hash = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let sign = if hash >> 63 == 0 { 1.0 } else { -1.0 };
+        out[(hash >> 40) as usize % WIDTH] += sign * v;
+    }
+    out
 }
 
 fn order(a: &[f32], b: &[f32]) -> std::cmp::Ordering {
@@ -302,10 +355,20 @@ mod tests {
     #[test]
     fn nearest_and_familiar() {
         let keys = vec![("a".to_string(), key(0.0)), ("b".to_string(), key(10.0))];
-        let found = nearest(&keys, &prompt(9.99, 5.0), KeyMetric::Hidden).unwrap();
+        let index = KeyIndex::new(keys);
+        let found = index.nearest(&prompt(9.99, 5.0), KeyMetric::Hidden).unwrap();
         assert_eq!((found.name.as_str(), found.familiar), ("b", true));
-        assert!(!nearest(&keys, &prompt(5.0, 2.0), KeyMetric::Hidden).unwrap().familiar);
-        assert!(nearest(&[], &prompt(0.0, 0.0), KeyMetric::Hidden).is_none());
+        assert!(!index.nearest(&prompt(5.0, 2.0), KeyMetric::Hidden).unwrap().familiar);
+        assert!(KeyIndex::default().nearest(&prompt(0.0, 0.0), KeyMetric::Hidden).is_none());
+    }
+
+    #[test]
+    fn a_wide_task_wins_where_a_nearer_narrow_one_is_not_familiar() {
+        let (mut narrow, mut wide) = (key(0.0), key(10.0));
+        (narrow.radius, wide.radius) = (0.5, 9.0);
+        let index = KeyIndex::new(vec![("narrow".into(), narrow), ("wide".into(), wide)]);
+        let found = index.nearest(&prompt(3.0, 0.0), KeyMetric::Hidden).unwrap();
+        assert_eq!((found.name.as_str(), found.familiar), ("wide", true));
     }
 
     #[test]
@@ -316,6 +379,19 @@ mod tests {
         for cut in [0, 3, 11, 13, bytes.len() - 1, bytes.len() - 4] {
             assert!(Key::from_bytes(&bytes[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn sketches_keep_distances() {
+        let vector = |seed: u32| (0..4096u32).map(|i| ((i * 7919 + seed * 104_729) % 1000) as f32 / 500.0 - 1.0);
+        let vectors: Vec<Vec<f32>> = (0..12).map(|s| vector(s).collect()).collect();
+        for a in &vectors {
+            for b in vectors.iter().filter(|b| *b != a) {
+                let ratio = l2(&sketch(a.clone()), &sketch(b.clone())) / l2(a, b);
+                assert!((0.75..1.25).contains(&ratio), "{ratio}");
+            }
+        }
+        assert_eq!(sketch(vec![1.0, 2.0]), [1.0, 2.0]);
     }
 
     #[test]

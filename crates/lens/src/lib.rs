@@ -22,7 +22,7 @@ pub use choose::{Choice, GENERALIST, Retrieved, retrieve};
 pub use coverage::{Coverage, coverage, overlap, uses};
 pub use error::{LensError, nearest_name};
 pub use intervention::{Intervention, Interventions, Op, PhaseSelector, Value};
-pub use key::{Key, KeyMetric, KeyProbe, Nearest, PromptKey, nearest, prompt_keys};
+pub use key::{Key, KeyIndex, KeyMetric, KeyProbe, Nearest, PromptKey, prompt_keys};
 pub use library::Library;
 pub use pattern::{PATTERN_VERSION, Pattern, PatternInfo};
 pub use plan::{KeepLayer, PLAN_VERSION, Plan};

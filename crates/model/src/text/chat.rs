@@ -58,6 +58,9 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Parses a template. `specials` are the special tokens that it may name (`bos_token`, ..).
+    ///
+    /// # Errors
+    /// A source that is no template, or uses tags that are not supported.
     pub fn new(source: &str, specials: SpecialTokens) -> Result<Self, TextError> {
         if source.len() > SOURCE_BYTES_MAX {
             let message = format!("the template has more than {SOURCE_BYTES_MAX} bytes");
@@ -77,6 +80,10 @@ impl ChatTemplate {
 
     /// Renders a conversation. `kwargs` are further variables for the template, such as
     /// `enable_thinking`; `add_generation_prompt` lets the assistant speak next.
+    ///
+    /// # Errors
+    /// What the template refuses, in its own words ([`TextError::TemplateRaised`]); a template that fails, or wants more time
+    /// or memory than it may have.
     pub fn render(
         &self,
         messages: &[Message],
@@ -92,6 +99,9 @@ impl ChatTemplate {
 
     /// Renders a conversation given as JSON: a list of objects, of any form that the template knows
     /// (contents of several parts, contents that are null).
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and messages that are not a list of objects.
     pub fn render_json(
         &self,
         messages: &Json,

@@ -34,6 +34,9 @@ impl StreamDecoder {
     }
 
     /// Takes a token and gives the text that can be shown now.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<Option<String>, TextError> {
         self.ids.push(id);
         let text = self.pending(tokenizer, false)?;
@@ -53,6 +56,9 @@ impl StreamDecoder {
     }
 
     /// Gives what was held back. Bytes that never became a character are U+FFFD.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn flush(&mut self, tokenizer: &Tokenizer) -> Result<Option<String>, TextError> {
         let text = self.pending(tokenizer, true)?;
         self.settle(tokenizer, &text)

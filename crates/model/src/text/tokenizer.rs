@@ -36,6 +36,9 @@ impl Tokenizer {
     /// `special_tokens_map.json` and the chat template's files. The path of a model's file stands for its folder.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
+    ///
+    /// # Errors
+    /// A missing, broken or oversized file.
     pub fn open(dir: &Path) -> Result<Self, TextError> {
         let dir = if dir.is_file() { dir.parent().unwrap_or(dir) } else { dir };
         let path = dir.join("tokenizer.json");
@@ -51,12 +54,18 @@ impl Tokenizer {
 
     /// The ids of a text. `add_special` lets the tokenizer add what it adds to whole texts, such as
     /// a beginning-of-text token; special tokens written in the text count in both cases.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer refuses.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
         let encoding = guarded(|| self.inner.encode_fast(text, add_special)).map_err(encode_error)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The ids of a text with the places they stand for.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Vec<EncodedToken>, TextError> {
         let encoding = guarded(|| self.inner.encode_char_offsets(text, add_special)).map_err(encode_error)?;
         let ids = encoding.get_ids().iter().zip(encoding.get_tokens()).zip(encoding.get_offsets());
@@ -69,6 +78,9 @@ impl Tokenizer {
     }
 
     /// The text of ids. Ids without a token give nothing; bytes that are no text give U+FFFD.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer refuses.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
         guarded(|| self.inner.decode(ids, skip_special)).map_err(|message| TextError::Decode { message })
     }
@@ -120,6 +132,9 @@ impl Tokenizer {
 
     /// The model's chat template, with its special tokens. Models that have one of their own for
     /// conversations with tools get that if `with_tools`.
+    ///
+    /// # Errors
+    /// No template, or one that cannot be parsed.
     pub fn chat_template(&self, with_tools: bool) -> Result<ChatTemplate, TextError> {
         let for_tools = self.chat_template_source("tool_use").filter(|_| with_tools);
         let source = for_tools.or_else(|| self.chat_template_source("default"));

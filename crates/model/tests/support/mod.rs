@@ -7,10 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use quorate_formats::safetensors::read_tensor_f32;
+use quorate_formats::safetensors::{read_tensor_bytes, read_tensor_f32};
 use quorate_formats::{Checkpoint, Role, SafetensorsFile, TensorOut, write_safetensors};
 use quorate_model::{
-    At, Flow, Forward, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Phase, Routing, Segment, Site, SiteSet, ops,
+    At, Flow, Forward, KeptExperts, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Phase, Routing, Segment, Site, SiteSet, ops,
 };
 use tempfile::TempDir;
 
@@ -213,7 +213,7 @@ impl Lens for Capture {
     }
 }
 
-/// A copy of a model whose weights `edit` may change; all are stored as F32.
+/// A copy of a model whose weights `edit` may change; what it changes is stored as F32.
 pub fn edited(source: &Path, mut edit: impl FnMut(Role, &[usize], &mut [f32])) -> TempDir {
     let dir = TempDir::new().unwrap();
     for entry in fs::read_dir(source).unwrap() {
@@ -225,12 +225,44 @@ pub fn edited(source: &Path, mut edit: impl FnMut(Role, &[usize], &mut [f32])) -
     let checkpoint = Checkpoint::open(source).unwrap();
     let tensors = checkpoint.roles().map(|role| {
         let loc = checkpoint.tensor(role).unwrap();
-        let mut values = read_tensor_f32(&checkpoint.files()[loc.file], loc).unwrap();
+        let file = &checkpoint.files()[loc.file];
+        let original = read_tensor_f32(file, loc).unwrap();
+        let mut values = original.clone();
         edit(role, &loc.shape, &mut values);
-        TensorOut::f32(loc.name.clone(), &loc.shape, values)
+        if values == original {
+            TensorOut::bytes(loc.name.clone(), loc.dtype, &loc.shape, read_tensor_bytes(file, loc).unwrap())
+        } else {
+            TensorOut::f32(loc.name.clone(), &loc.shape, values)
+        }
     });
     write_safetensors(&dir.path().join("model.safetensors"), None, tensors).unwrap();
     dir
+}
+
+/// `count(i)` experts of the `i`-th MoE layer, ascending, that look randomly chosen.
+pub fn choose(model: &Model, seed: u64, count: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+    let spec = model.spec();
+    let layer = |(i, l): (usize, usize)| {
+        let order = noise(seed + i as u64, spec.moe(l).unwrap().n_experts);
+        let mut experts: Vec<usize> = (0..order.len()).collect();
+        experts.sort_by(|&a, &b| order[a].total_cmp(&order[b]));
+        experts.truncate(count(i));
+        experts.sort_unstable();
+        experts
+    };
+    spec.moe_layers().into_iter().enumerate().map(layer).collect()
+}
+
+/// Keep lists as [`Model::load_experts`] takes them.
+pub fn keep(kept: &[Vec<usize>]) -> Vec<KeptExperts> {
+    kept.iter().cloned().map(Some).collect()
+}
+
+/// Experts and experts per token of the first MoE layer.
+pub fn sizes(model: &Model) -> (usize, usize) {
+    let spec = model.spec();
+    let moe = spec.moe(spec.moe_layers()[0]).unwrap();
+    (moe.n_experts, moe.top_k)
 }
 
 /// An error with all its causes.
