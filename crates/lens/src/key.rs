@@ -383,8 +383,12 @@ mod tests {
 
     #[test]
     fn sketches_keep_distances() {
-        let vector = |seed: u32| (0..4096u32).map(|i| ((i * 7919 + seed * 104_729) % 1000) as f32 / 500.0 - 1.0);
-        let vectors: Vec<Vec<f32>> = (0..12).map(|s| vector(s).collect()).collect();
+        let mut state = 7u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let vectors: Vec<Vec<f32>> = (0..12).map(|_| (0..4096).map(|_| random()).collect()).collect();
         for a in &vectors {
             for b in vectors.iter().filter(|b| *b != a) {
                 let ratio = l2(&sketch(a.clone()), &sketch(b.clone())) / l2(a, b);

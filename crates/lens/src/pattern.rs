@@ -85,6 +85,40 @@ impl Pattern {
         Pattern { info, map, scores, heldout_count, heldout_gate, key, data: Some(data) }
     }
 
+    /// A pattern whose scores are the means of others' scores, weighted by their tokens: what can be had of compact ones.
+    ///
+    /// # Errors
+    /// Patterns without a common metric or of different models.
+    pub fn averaged(mut info: PatternInfo, patterns: &[&Pattern]) -> Result<Pattern, LensError> {
+        let Some((first, rest)) = patterns.split_first() else {
+            return Err(LensError::invalid("patterns", "there are none to average"));
+        };
+        rest.iter().try_for_each(|p| p.check_model(&first.info.fingerprint))?;
+        let tokens = |p: &Pattern| (p.info.tokens[0] + p.info.tokens[1]) as f64;
+        let all: f64 = patterns.iter().map(|p| tokens(p)).sum();
+        let mut result = Pattern { data: None, key: Key::default(), ..(*first).clone() };
+        result.scores.retain(|t| rest.iter().all(|p| p.scores(&t.metric.name).is_ok()));
+        for table in &mut result.scores {
+            table.values.iter_mut().for_each(|v| *v *= tokens(first) / all.max(1.0));
+            for pattern in rest {
+                let theirs = pattern.scores(&table.metric.name)?;
+                let weighted = theirs.values.iter().map(|v| v * tokens(pattern) / all.max(1.0));
+                table.values.iter_mut().zip(weighted).for_each(|(v, w)| *v += w);
+                table.counts.iter_mut().zip(&theirs.counts).for_each(|(a, b)| *a += b);
+            }
+        }
+        for pattern in rest {
+            result.heldout_count.iter_mut().zip(&pattern.heldout_count).for_each(|(a, b)| *a += b);
+            result.heldout_gate.iter_mut().zip(&pattern.heldout_gate).for_each(|(a, b)| *a += b);
+        }
+        info.version = PATTERN_VERSION;
+        info.items = patterns.iter().map(|p| p.info.items).sum();
+        info.tokens = [0, 1].map(|i| patterns.iter().map(|p| p.info.tokens[i]).sum());
+        info.heldout_items = patterns.iter().map(|p| p.info.heldout_items).sum();
+        result.info = info;
+        Ok(result)
+    }
+
     /// The score table of a metric.
     ///
     /// # Errors

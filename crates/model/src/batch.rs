@@ -124,7 +124,8 @@ impl Rows {
     /// Lays out segments; `lengths` gives the tokens that each cache slot already holds.
     ///
     /// # Errors
-    /// An empty segment, a slot that is used twice or does not exist, or a token outside the vocabulary.
+    /// An empty segment, one with more or fewer phases than tokens, a slot that is used twice or does not exist, or a token
+    /// outside the vocabulary.
     pub fn of(segments: &[Segment], lengths: &[usize], vocab_size: usize) -> Result<Rows, ModelError> {
         let mut rows = Rows::default();
         for (index, segment) in segments.iter().enumerate() {
@@ -133,6 +134,10 @@ impl Rows {
             };
             if segment.tokens.is_empty() || rows.spans.iter().any(|s| s.slot == segment.slot) {
                 return Err(ModelError::EmptyOrDoubleSegment { slot: segment.slot });
+            }
+            let (tokens, phases) = (segment.tokens.len(), segment.phases.len());
+            if tokens != phases {
+                return Err(ModelError::SegmentPhases { slot: segment.slot, tokens, phases });
             }
             let row0 = rows.len();
             rows.spans.push(Span { slot: segment.slot, row0, len: segment.tokens.len(), pos0 });

@@ -11,7 +11,7 @@ pub struct KvCache {
 
 #[derive(Clone, Debug, Default)]
 struct Slot {
-    len: usize,
+    tokens: Vec<u32>,
     layers: Vec<LayerCache>,
 }
 
@@ -25,7 +25,7 @@ impl KvCache {
     /// An empty cache with `slots` sequences.
     pub fn new(spec: &ModelSpec, slots: usize) -> KvCache {
         let widths: Vec<usize> = spec.layers.iter().map(|l| l.attn.n_kv_heads * l.attn.head_dim).collect();
-        let slot = Slot { len: 0, layers: vec![LayerCache::default(); widths.len()] };
+        let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
         KvCache { widths, slots: vec![slot; slots] }
     }
 
@@ -39,35 +39,40 @@ impl KvCache {
         self.slots.len()
     }
 
-    /// Tokens that a slot holds.
+    /// Number of tokens that a slot holds.
     pub fn len(&self, slot: usize) -> usize {
-        self.slots[slot].len
+        self.slots[slot].tokens.len()
+    }
+
+    /// The tokens that a slot holds.
+    pub fn tokens(&self, slot: usize) -> &[u32] {
+        &self.slots[slot].tokens
     }
 
     /// Whether a slot holds no tokens.
     pub fn is_empty(&self, slot: usize) -> bool {
-        self.slots[slot].len == 0
+        self.slots[slot].tokens.is_empty()
     }
 
-    /// Tokens that each slot holds.
+    /// Number of tokens that each slot holds.
     pub fn lengths(&self) -> Vec<usize> {
-        self.slots.iter().map(|s| s.len).collect()
+        self.slots.iter().map(|s| s.tokens.len()).collect()
     }
 
     /// Forgets all but the first `len` tokens of a slot; its memory is kept for re-use.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         let slot = &mut self.slots[slot];
-        slot.len = slot.len.min(len);
+        slot.tokens.truncate(len);
         for (layer, &width) in slot.layers.iter_mut().zip(&self.widths) {
-            layer.k.truncate(slot.len * width);
-            layer.v.truncate(slot.len * width);
+            layer.k.truncate(slot.tokens.len() * width);
+            layer.v.truncate(slot.tokens.len() * width);
         }
     }
 
     /// Appends rows to one layer of a slot, dropping what an abandoned forward left behind the slot's length.
     pub(crate) fn append(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let slot = &mut self.slots[slot];
-        let kept = slot.len * self.widths[layer];
+        let kept = slot.tokens.len() * self.widths[layer];
         let cache = &mut slot.layers[layer];
         cache.k.truncate(kept);
         cache.v.truncate(kept);
@@ -81,8 +86,8 @@ impl KvCache {
         (&cache.k, &cache.v)
     }
 
-    /// Makes `count` appended tokens of a slot permanent, after all layers have appended them.
-    pub(crate) fn advance(&mut self, slot: usize, count: usize) {
-        self.slots[slot].len += count;
+    /// Makes appended tokens of a slot permanent, after all layers have appended their rows.
+    pub(crate) fn advance(&mut self, slot: usize, tokens: &[u32]) {
+        self.slots[slot].tokens.extend_from_slice(tokens);
     }
 }

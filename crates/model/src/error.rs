@@ -51,6 +51,16 @@ pub enum ModelError {
         /// The slot.
         slot: usize,
     },
+    /// A segment without one phase per token.
+    #[error("segment for cache slot {slot} has {tokens} tokens and {phases} phases; help: give each token its phase")]
+    SegmentPhases {
+        /// The slot.
+        slot: usize,
+        /// Number of tokens.
+        tokens: usize,
+        /// Number of phases.
+        phases: usize,
+    },
     /// A prompt that leaves no room in the model's context.
     #[error(
         "the prompt has {tokens} tokens, the model's context is {context}; help: shorten the prompt to at most {} tokens",
@@ -65,7 +75,7 @@ pub enum ModelError {
     /// A prompt without tokens.
     #[error("the prompt is empty; help: give at least one token of text")]
     EmptyPrompt,
-    /// NaN among router logits or logits.
+    /// NaN or plus infinity among router logits, or NaN at `selection`.
     #[error("router logits of layer {layer} are not numbers; the weights or an intervention overflow")]
     NanRouter {
         /// Decoder layer.

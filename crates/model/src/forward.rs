@@ -63,12 +63,15 @@ impl Model {
         lens: &mut dyn Lens,
     ) -> Result<Forward, ModelError> {
         let rows = Rows::of(segments, &cache.lengths(), self.spec().vocab_size)?;
+        if rows.is_empty() {
+            return Ok(Forward { rows, logits: None });
+        }
         // With prompts among them, rows do not depend on their neighbours; pure decoding takes the faster way.
         let pack = if rows.spans.iter().all(|s| s.len == 1) { Pack::BySize } else { Pack::Always };
         let outcome = Pass { model: self, rows: &rows, lens, pack, cos: Vec::new(), sin: Vec::new() }.run(cache);
         let logits = match outcome {
             Ok(logits) => {
-                rows.spans.iter().for_each(|span| cache.advance(span.slot, span.len));
+                rows.spans.iter().for_each(|s| cache.advance(s.slot, &rows.token[s.row0..s.row0 + s.len]));
                 logits
             }
             Err(Exit::Stop) => None,
@@ -368,7 +371,9 @@ impl Pass<'_> {
         if flow == Flow::Stop {
             return Err(Exit::Stop);
         }
-        Ok(if value.is_contiguous() { value } else { value.contiguous()? })
+        let value = if value.is_contiguous() { value } else { value.contiguous()? };
+        values(&value)?; // a lens may have left another type
+        Ok(value)
     }
 }
 

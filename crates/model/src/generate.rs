@@ -33,7 +33,7 @@ pub enum Finish {
     Stop,
     /// `max_tokens` or the model's context was reached.
     Length,
-    /// The caller asked to stop.
+    /// The caller or a lens asked to stop.
     Cancelled,
 }
 
@@ -82,9 +82,10 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(model: &Model, held: usize, prompt: &[u32], options: &GenerateOptions) -> Result<Stream, ModelError> {
+    /// A text of which the cache holds the tokens `held`.
+    fn new(model: &Model, held: &[u32], prompt: &[u32], options: &GenerateOptions) -> Result<Stream, ModelError> {
         let context = model.spec().max_position_embeddings;
-        let tokens = held + prompt.len();
+        let tokens = held.len() + prompt.len();
         if prompt.is_empty() {
             return Err(ModelError::EmptyPrompt);
         }
@@ -94,7 +95,7 @@ impl Stream {
         Ok(Stream {
             sampler: Sampler::new(options.sampling.clone())?,
             stops: StopStrings::new(options.stop.clone()),
-            history: prompt.to_vec(),
+            history: [held, prompt].concat(),
             out: Generation { text: String::new(), tokens: Vec::new(), finish: Finish::Length },
             decoder: model.tokenizer().stream_decoder(!options.keep_special),
             room: options.max_tokens.min(context - tokens),
@@ -180,13 +181,15 @@ impl Model {
                 segment.logits = LogitRows::None;
                 segment.phases.fill(Phase::Prompt);
             }
+            let held = cache.len(slot);
             let forward = self.forward(&[segment], cache, lens)?;
+            let stopped = cache.len(slot) == held;
             done += chunk.len();
-            let go_on = on(Event::Prefilled(done));
-            match forward.logits {
-                Some(logits) => return Ok(Some(values(&logits)?.to_vec())),
-                None if go_on => {}
-                None => return Ok(None),
+            if stopped || !on(Event::Prefilled(done)) {
+                return Ok(None);
+            }
+            if let Some(logits) = forward.logits {
+                return Ok(Some(values(&logits)?.to_vec()));
             }
         }
         Ok(None)
@@ -205,7 +208,7 @@ impl Model {
         lens: &mut dyn Lens,
         on: &mut dyn FnMut(Event<'_>) -> bool,
     ) -> Result<Generation, ModelError> {
-        let mut stream = Stream::new(self, cache.len(slot), prompt, options)?;
+        let mut stream = Stream::new(self, cache.tokens(slot), prompt, options)?;
         let Some(mut logits) = self.prefill(prompt, slot, cache, lens, on)? else {
             stream.out.finish = Finish::Cancelled;
             return Ok(stream.out);
@@ -214,14 +217,18 @@ impl Model {
             let forward = self.forward(&[Segment::decode(slot, token)], cache, lens)?;
             match forward.logits {
                 Some(next) => logits.copy_from_slice(&values(&next)?),
-                None => break,
+                None => {
+                    stream.end(self, Finish::Cancelled, on)?;
+                    break;
+                }
             }
         }
         Ok(stream.out)
     }
 
     /// Answers many prompts, up to `parallel` at a time: prompts enter as others finish, and every forward carries all
-    /// running sequences. `on_done(index, answer)` is called as each ends; returning false stops.
+    /// running sequences. `on_done(index, answer)` is called as each ends; returning false stops, and so does a lens that
+    /// stops a pass: the others get no answer.
     ///
     /// # Errors
     /// As [`Model::generate`], for the first prompt that fails.
@@ -250,7 +257,7 @@ impl Model {
                 waiting.pop_front();
                 free.pop();
                 cache.truncate(slot, 0);
-                running.push((next, slot, Stream::new(self, 0, tokens, options)?));
+                running.push((next, slot, Stream::new(self, &[], tokens, options)?));
                 segments.push(Segment::prompt(slot, tokens.clone()));
             }
             if segments.is_empty() {

@@ -60,7 +60,7 @@ pub(crate) struct Keep<'a> {
 /// Ties go to the lower index. Experts at `-inf` are never chosen; if fewer than `k` remain, slots stay empty.
 ///
 /// # Errors
-/// NaN logits.
+/// Logits that are NaN or plus infinity, a selection that is NaN.
 pub(crate) fn route(
     moe: &MoeSpec,
     layer: usize,
@@ -75,10 +75,11 @@ pub(crate) fn route(
     let mut row = Row { masked: vec![0.0; e], choice: vec![0.0; e] };
     for t in 0..n {
         let z = &logits[t * e..(t + 1) * e];
-        if z.iter().any(|v| v.is_nan()) {
+        let bias = selection.map(|s| &s[t * e..(t + 1) * e]);
+        let unusable = z.iter().any(|&v| v.is_nan() || v == f32::INFINITY);
+        if unusable || bias.is_some_and(|b| b.iter().any(|v| v.is_nan())) {
             return Err(ModelError::NanRouter { layer });
         }
-        let bias = selection.map(|s| &s[t * e..(t + 1) * e]);
         row.fill(moe, z, bias, keep.as_ref());
         let (ids, gates) = (&mut ids[t * k..(t + 1) * k], &mut gates[t * k..(t + 1) * k]);
         top_k(&row.choice, ids);

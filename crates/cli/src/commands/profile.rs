@@ -56,6 +56,9 @@ pub struct Profile {
     /// Write pattern files into this folder in place of the library
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// With -o: leave out of the files what only exact merging needs
+    #[arg(long, requires = "output")]
+    compact: bool,
     /// Begin anew even if an unfinished profile of the same data exists
     #[arg(long)]
     restart: bool,
@@ -114,9 +117,13 @@ impl Profile {
             None => common.open_library()?.put(&patterns)?,
             Some(folder) => {
                 std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-                for pattern in &patterns {
+                for pattern in &mut patterns {
+                    if self.compact {
+                        pattern.data = None;
+                    }
                     let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
-                    write_pattern(pattern, &folder.join(format!("{}{shard}.pattern", pattern.info.name)))?;
+                    let name = format!("{}{shard}.pattern", pattern.info.name);
+                    write_pattern(pattern, &folder.join(name))?;
                 }
             }
         }
@@ -171,7 +178,7 @@ impl Profile {
         save(run.profile())?;
         let mut data = run.into_profile();
         data.done_batches = 0;
-        Ok(Some(Pattern::build(info, data, |stats| all_tables(stats, phases))))
+        Ok(Some(Pattern::build(info, data, |stats| all_tables(stats, &[stats], phases))))
     }
 
     /// Where the unfinished profile of a task is kept: its name tells model, data and settings.
@@ -206,17 +213,10 @@ pub fn write_pattern(pattern: &Pattern, path: &Path) -> Result<()> {
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// One pattern of several: their tokens pooled.
+/// One pattern of several: their tokens pooled. Compact patterns have only scores; then those are averaged by tokens.
 pub fn merged(name: &str, patterns: &[&Pattern], phases: Phases) -> Result<Pattern> {
     let first = patterns.first().context("nothing to merge")?;
-    let mut data = ProfileData::new(&first.map);
-    for pattern in patterns {
-        pattern.check_model(&first.info.fingerprint)?;
-        let Some(theirs) = &pattern.data else {
-            bail!("pattern `{}` is compact, without what merging needs; help: profile the task again", pattern.info.name);
-        };
-        data.merge(theirs);
-    }
+    patterns.iter().try_for_each(|p| p.check_model(&first.info.fingerprint))?;
     let mut files: Vec<String> = patterns.iter().flat_map(|p| p.info.data.iter().cloned()).collect();
     files.dedup();
     let same = patterns.iter().all(|p| p.info.name == first.info.name);
@@ -229,7 +229,14 @@ pub fn merged(name: &str, patterns: &[&Pattern], phases: Phases) -> Result<Patte
         merged_from,
         ..PatternInfo::default()
     };
-    Ok(Pattern::build(info, data, |stats| all_tables(stats, phases)))
+    let Some(parts) = patterns.iter().map(|p| p.data.as_ref()).collect::<Option<Vec<&ProfileData>>>() else {
+        return Ok(Pattern::averaged(info, patterns)?);
+    };
+    let mut data = ProfileData::new(&first.map);
+    parts.iter().for_each(|part| data.merge(part));
+    let domains = if same { vec![&data.stats] } else { parts.iter().map(|p| &p.stats).collect() };
+    let tables = all_tables(&data.stats, &domains, phases);
+    Ok(Pattern::build(info, data, |_| tables))
 }
 
 /// Held-out coverage at several numbers of kept experts, and the overlap with the other patterns.

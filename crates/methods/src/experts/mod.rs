@@ -45,6 +45,7 @@ pub const METRICS: &[&Metric] = &[
     &premoe::PEU_IDENTITY,
     &premoe::PEU_SIGMOID,
     &premoe::PEU_GAUGE_FREE,
+    &premoe::PEU_PER_DOMAIN,
     &premoe::TCESS,
     &premoe::TCESS_CODE,
     &unified::FREQUENCY,
@@ -69,9 +70,14 @@ pub fn metric(name: &str) -> Result<&'static Metric, LensError> {
     found.ok_or_else(|| LensError::unknown("metric", name, METRICS.iter().map(|m| m.name)))
 }
 
-/// The score tables of all metrics.
-pub fn all_tables(stats: &RouterStats, phases: Phases) -> Vec<ScoreTable> {
-    METRICS.iter().map(|m| m.table(stats, phases)).collect()
+/// The score tables of all metrics, of texts with statistics `stats` that consist of `domains` (one, unless it is a
+/// generalist).
+pub fn all_tables(stats: &RouterStats, domains: &[&RouterStats], phases: Phases) -> Vec<ScoreTable> {
+    let mut tables: Vec<ScoreTable> = METRICS.iter().map(|m| m.table(stats, phases)).collect();
+    if let Some(table) = tables.iter_mut().find(|t| t.metric.name == premoe::PEU_PER_DOMAIN.name) {
+        table.values = premoe::peu_per_domain(domains, phases);
+    }
+    tables
 }
 
 impl Phases {
@@ -95,18 +101,24 @@ impl Metric {
     /// The score table of a set of texts.
     pub fn table(&self, stats: &RouterStats, phases: Phases) -> ScoreTable {
         let map = &stats.map;
-        let values = match phases {
-            Phases::Prompt => (self.score)(&stats.prompt, map),
-            Phases::Answer => (self.score)(&stats.answer, map),
-            Phases::Both => (self.score)(&stats.pooled(), map),
-            Phases::Balanced => {
-                let (prompt, answer) = ((self.score)(&stats.prompt, map), (self.score)(&stats.answer, map));
-                prompt.iter().zip(&answer).map(|(p, a)| 0.5 * (p + a)).collect()
-            }
-        };
+        let values = self.values(stats, phases);
         let counts = stats.pooled().count;
         let metric = MetricInfo { name: self.name.to_string(), gauge_dependent: self.gauge_dependent };
         ScoreTable { map: map.clone(), metric, values, counts }
+    }
+
+    /// The scores of a set of texts.
+    fn values(&self, stats: &RouterStats, phases: Phases) -> Vec<f64> {
+        let score = |phase: &PhaseStats| (self.score)(phase, &stats.map);
+        match phases {
+            Phases::Prompt => score(&stats.prompt),
+            Phases::Answer => score(&stats.answer),
+            Phases::Both => score(&stats.pooled()),
+            Phases::Balanced => {
+                let (prompt, answer) = (score(&stats.prompt), score(&stats.answer));
+                prompt.iter().zip(&answer).map(|(p, a)| 0.5 * (p + a)).collect()
+            }
+        }
     }
 }
 

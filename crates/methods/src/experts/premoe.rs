@@ -15,9 +15,9 @@
 //!
 //! *Reference.* arXiv 2505.17639 v1 (TCESS, TAER) and v3 (PEU).
 
-use quorate_lens::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, Sum};
+use quorate_lens::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, RouterStats, Sum};
 
-use super::{Metric, per_token};
+use super::{Metric, Phases, per_token};
 use crate::{Card, Kind};
 
 /// The card of PreMoe.
@@ -29,7 +29,7 @@ pub const CARD: Card = Card {
     kind: Kind::System,
     needs: "a MoE model; texts of each task (prompt and answer)",
     cost: "one forward pass over the texts",
-    metrics: &["peu", "peu-identity", "peu-sigmoid", "peu-gauge-free", "tcess", "tcess-code"],
+    metrics: &["peu", "peu-identity", "peu-sigmoid", "peu-gauge-free", "peu-per-domain", "tcess", "tcess-code"],
     run: "quorate profile --tasks tasks && quorate run \"78+95=\" --metric peu --keep 16",
     about: "Scores every routed expert of every layer for a task from the router logits alone, keeps the best, stores the \
             scores as the task's pattern, and finds the pattern nearest to a prompt with the first router.",
@@ -67,6 +67,14 @@ pub const PEU_GAUGE_FREE: Metric = Metric {
     score: |stats, map| peu(stats, map, BinSum::Confidence, None),
 };
 
+/// PEU of a generalist with each domain's own threshold.
+pub const PEU_PER_DOMAIN: Metric = Metric {
+    name: "peu-per-domain",
+    about: "PEU of a generalist, each task with its own threshold; the same as peu for one task",
+    gauge_dependent: true,
+    score: PEU.score,
+};
+
 /// TCESS as in the paper's first version.
 pub const TCESS: Metric = Metric {
     name: "tcess",
@@ -98,14 +106,14 @@ pub fn peu(stats: &PhaseStats, map: &ExpertMap, transform: BinSum, threshold: Op
 }
 
 /// A generalist's PEU over several domains, each with its own threshold: the token-weighted mean of the domains' scores.
-/// (With one pooled threshold, merge the domains' statistics and score the whole.)
-pub fn peu_per_domain(domains: &[&PhaseStats], map: &ExpertMap) -> Vec<f64> {
-    let tokens: u64 = domains.iter().map(|d| d.tokens).sum();
-    let mut scores = vec![0.0; map.total()];
+/// (PEU itself scores a generalist's pooled tokens with one pooled threshold.)
+pub fn peu_per_domain(domains: &[&RouterStats], phases: Phases) -> Vec<f64> {
+    let tokens = |d: &RouterStats| (d.prompt.tokens + d.answer.tokens) as f64;
+    let all: f64 = domains.iter().map(|d| tokens(d)).sum();
+    let mut scores = vec![0.0; domains.first().map_or(0, |d| d.map.total())];
     for domain in domains {
-        let share = domain.tokens as f64 / tokens.max(1) as f64;
-        let own = peu(domain, map, BinSum::Max, None);
-        scores.iter_mut().zip(own).for_each(|(s, o)| *s += share * o);
+        let own = PEU.values(domain, phases);
+        scores.iter_mut().zip(own).for_each(|(s, o)| *s += o * tokens(domain) / all.max(1.0));
     }
     scores
 }
