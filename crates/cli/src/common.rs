@@ -211,6 +211,12 @@ pub fn peak_rss_bytes() -> Option<u64> {
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
+/// Bytes that this process has caused to be read from storage, if the system tells.
+pub fn disk_read_bytes() -> Option<u64> {
+    let io = std::fs::read_to_string("/proc/self/io").ok()?;
+    io.lines().find_map(|l| l.strip_prefix("read_bytes: "))?.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,7 +28,18 @@ pub fn unpacked() -> Result<PathBuf> {
     unpack(&home, &folder).with_context(|| {
         format!("cannot unpack the embedded model into {}; help: free 60 MB there, or set QUORATE_HOME", home.display())
     })?;
+    remove_older(&home, &folder);
     Ok(folder)
+}
+
+/// Removes what other versions of the program have unpacked. That is only tidiness: what cannot be removed stays.
+fn remove_older(home: &Path, current: &Path) {
+    let entries = std::fs::read_dir(home).into_iter().flatten().flatten();
+    let older = entries.map(|e| e.path()).filter(|p| {
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        p != current && name.strip_prefix("embedded-").is_some_and(|hash| hash.len() == HASH.len())
+    });
+    older.for_each(|p| drop(std::fs::remove_dir_all(p)));
 }
 
 /// Unpacks under a temporary name and renames, so that a killed process leaves no half of it behind.

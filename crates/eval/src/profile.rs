@@ -10,18 +10,20 @@ const BATCH_TOKENS: usize = 512;
 /// Items of one forward pass at most.
 const BATCH_ITEMS: usize = 64;
 
-/// Which items are profiled.
+/// Which items are profiled, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Split {
     /// Every so-many-th item is held out: it is not profiled but tells how well the profile serves. 0 holds out none.
     pub holdout_every: usize,
+    /// MoE layer at whose router retrieval keys are taken.
+    pub key_layer: usize,
     /// Shard `0.0` of `0.1`: items whose number modulo `0.1` is `0.0`.
     pub shard: (usize, usize),
 }
 
 impl Default for Split {
     fn default() -> Split {
-        Split { holdout_every: 5, shard: (0, 1) }
+        Split { holdout_every: 5, key_layer: 0, shard: (0, 1) }
     }
 }
 
@@ -45,6 +47,7 @@ pub struct ProfileRun<'a> {
     /// Runs of `items`; those from `first_heldout` on are held out.
     runs: Vec<std::ops::Range<usize>>,
     first_heldout: usize,
+    key_layer: usize,
     profile: ProfileData,
 }
 
@@ -59,7 +62,8 @@ impl<'a> ProfileRun<'a> {
         let shift = |r: std::ops::Range<usize>| r.start + train.len()..r.end + train.len();
         runs.extend(batches(&held, BATCH_TOKENS, BATCH_ITEMS).into_iter().map(shift));
         all.extend(held);
-        ProfileRun { model, cache: KvCache::new(model.spec(), BATCH_ITEMS), items: all, runs, first_heldout, profile }
+        let (cache, key_layer) = (KvCache::new(model.spec(), BATCH_ITEMS), split.key_layer);
+        ProfileRun { model, cache, items: all, runs, first_heldout, key_layer, profile }
     }
 
     /// Tokens of all items.
@@ -93,7 +97,7 @@ impl<'a> ProfileRun<'a> {
         let stats = if held { &mut self.profile.heldout } else { &mut self.profile.stats };
         let taken = std::mem::replace(stats, RouterStats::new(ExpertMap::new(Vec::new(), Vec::new())));
         let mut profiler = Profiler::new(taken);
-        let mut probe = KeyProbe::new(self.model.spec(), false);
+        let mut probe = KeyProbe::new(self.model.spec(), self.key_layer, false);
         let mut segments = Vec::with_capacity(run.len());
         for (slot, item) in self.items[run.clone()].iter().enumerate() {
             self.cache.truncate(slot, 0);

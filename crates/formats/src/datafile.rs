@@ -43,6 +43,11 @@ impl DataFile {
         self.size
     }
 
+    /// Asks the system to forget what it has cached of the file, so that the next read comes from the disk (Linux only).
+    pub fn forget_cached(&self) {
+        forget_pages(&self.file);
+    }
+
     /// Bytes read through this handle so far.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
@@ -98,6 +103,15 @@ fn read_exact_at(file: &File, mut offset: u64, mut buf: &mut [u8]) -> io::Result
     }
     Ok(())
 }
+
+#[cfg(target_os = "linux")]
+fn forget_pages(file: &File) {
+    // Only advice, see below; pages that others have mapped stay.
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forget_pages(_file: &File) {}
 
 #[cfg(target_os = "linux")]
 fn advise_random(file: &File) {

@@ -57,23 +57,32 @@ pub struct Retrieved {
     pub nearest: Nearest,
 }
 
-/// Finds each prompt's pattern. `None` if the library has no patterns of the model.
+/// Finds each prompt's pattern. `None` if the library has no patterns of the model. With keys of a later layer, the
+/// experts in memory change ([`prompt_keys`]).
 ///
 /// # Errors
 /// The library, or the model's forward pass up to its first router.
 pub fn retrieve(
-    model: &Model,
+    model: &mut Model,
     library: &Library,
     prompts: &[&[u32]],
     metric: KeyMetric,
 ) -> Result<Option<Vec<Retrieved>>, LensError> {
-    let fingerprint = model.checkpoint().fingerprint();
-    let index = KeyIndex::new(library.keys(fingerprint)?);
-    if index.is_empty() {
+    let fingerprint = model.checkpoint().fingerprint().to_string();
+    let keys = library.keys(&fingerprint)?;
+    let Some((first, layer)) = keys.first().map(|(name, key)| (name.clone(), key.moe_layer)) else {
         return Ok(None);
+    };
+    if let Some((other, key)) = keys.iter().find(|(_, key)| key.moe_layer != layer) {
+        let problem = format!(
+            "patterns `{first}` and `{other}` have keys of different layers ({layer} and {}); help: profile them with the same --key-layer",
+            key.moe_layer
+        );
+        return Err(LensError::invalid("pattern library", problem));
     }
-    let has_generalist = library.list(Some(fingerprint))?.iter().any(|i| i.name == GENERALIST);
-    let found = prompt_keys(model, prompts)?.into_iter().filter_map(|prompt| index.nearest(&prompt, metric));
+    let index = KeyIndex::new(keys);
+    let has_generalist = library.list(Some(&fingerprint))?.iter().any(|i| i.name == GENERALIST);
+    let found = prompt_keys(model, prompts, layer)?.into_iter().filter_map(|prompt| index.nearest(&prompt, metric));
     let choose = |nearest: Nearest| Retrieved {
         task: if nearest.familiar || !has_generalist { nearest.name.clone() } else { GENERALIST.to_string() },
         nearest,

@@ -236,7 +236,7 @@ impl Op {
         }
     }
 
-    /// Applies the operation to the values of one unit in one row; `u` is as long as `x`.
+    /// Applies the operation to the values of one unit in one row; `u` is as long as `x`, if the operation needs it.
     fn apply(&self, x: &mut [f32], u: &[f32]) {
         match self {
             Op::Mask => x.fill(f32::NEG_INFINITY),
@@ -244,7 +244,11 @@ impl Op {
             Op::Scale { by } => x.iter_mut().for_each(|x| *x *= by),
             Op::Bias { by } => x.iter_mut().for_each(|x| *x += by),
             Op::Zero => x.fill(0.0),
-            Op::Mean { .. } | Op::Patch { .. } => x.copy_from_slice(u),
+            Op::Mean { .. } => x.copy_from_slice(u),
+            Op::Patch { .. } => {
+                let both = x.len().min(u.len()); // keys that one of the texts does not have are invisible
+                x[..both].copy_from_slice(&u[..both]);
+            }
             Op::Add { scale, .. } => x.iter_mut().zip(u).for_each(|(x, u)| *x += scale * u),
             Op::Mix { share, .. } => x.iter_mut().zip(u).for_each(|(x, u)| *x = (1.0 - share) * *x + share * u),
             Op::Drop | Op::DropRenormalise => {}
@@ -264,6 +268,8 @@ struct Ready {
     intervention: Intervention,
     /// Values per decoder layer; one entry under `usize::MAX` if all layers share it.
     values: HashMap<usize, Vec<f32>>,
+    /// Units of the site per decoder layer, 0 where a layer does not have it.
+    units: Vec<usize>,
 }
 
 impl Interventions {
@@ -275,7 +281,8 @@ impl Interventions {
     pub fn prepare(list: &[Intervention], spec: &ModelSpec, folder: &Path) -> Result<Interventions, LensError> {
         let ready = |i: &Intervention| -> Result<Ready, LensError> {
             check(i, spec)?;
-            Ok(Ready { values: read_values(i, spec, folder)?, intervention: i.clone() })
+            let units = (0..spec.layers.len()).map(|l| unit_count(i.site, spec, l).unwrap_or(0)).collect();
+            Ok(Ready { values: read_values(i, spec, folder)?, intervention: i.clone(), units })
         };
         let list = list.iter().map(ready).collect::<Result<Vec<_>, _>>()?;
         Ok(Interventions { list, n_layers: spec.layers.len() })
@@ -339,7 +346,8 @@ fn read_values(i: &Intervention, spec: &ModelSpec, folder: &Path) -> Result<Hash
             let path = folder.join(file);
             let tensors = quorate_formats::SafetensorsFile::open(&path)?;
             if tensor.contains("{layer}") {
-                for layer in (0..spec.layers.len()).filter(|&l| i.layers.contains(l)) {
+                let has_site = |l: &usize| i.layers.contains(*l) && unit_count(i.site, spec, *l).is_some();
+                for layer in (0..spec.layers.len()).filter(has_site) {
                     values.insert(layer, tensors.read_f32(&tensor.replace("{layer}", &layer.to_string()))?);
                 }
             } else {
@@ -360,12 +368,14 @@ impl Ready {
             && self.intervention.phase.contains(at.rows.phase[row])
     }
 
-    /// Edits a tensor `[rows, units, width]`, where `unit_of` names the unit at (row, index on axis 1) if it is chosen.
+    /// Edits a tensor `[rows, units, width]`; at experts' sites axis 1 are the slots, and the routing names the units.
     fn edit(&self, at: &At<'_>, x: &mut [f32], dims: [usize; 3]) -> Result<(), ModelError> {
         let [_, count, width] = dims;
+        if x.is_empty() {
+            return Ok(());
+        }
         let i = &self.intervention;
-        let given = self.values.get(&at.layer).or_else(|| self.values.get(&usize::MAX));
-        let listed = i.units.list();
+        let given = Given::of(self, at, dims)?;
         for (r, row) in x.chunks_exact_mut(count * width).enumerate() {
             let token_row = if at.site.per_layer() { r } else { at.rows.logit_rows[r] };
             if !self.row_chosen(at, token_row) {
@@ -379,57 +389,72 @@ impl Ready {
                 if unit == NO_EXPERT as usize || !i.units.contains(unit) {
                     continue;
                 }
-                let u = match given {
-                    None => &[][..],
-                    Some(values) => {
-                        let place = Place { position: at.rows.position[token_row], unit, axis, count, width };
-                        match place.find(&i.op, values, listed.as_deref()) {
-                            Some(u) => u,
-                            None if matches!(i.op, Op::Patch { .. }) => continue,
-                            None => return Err(self.wrong_length(at, values.len(), width)),
-                        }
-                    }
-                };
-                i.op.apply(block, u);
+                if let Some(u) = given.find(at.rows.position[token_row] * count + axis, unit) {
+                    i.op.apply(block, u);
+                }
             }
         }
         Ok(())
     }
-
-    fn wrong_length(&self, at: &At<'_>, found: usize, width: usize) -> ModelError {
-        ModelError::Lens(format!(
-            "intervention `{}` at {} layer {}: {found} values given; help: give {width} for every chosen unit, or {width} in all",
-            self.intervention.op.name(),
-            at.site,
-            at.layer
-        ))
-    }
 }
 
-/// Where a unit's values stand in what the intervention was given.
-struct Place {
-    position: usize,
-    unit: usize,
-    axis: usize,
-    count: usize,
-    width: usize,
+/// How the numbers that an intervention was given lie.
+enum Given<'a> {
+    /// There are none.
+    Nothing,
+    /// One vector for every unit.
+    Shared(&'a [f32]),
+    /// A vector of `width` for each chosen unit, in the order of `listed` (`None`: all).
+    ByUnit { values: &'a [f32], width: usize, listed: Option<Vec<usize>> },
+    /// A recording: a vector of `width` for each unit of each position.
+    Recording { values: &'a [f32], width: usize },
 }
 
-impl Place {
-    fn find<'v>(&self, op: &Op, values: &'v [f32], listed: Option<&[usize]>) -> Option<&'v [f32]> {
-        let start = if matches!(op, Op::Patch { .. }) {
-            (self.position * self.count + self.axis) * self.width
-        } else if values.len() == self.width {
-            0
-        } else {
-            let chosen = listed.map_or(self.count, <[usize]>::len);
-            let index = listed.map_or(Some(self.unit), |l| l.iter().position(|&u| u == self.unit))?;
-            if values.len() != chosen * self.width {
-                return None;
-            }
-            index * self.width
+impl<'a> Given<'a> {
+    fn of(ready: &'a Ready, at: &At<'_>, [_, count, width]: [usize; 3]) -> Result<Given<'a>, ModelError> {
+        let Some(values) = ready.values.get(&at.layer).or_else(|| ready.values.get(&usize::MAX)) else {
+            return Ok(Given::Nothing);
         };
-        values.get(start..start + self.width)
+        let op = &ready.intervention.op;
+        let fail = |help: String| {
+            let (site, layer, found) = (at.site, at.layer, values.len());
+            let what = format!("intervention `{}` at {site} layer {layer}: {found} values given", op.name());
+            Err(ModelError::Lens(format!("{what}; help: give {help}")))
+        };
+        if matches!(op, Op::Patch { .. }) {
+            // A recorded text of T tokens has T keys, whatever the number of keys here.
+            let keys = matches!(at.site, Site::AttnScores | Site::AttnPattern);
+            let width = if keys { (values.len() / count).isqrt() } else { width };
+            let row = count * width;
+            let whole = if keys { values.len() == width * row } else { values.len().is_multiple_of(row) };
+            if whole {
+                return Ok(Given::Recording { values, width });
+            }
+            return fail(format!("a recording of this site in a whole text, {count} units for each position"));
+        }
+        if values.len() == width {
+            return Ok(Given::Shared(values));
+        }
+        let listed = ready.intervention.units.list();
+        let all = ready.units.get(at.layer).copied().unwrap_or(count);
+        if values.len() != width * listed.as_ref().map_or(all, Vec::len) {
+            return fail(format!("{width} for every chosen unit, or {width} in all"));
+        }
+        Ok(Given::ByUnit { values, width, listed })
+    }
+
+    /// The vector for a unit, whose place in a recording is `place`; `None` beyond a recording's end.
+    fn find(&self, place: usize, unit: usize) -> Option<&'a [f32]> {
+        let at = |values: &'a [f32], index: usize, width: usize| values.get(index * width..(index + 1) * width);
+        match self {
+            Given::Nothing => Some(&[]),
+            Given::Shared(values) => Some(values),
+            Given::ByUnit { values, width, listed: None } => at(values, unit, *width),
+            Given::ByUnit { values, width, listed: Some(listed) } => {
+                at(values, listed.iter().position(|&u| u == unit)?, *width)
+            }
+            Given::Recording { values, width } => at(values, place, *width),
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 use candle_core::Tensor;
 use quorate_formats::spec::ModelSpec;
 use quorate_kernels::{dot, norm_sq};
-use quorate_model::{At, Flow, KvCache, Lens, LogitRows, Model, ModelError, Segment, Site, SiteSet, ops};
+use quorate_model::{At, Flow, KvCache, Lens, LogitRows, Model, ModelError, RoutingMode, Segment, Site, SiteSet, ops};
 use serde::{Deserialize, Serialize};
 
 use crate::LensError;
@@ -53,6 +53,8 @@ pub struct Key {
     pub prototypes: Vec<Vec<f32>>,
     /// Distance ([`KeyMetric::Hidden`]) within which a prompt is familiar.
     pub radius: f32,
+    /// MoE layer whose router sees the prompt; beyond the first, the experts of the layers before it are needed.
+    pub moe_layer: usize,
 }
 
 /// What retrieval found.
@@ -70,7 +72,7 @@ impl Key {
     /// The key of a task from those of its prompts; `held_out` prompts tell how far its own prompts may lie.
     ///
     /// The result does not depend on the order of the prompts.
-    pub fn of(prompts: &[PromptKey], held_out: &[PromptKey]) -> Key {
+    pub fn of(prompts: &[PromptKey], held_out: &[PromptKey], moe_layer: usize) -> Key {
         let Some(first) = prompts.first() else { return Key::default() };
         let mean = |part: fn(&PromptKey) -> &Vec<f32>| {
             let mut rows: Vec<&[f32]> = prompts.iter().map(|p| part(p).as_slice()).collect();
@@ -81,7 +83,8 @@ impl Key {
         rows.sort_by(|a, b| order(a, b));
         let prototypes = k_means(&rows, PROTOTYPES.min(prompts.len().div_ceil(8)));
         let own = if held_out.is_empty() { prompts } else { held_out };
-        let mut key = Key { mean: PromptKey { hidden: mean(|p| &p.hidden), router: mean(|p| &p.router) }, prototypes, radius: 0.0 };
+        let mean = PromptKey { hidden: mean(|p| &p.hidden), router: mean(|p| &p.router) };
+        let mut key = Key { mean, prototypes, radius: 0.0, moe_layer };
         key.radius = RADIUS_SLACK * own.iter().map(|p| key.distance(p, KeyMetric::Hidden)).fold(0.0, f32::max);
         key
     }
@@ -107,11 +110,12 @@ impl Key {
         Ok(())
     }
 
-    /// Layout: `d`, `E` as u32, radius, then mean hidden, mean router and the prototypes as f32.
+    /// Layout: `d`, `E`, MoE layer as u32, radius, then mean hidden, mean router and the prototypes as f32.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend((self.mean.hidden.len() as u32).to_le_bytes());
         bytes.extend((self.mean.router.len() as u32).to_le_bytes());
+        bytes.extend((self.moe_layer as u32).to_le_bytes());
         bytes.extend(self.radius.to_le_bytes());
         let values = self.mean.hidden.iter().chain(&self.mean.router).chain(self.prototypes.iter().flatten());
         values.for_each(|v| bytes.extend(v.to_le_bytes()));
@@ -121,7 +125,7 @@ impl Key {
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Key, String> {
         let bad = || "the key is damaged; help: profile the task again".to_string();
         let (words, rest) = bytes.as_chunks::<4>();
-        let [d, e, radius, values @ ..] = words else { return Err(bad()) };
+        let [d, e, moe_layer, radius, values @ ..] = words else { return Err(bad()) };
         let (d, e) = (u32::from_le_bytes(*d) as usize, u32::from_le_bytes(*e) as usize);
         let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
         let prototypes = values.get(d.saturating_add(e)..).ok_or_else(bad)?;
@@ -132,6 +136,7 @@ impl Key {
             mean: PromptKey { hidden: values[..d].to_vec(), router: values[d..d + e].to_vec() },
             prototypes: prototypes.chunks(d.max(1)).map(<[f32]>::to_vec).collect(),
             radius: f32::from_le_bytes(*radius),
+            moe_layer: u32::from_le_bytes(*moe_layer) as usize,
         })
     }
 }
@@ -180,13 +185,20 @@ impl KeyIndex {
     }
 }
 
-/// Computes the keys of prompts with the non-expert weights only, up to the first router.
+/// Computes the keys of prompts at the router of MoE layer `moe_layer`. For the first, the non-expert weights suffice;
+/// for a later one the experts of the layers before it are loaded, and all others freed.
 ///
 /// # Errors
-/// A model without experts, or as [`Model::forward`].
-pub fn prompt_keys(model: &Model, prompts: &[&[u32]]) -> Result<Vec<PromptKey>, LensError> {
-    let mut probe = KeyProbe::new(model.spec(), true)
-        .ok_or_else(|| LensError::Select("the model has no mixture of experts, so there is nothing to retrieve".into()))?;
+/// A model without such a layer, or as [`Model::forward`].
+pub fn prompt_keys(model: &mut Model, prompts: &[&[u32]], moe_layer: usize) -> Result<Vec<PromptKey>, LensError> {
+    let mut probe = KeyProbe::new(model.spec(), moe_layer, true).ok_or_else(|| {
+        LensError::Select(format!("the model has no mixture-of-experts layer number {moe_layer} to compute a key with"))
+    })?;
+    if moe_layer > 0 {
+        let layers = model.spec().moe_layers().len();
+        let kept: Vec<_> = (0..layers).map(|l| if l < moe_layer { None } else { Some(Vec::new()) }).collect();
+        model.load_experts(&kept, RoutingMode::Drop)?;
+    }
     let mut keys = Vec::with_capacity(prompts.len());
     for chunk in prompts.chunks(16) {
         let mut cache = KvCache::new(model.spec(), chunk.len());
@@ -209,9 +221,10 @@ pub struct KeyProbe {
 }
 
 impl KeyProbe {
-    /// Observes the first MoE layer's router; with `stop` the forward pass ends there. `None` for a dense model.
-    pub fn new(spec: &ModelSpec, stop: bool) -> Option<KeyProbe> {
-        let layer = *spec.moe_layers().first()?;
+    /// Observes the router of MoE layer `moe_layer`; with `stop` the forward pass ends there. `None` if the model has no
+    /// such layer.
+    pub fn new(spec: &ModelSpec, moe_layer: usize, stop: bool) -> Option<KeyProbe> {
+        let layer = *spec.moe_layers().get(moe_layer)?;
         Some(KeyProbe { layer, top_k: spec.moe(layer)?.top_k, stop, keys: Vec::new() })
     }
 
@@ -337,15 +350,15 @@ mod tests {
         let near = |i: usize| prompt(shift + 0.01 * i as f32, 0.0);
         let far = |i: usize| prompt(shift, 5.0 + 0.01 * i as f32);
         let prompts: Vec<PromptKey> = (0..8).map(near).chain((0..8).map(far)).collect();
-        Key::of(&prompts, &prompts)
+        Key::of(&prompts, &prompts, 0)
     }
 
     #[test]
     fn clusters_are_found_and_order_does_not_matter() {
         let mut prompts: Vec<PromptKey> = (0..8).map(|i| prompt(i as f32, 0.0)).collect();
-        let forward = Key::of(&prompts, &[]);
+        let forward = Key::of(&prompts, &[], 0);
         prompts.reverse();
-        assert_eq!(Key::of(&prompts, &[]), forward);
+        assert_eq!(Key::of(&prompts, &[], 0), forward);
         let mut centres = key(0.0).prototypes;
         centres.sort_by(|a, b| order(a, b));
         assert_eq!(centres.len(), 2);
@@ -376,7 +389,7 @@ mod tests {
         let key = key(1.0);
         let bytes = key.to_bytes();
         assert_eq!(Key::from_bytes(&bytes).unwrap(), key);
-        for cut in [0, 3, 11, 13, bytes.len() - 1, bytes.len() - 4] {
+        for cut in [0, 3, 15, 17, bytes.len() - 1, bytes.len() - 4] {
             assert!(Key::from_bytes(&bytes[..cut]).is_err(), "{cut}");
         }
     }

@@ -48,6 +48,9 @@ pub struct PatternInfo {
     pub heldout_items: u64,
     /// Which tokens count: `prompt`, `answer`, `both` or `balanced`.
     pub phases: String,
+    /// MoE layer at whose router its prompts were seen.
+    #[serde(default)]
+    pub key_layer: usize,
     /// Tasks that it was merged from, if it is a generalist.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub merged_from: Vec<String>,
@@ -80,7 +83,7 @@ impl Pattern {
         info.heldout_items = data.heldout.items;
         let (heldout_count, heldout_gate) = uses(&data.heldout);
         // A generalist is fallen back to, not retrieved.
-        let key = if info.merged_from.is_empty() { Key::of(&data.keys, &data.heldout_keys) } else { Key::default() };
+        let key = if info.merged_from.is_empty() { Key::of(&data.keys, &data.heldout_keys, info.key_layer) } else { Key::default() };
         let (map, scores) = (data.stats.map.clone(), score(&data.stats));
         Pattern { info, map, scores, heldout_count, heldout_gate, key, data: Some(data) }
     }
@@ -225,7 +228,7 @@ impl Pattern {
         }
         let mean = PromptKey { hidden: f32s("key.hidden")?, router: f32s("key.router")? };
         let prototypes = f32s("key.prototypes")?.chunks(mean.hidden.len().max(1)).map(<[f32]>::to_vec).collect();
-        let key = Key { mean, prototypes, radius: header.radius };
+        let key = Key { mean, prototypes, radius: header.radius, moe_layer: header.info.key_layer };
         key.check().map_err(bad)?;
         let heldout_count = u64s("heldout.count")?;
         let heldout_gate = sized("heldout.gate", f64s("heldout.gate")?)?;

@@ -237,29 +237,38 @@ impl Pass<'_> {
         let (heads, dim, group) = (attn.n_heads, attn.head_dim, attn.n_heads / attn.n_kv_heads);
         let longest = rows.position.iter().max().map_or(0, |p| p + 1);
         let at = |key: usize, h: usize| (key * attn.n_kv_heads + h / group) * dim;
+        let visible = |n: usize| {
+            let end = rows.position[n] + 1;
+            attn.sliding_window.map_or(0, |w| end.saturating_sub(w))..end
+        };
         let shape = [rows.len(), heads, longest];
         let mut scores = vec![f32::NEG_INFINITY; shape.iter().product()];
         let query = values(q)?;
         for (row, head_scores) in scores.chunks_exact_mut(longest).enumerate() {
             let (n, h) = (row / heads, row % heads);
             let (k, _) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
-            let first = attn.sliding_window.map_or(0, |w| (rows.position[n] + 1).saturating_sub(w));
-            for key in first..=rows.position[n] {
+            for key in visible(n) {
                 let k = &k[at(key, h)..at(key, h) + dim];
                 head_scores[key] = attn.scale * kernels::dot(&query[row * dim..(row + 1) * dim], k);
             }
         }
         drop(query);
         let scores = self.visit(here, Site::AttnScores, ops::tensor(scores, &shape)?, None)?;
-        let mut pattern = values(&scores)?.to_vec();
-        pattern.chunks_exact_mut(longest).for_each(crate::routing::softmax);
+        let mut pattern = vec![0.0; shape.iter().product()];
+        let scores = values(&scores)?;
+        for (row, pattern) in pattern.chunks_exact_mut(longest).enumerate() {
+            let keys = visible(row / heads);
+            pattern[keys.clone()].copy_from_slice(&scores[row * longest..][keys.clone()]);
+            crate::routing::softmax(&mut pattern[keys]);
+        }
+        drop(scores);
         let pattern = self.visit(here, Site::AttnPattern, ops::tensor(pattern, &shape)?, None)?;
         let pattern = values(&pattern)?;
         let mut z = vec![0.0; rows.len() * heads * dim];
         for (row, z) in z.chunks_exact_mut(dim).enumerate() {
             let (n, h) = (row / heads, row % heads);
             let (_, v) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
-            for key in 0..=rows.position[n] {
+            for key in visible(n) {
                 let p = pattern[row * longest + key];
                 let v = &v[at(key, h)..at(key, h) + dim];
                 z.iter_mut().zip(v).for_each(|(z, v)| *z += p * v);

@@ -47,7 +47,7 @@ sites! {
     /// Keys after RoPE, as they enter the KV cache, `[N, H_kv, head_dim]`.
     AttnKRot = "attn_k_rot", Head;
     /// Attention scores after scaling and masking, `[N, H, S]`, `-inf` where invisible; `S` is the longest key range of
-    /// the batch.
+    /// the batch. What is written at invisible keys has no effect, here and at `attn_pattern`.
     AttnScores = "attn_scores", Head;
     /// Attention probabilities, `[N, H, S]`.
     AttnPattern = "attn_pattern", Head;

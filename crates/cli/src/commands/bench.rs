@@ -4,11 +4,12 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use quorate_formats::{Checkpoint, DataFile};
 use quorate_lens::{ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats};
 use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
 use serde_json::{Value, json};
 
-use crate::common::{Common, human_bytes, interrupted, peak_rss_bytes};
+use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, peak_rss_bytes};
 use crate::experts::{ExpertArgs, open};
 
 /// Arguments of `bench`.
@@ -19,6 +20,7 @@ Lenses are measured in turn with the bare model, so that ratios come from the sa
 Examples:
   quorate bench
   quorate bench --task arithmetic --keep 8 --repeat 9
+  quorate bench --cold --task arithmetic --keep 8
   quorate bench --lens none,record,intervene,profile --threads 2 --json")]
 pub struct Bench {
     /// Tokens of the prompt
@@ -33,6 +35,9 @@ pub struct Bench {
     /// Task whose experts are loaded; `none` loads all
     #[arg(long, default_value = "none")]
     task: String,
+    /// Load from the disk: the system's cache of the model's files is dropped first (Linux)
+    #[arg(long)]
+    cold: bool,
     /// What watches or changes the forward pass
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [LensArg::None])]
     lens: Vec<LensArg>,
@@ -64,6 +69,10 @@ impl Bench {
         if self.prefill == 0 || self.decode == 0 || self.repeat == 0 {
             bail!("--prefill, --decode and --repeat must be at least 1");
         }
+        if self.cold {
+            Checkpoint::open(&common.model_path()?)?.files().iter().for_each(DataFile::forget_cached);
+        }
+        let disk_before = disk_read_bytes();
         let start = Instant::now();
         let (mut model, library) = open(common, &self.experts)?;
         let context = model.spec().max_position_embeddings;
@@ -73,6 +82,7 @@ impl Bench {
         let task = (self.task != "none").then_some(self.task.as_str());
         self.experts.load(&mut model, &library, task, self.prefill + self.decode)?;
         let load_s = start.elapsed().as_secs_f64();
+        let disk_bytes = disk_read_bytes().zip(disk_before).map(|(after, before)| after - before);
         let mut runs: Vec<Run> = Vec::new();
         let mut progress = common.progress("bench", (self.repeat * self.lens.len()) as u64, "runs");
         self.once(&model, LensArg::None)?; // warms caches and buffers
@@ -106,7 +116,7 @@ impl Bench {
             "time_to_first_token_s": median(first.iter().map(|r| r.first_token_s).collect()),
             "load_s": load_s, "peak_rss_bytes": peak_rss_bytes(),
             "resident_weight_bytes": model.weights().resident_bytes(), "expert_hit_rate": 1.0,
-            "bytes_read": model.weights().bytes_read(), "lenses": lenses,
+            "bytes_read": model.weights().bytes_read(), "disk_bytes_read": disk_bytes, "cold": self.cold, "lenses": lenses,
             "runs": runs.iter().map(|r| json!({ "lens": format!("{:?}", r.lens).to_lowercase(),
                 "prefill_tokens_per_s": r.prefill, "decode_tokens_per_s": r.decode })).collect::<Vec<_>>(),
         });
@@ -124,9 +134,10 @@ impl Bench {
             );
         }
         println!(
-            "loaded in {load_s:.3} s; weights {}, read {}, peak memory {}",
+            "loaded in {load_s:.3} s; weights {}, read {} ({} from the disk), peak memory {}",
             human_bytes(model.weights().resident_bytes()),
             human_bytes(model.weights().bytes_read()),
+            disk_bytes.map_or("unknown".into(), human_bytes),
             peak_rss_bytes().map_or("unknown".into(), human_bytes),
         );
         Ok(())

@@ -53,7 +53,7 @@ impl Chat {
             let prompt = chat_prompt(&model, &messages)?;
             if task.is_none() || self.each_message {
                 let first = chat_prompt(&model, &[Message::new("user", line)])?;
-                let choice = choose_task(common, &model, &library, &first, &self.task, &self.experts)?;
+                let choice = choose_task(common, &mut model, &library, &first, &self.task, &self.experts)?;
                 if task.as_ref() != Some(&choice.task) {
                     let context = model.spec().max_position_embeddings;
                     self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;

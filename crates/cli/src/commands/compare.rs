@@ -85,9 +85,9 @@ impl Compare {
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         let mut model = common.open_model(None)?;
         need_experts(&model)?;
-        model.load_all_experts()?;
         let library = common.open_library()?;
-        let retrieved = retrieved(&model, &library, &tasks)?;
+        let retrieved = retrieved(&mut model, &library, &tasks)?;
+        model.load_all_experts()?;
         let cells = self.saved(model.checkpoint().fingerprint())?;
         let mut comparison = Comparison { args: self, model, library, tasks, retrieved, cells };
 
@@ -134,7 +134,7 @@ impl Compare {
 }
 
 /// The pattern that each item's prompt retrieves.
-fn retrieved(model: &Model, library: &Library, tasks: &[Task]) -> Result<Vec<Vec<String>>> {
+fn retrieved(model: &mut Model, library: &Library, tasks: &[Task]) -> Result<Vec<Vec<String>>> {
     let mut all = Vec::with_capacity(tasks.len());
     for task in tasks {
         let prompts = task.items.iter().map(|i| encode_text(model, &i.prompt)).collect::<Result<Vec<_>, _>>()?;

@@ -81,7 +81,7 @@ impl Eval {
                 plan = json!({ "keep": null, "task": read.task, "metric": read.metric, "mode": read.routing_mode });
                 vec![Group { pattern: None, items: items.clone() }]
             }
-            None => self.group(&model, &library, &items)?,
+            None => self.group(&mut model, &library, &items)?,
         };
         let mut none = NoLens;
         let lens: &mut dyn Lens = if interventions.is_empty() { &mut none } else { &mut interventions };
@@ -144,7 +144,7 @@ impl Eval {
     }
 
     /// Sorts items by the pattern that serves them.
-    fn group<'a>(&self, model: &Model, library: &Library, items: &[(usize, &'a TaskItem)]) -> Result<Vec<Group<'a>>> {
+    fn group<'a>(&self, model: &mut Model, library: &Library, items: &[(usize, &'a TaskItem)]) -> Result<Vec<Group<'a>>> {
         let all = |pattern| vec![Group { pattern, items: items.to_vec() }];
         if self.task == "none" {
             return Ok(all(None));

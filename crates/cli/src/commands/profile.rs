@@ -50,6 +50,9 @@ pub struct Profile {
     /// Hold out every Nth item (0: none)
     #[arg(long, default_value_t = 5, value_name = "N")]
     holdout: usize,
+    /// MoE layer (0: the first) whose router recognises prompts; a later one needs the experts before it
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    key_layer: usize,
     /// Profile only shard I of N of each task's items; shards merge exactly
     #[arg(long, value_name = "I/N", value_parser = parse_shard)]
     shard: Option<(usize, usize)>,
@@ -101,6 +104,10 @@ impl Profile {
         }
         let mut model = common.open_model(None)?;
         need_experts(&model)?;
+        let layers = model.spec().moe_layers().len();
+        if self.key_layer >= layers {
+            bail!("--key-layer {} is out of range: the model has {layers} MoE layers", self.key_layer);
+        }
         model.load_all_experts()?;
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
@@ -138,7 +145,8 @@ impl Profile {
         let limit = self.limit.unwrap_or(usize::MAX);
         let items = task.items.iter().take(limit).map(|item| EncodedItem::new(model, item));
         let items = items.collect::<Result<Vec<_>, _>>()?;
-        let split = Split { holdout_every: self.holdout, shard: self.shard.unwrap_or((0, 1)) };
+        let shard = self.shard.unwrap_or((0, 1));
+        let split = Split { holdout_every: self.holdout, key_layer: self.key_layer, shard };
         let partial = self.partial_path(model, task)?;
         let mut data = ProfileData::new(&ExpertMap::of(model.spec()));
         if !self.restart && partial.exists() {
@@ -153,6 +161,7 @@ impl Profile {
             fingerprint: model.checkpoint().fingerprint().to_string(),
             data: task.files.iter().map(|f| file_name(f)).collect(),
             phases: phases.name().to_string(),
+            key_layer: self.key_layer,
             ..PatternInfo::default()
         };
         let save = |data: &ProfileData| write_pattern(&Pattern::build(info.clone(), data.clone(), |_| Vec::new()), &partial);
@@ -185,7 +194,7 @@ impl Profile {
     fn partial_path(&self, model: &Model, task: &Task) -> Result<PathBuf> {
         let mut hash = 0xcbf2_9ce4_8422_2325u64; // FNV-1a
         let mut mix = |text: &str| text.bytes().for_each(|b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        mix(&format!("{:?} {:?} {}", self.limit, self.shard, self.holdout));
+        mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
         task.items.iter().for_each(|i| mix(&format!("{}\0{}\0", i.prompt, i.answer)));
         let name = format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), file_name(Path::new(&task.name)));
         Ok(embedded::home()?.join("profiles").join(name))
@@ -227,6 +236,7 @@ pub fn merged(name: &str, patterns: &[&Pattern], phases: Phases) -> Result<Patte
         data: files,
         phases: phases.name().to_string(),
         merged_from,
+        key_layer: first.info.key_layer,
         ..PatternInfo::default()
     };
     let Some(parts) = patterns.iter().map(|p| p.data.as_ref()).collect::<Option<Vec<&ProfileData>>>() else {

@@ -102,7 +102,7 @@ impl Run {
                 plan.task
             }
             None => {
-                let choice = choose_task(common, &model, &library, &prompt, &self.task, &self.experts)?;
+                let choice = choose_task(common, &mut model, &library, &prompt, &self.task, &self.experts)?;
                 found = choice.nearest;
                 let context = prompt.len() + self.sampling.max_tokens;
                 self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
@@ -178,7 +178,7 @@ pub struct TaskChoice {
 /// Follows `--task`: `auto`, `none` or a name.
 pub fn choose_task(
     common: &Common,
-    model: &Model,
+    model: &mut Model,
     library: &Library,
     prompt: &[u32],
     task: &str,
