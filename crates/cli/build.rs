@@ -31,7 +31,8 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
         let path = entry.path();
         if path.is_dir() {
             collect(&path, files);
-        } else if path.extension().is_some_and(|e| ["json", "jsonl", "safetensors", "pattern"].iter().any(|x| e == *x)) {
+        } else if path.extension().is_some_and(|e| ["json", "jsonl", "safetensors", "pattern"].iter().any(|x| e == *x))
+        {
             files.push(path);
         }
     }

@@ -8,14 +8,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use quorate_lens::Library;
+use quorate_lens::{LensError, Library};
 use quorate_model::Model;
 use serde::Serialize;
 
 use crate::embedded;
 
+/// Writes a line to stdout. What stands in the way, a closed pipe or a full disk, is the command's error: no panic.
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($arg)*)
+    }};
+}
+pub(crate) use say;
+
 /// Flags of every command.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Common {
     /// Model folder (config.json, safetensors, tokenizer.json); left out, the embedded model
     #[arg(short, long, global = true, value_name = "MODEL")]
@@ -67,16 +77,13 @@ impl Common {
             Some(path) => path.clone(),
             None => embedded::home()?.join("library.sqlite"),
         };
-        let mut library = Library::open(&path)?;
-        if library.note("embedded")?.as_deref() != Some(embedded::HASH) {
-            let folder = embedded::unpacked()?.join("patterns");
-            if folder.is_dir() {
-                let files = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
-                let paths: Vec<PathBuf> = files.flatten().map(|f| f.path()).collect();
-                library.import(&paths)?;
+        let mut library = match Library::open(&path) {
+            Err(error @ LensError::Io { .. }) => {
+                return Err(error).context("cannot make the pattern library; help: set QUORATE_HOME, or give --library FILE");
             }
-            library.set_note("embedded", embedded::HASH)?;
-        }
+            other => other?,
+        };
+        embedded::store_patterns(&mut library)?;
         Ok(library)
     }
 
@@ -100,7 +107,7 @@ impl Common {
     /// A note for the user, on stderr.
     pub fn note(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}");
+            let _ = writeln!(std::io::stderr(), "{text}"); // nowhere left to report that stderr is closed
         }
     }
 
@@ -143,7 +150,8 @@ impl Progress {
             let total = self.bar.length().unwrap_or(0);
             let rate = (done - from) as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
             let left = (total.saturating_sub(done)) as f64 / rate.max(1e-9);
-            eprintln!("{}: {done}/{total} {}, {rate:.0} {}/s, {left:.0} s left", self.what, self.unit, self.unit);
+            let (what, unit) = (&self.what, self.unit);
+            let _ = writeln!(std::io::stderr(), "{what}: {done}/{total} {unit}, {rate:.0} {unit}/s, {left:.0} s left");
         }
     }
 
@@ -154,11 +162,13 @@ impl Progress {
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static WAITING: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C is noted and left to the command, which ends cleanly; a second one ends the process at once.
+/// From now on Ctrl-C is noted and left to the command, which ends cleanly. A second one ends the process at once, and so
+/// does the first if the command waits for input.
 pub fn catch_interrupts() -> Result<()> {
     ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) || WAITING.load(Ordering::SeqCst) {
             #[allow(clippy::exit)]
             std::process::exit(130);
         }
@@ -169,6 +179,39 @@ pub fn catch_interrupts() -> Result<()> {
 /// Whether Ctrl-C was pressed.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Reads input during which Ctrl-C ends the process: nothing is under way that could be lost.
+pub fn wait_for<T>(read: impl FnOnce() -> T) -> T {
+    WAITING.store(true, Ordering::SeqCst);
+    let input = read();
+    WAITING.store(false, Ordering::SeqCst);
+    input
+}
+
+/// Writes a file under a temporary name, to the disk, and renames it: what was there before stays whole until then.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    check_output(path)?;
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        let mut file = std::fs::File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    let written = write();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&temporary); // the first error is the one to report
+    }
+    written.with_context(|| format!("cannot write {}; help: free space there, or write to another folder", path.display()))
+}
+
+/// Refuses to put a file in the place of a folder or device.
+pub fn check_output(path: &Path) -> Result<()> {
+    if path.exists() && !path.is_file() {
+        bail!("{} is no regular file; help: give the name of a file to write", path.display());
+    }
+    Ok(())
 }
 
 /// Bytes as text with a binary unit.

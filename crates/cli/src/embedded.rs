@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use quorate_lens::{Library, Pattern, PatternInfo};
 
 include!(concat!(env!("OUT_DIR"), "/embedded_files.rs"));
 
@@ -30,6 +31,28 @@ pub fn unpacked() -> Result<PathBuf> {
     })?;
     remove_older(&home, &folder);
     Ok(folder)
+}
+
+/// Stores the embedded model's patterns in a library that does not have those of this version. What the user has
+/// profiled or merged under one of their names stays.
+pub fn store_patterns(library: &mut Library) -> Result<()> {
+    if library.note("embedded")?.as_deref() == Some(HASH) {
+        return Ok(());
+    }
+    let ours: Option<Vec<PatternInfo>> = library.note("embedded-patterns")?.and_then(|t| serde_json::from_str(&t).ok());
+    let stored = library.list(None)?;
+    let mut patterns = Vec::new();
+    for (name, bytes) in FILES.iter().filter(|(name, _)| name.starts_with("patterns/")) {
+        patterns.push(Pattern::from_bytes(bytes, name)?);
+    }
+    let infos: Vec<PatternInfo> = patterns.iter().map(|p| p.info.clone()).collect();
+    patterns.retain(|p| {
+        let same = stored.iter().find(|i| (&i.fingerprint, &i.name) == (&p.info.fingerprint, &p.info.name));
+        same.is_none_or(|info| ours.as_ref().is_none_or(|ours| ours.contains(info)))
+    });
+    library.put(&patterns)?;
+    library.set_note("embedded-patterns", &serde_json::to_string(&infos)?)?;
+    Ok(library.set_note("embedded", HASH)?)
 }
 
 /// Removes what other versions of the program have unpacked. That is only tidiness: what cannot be removed stays.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use quorate_formats::spec::ModelSpec;
 use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope};
 use quorate_methods::DEFAULT_METRIC;
 use quorate_model::{KvCache, Model, RoutingMode};
@@ -22,12 +23,12 @@ pub struct ExpertArgs {
     /// Keep as many experts as fit into this much memory for the whole process, e.g. 4GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "keep")]
     pub memory: Option<u64>,
-    /// Whether layers keep equal numbers or compete
-    #[arg(long, value_enum, default_value_t = ScopeArg::Global)]
-    pub scope: ScopeArg,
-    /// What happens to tokens whose expert is not kept
-    #[arg(long, value_enum, default_value_t = ModeArg::MaskFullGates)]
-    pub mode: ModeArg,
+    /// Whether layers keep equal numbers or compete [default: global]
+    #[arg(long, value_enum)]
+    pub scope: Option<ScopeArg>,
+    /// What happens to tokens whose expert is not kept [default: mask-full-gates]
+    #[arg(long, value_enum)]
+    pub mode: Option<ModeArg>,
     /// Experts kept whatever their score, as LAYER:EXPERT pairs
     #[arg(long, value_name = "L:E,..", value_delimiter = ',', value_parser = parse_pair)]
     pub protect: Vec<(usize, usize)>,
@@ -40,22 +41,24 @@ pub struct ExpertArgs {
 }
 
 /// [`Scope`] on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ScopeArg {
     /// Every layer keeps the same number
     Local,
     /// All layers compete, scores as they are
+    #[default]
     Global,
     /// All layers compete with their share of the layer's score
     GlobalShare,
 }
 
 /// [`RoutingMode`] on the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
     /// Before top-k; the gates come from the kept experts only (what a pruned checkpoint computes)
     Mask,
     /// Before top-k; the gates come from all experts
+    #[default]
     MaskFullGates,
     /// After top-k: missing experts contribute nothing
     Drop,
@@ -124,23 +127,29 @@ fn parse_pair(text: &str) -> Result<(usize, usize), String> {
 impl ExpertArgs {
     /// The choice for a model; with `--memory`, what fits beside `context` tokens of cache.
     pub fn choice(&self, model: &Model, context: usize) -> Result<Choice> {
-        quorate_methods::metric(&self.metric)?;
-        let layers = model.spec().moe_layers().len();
+        let scope = self.scope.unwrap_or_default();
         let keep = match (self.keep, self.memory) {
-            (Some(k), _) => Some(per_layer(self.scope, k, layers)),
+            (Some(k), _) => Some(per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
+                let context = context.min(model.spec().max_position_embeddings);
                 let kv = KvCache::bytes_per_token(model.spec()) * context as u64;
-                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model))?;
-                Some(per_layer(self.scope, plan.experts_per_layer, layers))
+                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model.spec()))?;
+                Some(per_layer(model.spec(), scope, plan.experts_per_layer)?)
             }
             (None, None) => None,
         };
-        let (scope, mode) = (self.scope.into(), self.mode.into());
+        let (scope, mode) = (scope.into(), self.mode.unwrap_or_default().into());
         Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protect.clone() })
     }
 
     /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan.
-    pub fn load(&self, model: &mut Model, library: &Library, task: Option<&str>, context: usize) -> Result<Option<Plan>> {
+    pub fn load(
+        &self,
+        model: &mut Model,
+        library: &Library,
+        task: Option<&str>,
+        context: usize,
+    ) -> Result<Option<Plan>> {
         let Some(task) = task else {
             model.load_all_experts()?;
             return Ok(None);
@@ -153,16 +162,22 @@ impl ExpertArgs {
     }
 }
 
-fn per_layer(scope: ScopeArg, k: usize, layers: usize) -> Keep {
-    match scope {
-        ScopeArg::Local => Keep::PerLayer(k),
-        _ => Keep::Total(k * layers),
+/// `--keep` for a model: `k` experts in every layer, or as many on average.
+pub fn per_layer(spec: &ModelSpec, scope: ScopeArg, k: usize) -> Result<Keep> {
+    let layers: Vec<_> = spec.moe_layers().into_iter().filter_map(|l| spec.moe(l)).collect();
+    let (least, most) =
+        (layers.iter().map(|m| m.top_k).max().unwrap_or(0), layers.iter().map(|m| m.n_experts).min().unwrap_or(0));
+    if !(least..=most).contains(&k) {
+        bail!(
+            "cannot keep {k} experts per layer: a token uses {least} and a layer has {most}; \
+             help: --keep {least} to --keep {most}"
+        );
     }
+    Ok(if scope == ScopeArg::Local { Keep::PerLayer(k) } else { Keep::Total(k * layers.len()) })
 }
 
 /// Bytes that a process holds besides weights and cache: the program itself and the buffers of a forward pass.
-pub fn buffer_bytes(model: &Model) -> u64 {
-    let spec = model.spec();
+pub fn buffer_bytes(spec: &ModelSpec) -> u64 {
     let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
         .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
         .max()
@@ -199,7 +214,12 @@ pub fn need_experts(model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Common to commands that take `--task`: opens the model with the memory limit of `--memory`.
-pub fn open(common: &Common, experts: &ExpertArgs) -> Result<(Model, Library)> {
+/// Common to commands that take `--task`: opens the model with the memory limit of `--memory`. What chooses among a
+/// task's experts is refused if there is no task.
+pub fn open(common: &Common, experts: &ExpertArgs, task: &str) -> Result<(Model, Library)> {
+    quorate_methods::metric(&experts.metric)?;
+    if task == "none" && (experts.keep.is_some() || !experts.protect.is_empty()) {
+        bail!("--keep and --protect choose among the experts of a task, but --task is `none`; help: give --task NAME");
+    }
     Ok((common.open_model(experts.memory)?, common.open_library()?))
 }

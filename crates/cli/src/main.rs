@@ -6,6 +6,7 @@ mod common;
 mod embedded;
 mod experts;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,14 +16,14 @@ use crate::common::Common;
 
 /// Runs mixture-of-experts language models with just the experts that a task needs.
 #[derive(Parser)]
-#[command(name = "quorate", version, about, long_about = None, max_term_width = 100, after_help = "\
-Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment.
+#[command(name = "quorate", version, max_term_width = 100, after_help = "\
+Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment (also: interrupted).
 Files: $QUORATE_HOME, or quorate/ in the user's data folder, holds the pattern library and the unpacked embedded model.
 
 Examples:
-  quorate run \"78+95=\"                     find the nearest task, load its experts, answer
-  quorate profile --tasks tasks/            measure which experts each task needs
-  quorate eval --keep 8 --task own          how well half a quarter of the experts do")]
+  quorate run \"78+95=\"               find the nearest task, load its experts, answer
+  quorate profile --tasks tasks/      measure which experts each task needs
+  quorate eval --keep 8 --task own    how well 8 experts per layer do")]
 struct Cli {
     #[command(flatten)]
     common: Common,
@@ -42,21 +43,28 @@ fn main() -> ExitCode {
         Ok(outcome) => outcome,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("quorate: {}", chain(&error));
+            let _ = writeln!(std::io::stderr(), "quorate: {}", chain(&error)); // nowhere left to report a closed stderr
             ExitCode::from(3)
         }
     }
 }
 
-/// The error and its causes on one line, each said once.
+/// The error and its causes, each said once, and then what helps.
 fn chain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
+    let (mut problems, mut helps) = (String::new(), String::new());
     for cause in error.chain().map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
+        let (problem, help) = cause.split_once("help: ").unwrap_or((&cause, ""));
+        let (problem, help) = (problem.trim_end_matches("; "), help.trim_end());
+        // A cause is often told by the one above it, and then adds no more than a number.
+        let core = problem.rsplit(": ").next().filter(|core| core.len() > 12).unwrap_or(problem);
+        if !core.is_empty() && !problems.contains(core) {
+            problems += &format!("{}{problem}", if problems.is_empty() { "" } else { ": " });
+        }
+        if !help.is_empty() && !helps.contains(help) {
+            helps += &format!("; help: {help}");
         }
     }
-    text
+    problems + &helps
 }
 
 /// Whether whoever read our output has closed it, as `head` does.

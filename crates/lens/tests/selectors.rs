@@ -114,10 +114,9 @@ fn selectors(all_units: &[Indices]) -> Vec<(PhaseSelector, Indices, Indices)> {
 fn check_choice(model: &Model, passes: &[Vec<Segment>], rows: &[Row], layer: usize, choice: &Intervention) {
     let site = choice.site;
     let what = format!("{site} {layer} {:?} {} {}", choice.phase, choice.positions, choice.units);
-    let mut ids = Recorder::new(&[Site::Routing], Some(vec![layer]));
-    let (mut before, mut after) = (Recorder::new(&[site], Some(vec![layer])), Recorder::new(&[site], Some(vec![layer])));
-    let untouched = play(model, passes, &mut Chain(vec![&mut before]));
-    before = Recorder::new(&[site], Some(vec![layer]));
+    let recorder = |site| Recorder::new(&[site], Some(vec![layer]));
+    let untouched = play(model, passes, &mut recorder(site));
+    let (mut ids, mut before, mut after) = (recorder(Site::Routing), recorder(site), recorder(site));
     let mut lens = prepare(model, std::slice::from_ref(choice));
     let found = play(model, passes, &mut Chain(vec![&mut ids, &mut before, &mut lens, &mut after]));
 
@@ -228,34 +227,24 @@ fn edits_of_the_cache_stay() {
     for name in MODELS {
         let model = open(&fixture(name));
         let tokens = &prompts(name)[0];
+        let step = |segment: Segment, cache: &mut KvCache, lens: &mut dyn Lens| {
+            support::logits_of(model.forward(&[segment], cache, lens).unwrap())
+        };
+        let prompt = || Segment::prompt(0, tokens[..9].to_vec());
+        let next = || Segment::decode(0, tokens[9]);
+        let mut cache = KvCache::new(model.spec(), 1);
+        step(prompt(), &mut cache, &mut NoLens);
+        let untouched = step(next(), &mut cache, &mut NoLens);
         for site in [Site::AttnV, Site::AttnKRot, Site::ResidPre] {
-            let noise = support::inline(support::noise(1, model.spec().hidden_size));
-            let value = if site == Site::ResidPre { noise } else { support::inline(vec![0.0; shape_of(&model, site)]) };
-            let edit = Intervention { phase: PhaseSelector::Prefill, ..at(site, Op::Mean { value }) };
-            let after_prompt = |lens: &mut dyn Lens| {
-                let mut cache = KvCache::new(model.spec(), 1);
-                model.forward(&[Segment::prompt(0, tokens[..9].to_vec())], &mut cache, lens).unwrap();
-                let mut decode = |lens: &mut dyn Lens| {
-                    support::logits_of(model.forward(&[Segment::decode(0, tokens[9])], &mut cache, lens).unwrap())
-                };
-                let off = decode(&mut NoLens);
-                cache.truncate(0, 9);
-                let mut decode = |lens: &mut dyn Lens| {
-                    support::logits_of(model.forward(&[Segment::decode(0, tokens[9])], &mut cache, lens).unwrap())
-                };
-                (off, decode(lens))
-            };
-            let (untouched, _) = after_prompt(&mut NoLens);
-            let (off, on) = after_prompt(&mut prepare(&model, &[edit]));
+            let edit = Intervention { phase: PhaseSelector::Prefill, ..at(site, Op::Zero) };
+            let mut lens = prepare(&model, &[edit]);
+            cache.truncate(0, 0);
+            step(prompt(), &mut cache, &mut lens);
+            let off = step(next(), &mut cache, &mut NoLens);
+            cache.truncate(0, 9);
+            let on = step(next(), &mut cache, &mut lens);
             assert_same(site.name(), &off, &on);
             assert!(support::change(&off, &untouched) > 1e-3, "{site}");
         }
     }
-}
-
-/// Values of one row of a key or value site.
-fn shape_of(model: &Model, site: Site) -> usize {
-    assert!(matches!(site, Site::AttnV | Site::AttnKRot));
-    let attn = &model.spec().layers[0].attn;
-    attn.n_kv_heads * attn.head_dim
 }

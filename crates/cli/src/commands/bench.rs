@@ -5,7 +5,9 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::{Checkpoint, DataFile};
-use quorate_lens::{ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats};
+use quorate_lens::{
+    ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats,
+};
 use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
 use serde_json::{Value, json};
 
@@ -77,7 +79,10 @@ impl Bench {
         let (mut model, library) = open(common, &self.experts)?;
         let context = model.spec().max_position_embeddings;
         if self.prefill + self.decode > context {
-            bail!("--prefill and --decode need {} tokens, the context is {context}; help: ask for fewer", self.prefill + self.decode);
+            bail!(
+                "--prefill and --decode need {} tokens, the context is {context}; help: ask for fewer",
+                self.prefill + self.decode
+            );
         }
         let task = (self.task != "none").then_some(self.task.as_str());
         self.experts.load(&mut model, &library, task, self.prefill + self.decode)?;
@@ -123,14 +128,23 @@ impl Bench {
         if common.json {
             return common.print_json(&document);
         }
-        println!("{} threads, prompt of {}, {} generated, median of {}", model.pool().threads(), self.prefill, self.decode, self.repeat);
+        println!(
+            "{} threads, prompt of {}, {} generated, median of {}",
+            model.pool().threads(),
+            self.prefill,
+            self.decode,
+            self.repeat
+        );
         println!("{:10} {:>12} {:>12}   ratio to {:?}", "lens", "prefill/s", "decode/s", self.lens[0]);
         for row in &lenses {
             let n = |name: &str| row[name].as_f64().unwrap_or(0.0);
             println!(
                 "{:10} {:>12.0} {:>12.0}   {:.3} {:.3}",
                 row["lens"].as_str().unwrap_or_default(),
-                n("prefill_tokens_per_s"), n("decode_tokens_per_s"), n("prefill_ratio"), n("decode_ratio")
+                n("prefill_tokens_per_s"),
+                n("decode_tokens_per_s"),
+                n("prefill_ratio"),
+                n("decode_ratio")
             );
         }
         println!(
@@ -172,7 +186,11 @@ impl Bench {
         let prompt: Vec<u32> = (0..self.prefill).map(|_| token()).collect();
         let start = Instant::now();
         for chunk in prompt.chunks(quorate_model::PREFILL_CHUNK) {
-            model.forward(&[Segment { logits: LogitRows::Last, ..Segment::prompt(0, chunk.to_vec()) }], &mut cache, chosen)?;
+            model.forward(
+                &[Segment { logits: LogitRows::Last, ..Segment::prompt(0, chunk.to_vec()) }],
+                &mut cache,
+                chosen,
+            )?;
         }
         let first_token_s = start.elapsed().as_secs_f64();
         let start = Instant::now();

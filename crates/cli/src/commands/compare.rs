@@ -126,7 +126,10 @@ impl Compare {
         let path = self.output.with_extension("json");
         let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Vec::new()) };
         let saved: serde_json::Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-        if saved["fingerprint"] != json!(fingerprint) || saved["limit"] != json!(self.limit) || saved["split"] != json!(self.split) {
+        if saved["fingerprint"] != json!(fingerprint)
+            || saved["limit"] != json!(self.limit)
+            || saved["split"] != json!(self.split)
+        {
             bail!("{} is of another model, split or limit; help: remove it or give another -o", path.display());
         }
         serde_json::from_value(saved["cells"].clone()).with_context(|| path.display().to_string())
@@ -173,7 +176,8 @@ impl Comparison<'_> {
                 .map(|shift| Ok(vec![(Some(self.plan(&names[(task + shift) % names.len()], row)?), items.clone())]))
                 .collect::<Result<Vec<_>>>()?,
         } {
-            let score = score_task(&mut self.model, &self.tasks[task], self.args.limit, &plans, &mut || !interrupted())?;
+            let score =
+                score_task(&mut self.model, &self.tasks[task], self.args.limit, &plans, &mut || !interrupted())?;
             let Some(score) = score else {
                 self.save()?;
                 bail!("interrupted; what is done so far is kept, give the same command again to go on");
@@ -219,7 +223,8 @@ impl Comparison<'_> {
 
     fn save(&self) -> Result<()> {
         let (fingerprint, args) = (self.model.checkpoint().fingerprint(), self.args);
-        let document = json!({ "fingerprint": fingerprint, "split": args.split, "limit": args.limit, "cells": self.cells });
+        let document =
+            json!({ "fingerprint": fingerprint, "split": args.split, "limit": args.limit, "cells": self.cells });
         write_text(&args.output.with_extension("json"), &serde_json::to_string(&document)?)
     }
 
@@ -232,17 +237,23 @@ impl Comparison<'_> {
         let _ = writeln!(
             text,
             "Model `{}`, split `{}`, up to {} items per task, routing mode `{mode}`, scope `{scope}`.\n",
-            self.model.checkpoint().fingerprint(), self.args.split, self.args.limit
+            self.model.checkpoint().fingerprint(),
+            self.args.split,
+            self.args.limit
         );
         let _ = writeln!(text, "### Mean exact match by source of the experts (metric `{}`)\n", metrics[0]);
-        let _ = writeln!(text, "| kept of {experts} | own | retrieved | other task's | generalist | random |\n|---|---|---|---|---|---|");
+        let _ = writeln!(
+            text,
+            "| kept of {experts} | own | retrieved | other task's | generalist | random |\n|---|---|---|---|---|---|"
+        );
         let mean_of = |source: &str, metric: &str, keep: usize| {
             mean(here.iter().copied(), |c| c.source == source && c.metric == metric && c.keep == keep)
         };
         let all = mean(here.iter().copied(), |c| c.source == "all");
         let _ = writeln!(text, "| {experts} (all) | {} | | | | |", number(all));
         for &keep in &self.args.keep {
-            let by = |source: &str| number(mean_of(source, if source == "random" { "random" } else { &metrics[0] }, keep));
+            let by =
+                |source: &str| number(mean_of(source, if source == "random" { "random" } else { &metrics[0] }, keep));
             let cells: Vec<String> = ["own", "auto", "other", "generalist", "random"].iter().map(|s| by(s)).collect();
             let _ = writeln!(text, "| {keep} | {} |", cells.join(" | "));
         }
@@ -256,7 +267,10 @@ impl Comparison<'_> {
         }
         for &keep in &self.args.keep {
             let _ = writeln!(text, "\n### {keep} experts kept, by task (metric `{}`)\n", metrics[0]);
-            let _ = writeln!(text, "| task | all | own | retrieved | other task's | generalist | random | best metric (own) |\n|---|---|---|---|---|---|---|---|");
+            let _ = writeln!(
+                text,
+                "| task | all | own | retrieved | other task's | generalist | random | best metric (own) |\n|---|---|---|---|---|---|---|---|"
+            );
             for task in &self.tasks {
                 let cell = |source: &str, metric: &str, keep: usize| {
                     let mut fits = here.iter().filter(|c| c.task == task.name && c.source == source && c.keep == keep);
@@ -287,7 +301,11 @@ impl Comparison<'_> {
             .collect();
         let Some(top) = own.iter().map(|c| value(c)).max_by(f64::total_cmp) else { return "-".into() };
         let names: Vec<&str> = own.iter().filter(|c| value(c) == top).map(|c| c.metric.as_str()).collect();
-        let named = if names.len() > 3 { format!("{} and {} more", names[..2].join(", "), names.len() - 2) } else { names.join(", ") };
+        let named = if names.len() > 3 {
+            format!("{} and {} more", names[..2].join(", "), names.len() - 2)
+        } else {
+            names.join(", ")
+        };
         format!("{named} ({top:.1})")
     }
 }

@@ -65,8 +65,9 @@ impl Eval {
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         let (mut model, library) = open(common, &self.experts)?;
         let limit = self.limit.unwrap_or(usize::MAX);
-        let items: Vec<(usize, &TaskItem)> =
-            (tasks.iter().enumerate()).flat_map(|(t, task)| task.items.iter().take(limit).map(move |i| (t, i))).collect();
+        let items: Vec<(usize, &TaskItem)> = (tasks.iter().enumerate())
+            .flat_map(|(t, task)| task.items.iter().take(limit).map(move |i| (t, i)))
+            .collect();
 
         let mut experts = self.experts.clone();
         if self.task == "random" {
@@ -95,7 +96,9 @@ impl Eval {
                 let context = model.spec().max_position_embeddings;
                 let loaded = experts.load(&mut model, &library, group.pattern.as_deref(), context)?;
                 if let Some(loaded) = loaded {
-                    plan["keep"] = json!(model.weights().experts_resident() as f64 / model.spec().moe_layers().len().max(1) as f64);
+                    plan["keep"] = json!(
+                        model.weights().experts_resident() as f64 / model.spec().moe_layers().len().max(1) as f64
+                    );
                     plan["metric"] = json!(loaded.metric);
                     plan["mode"] = json!(loaded.routing_mode);
                 }
@@ -144,7 +147,12 @@ impl Eval {
     }
 
     /// Sorts items by the pattern that serves them.
-    fn group<'a>(&self, model: &mut Model, library: &Library, items: &[(usize, &'a TaskItem)]) -> Result<Vec<Group<'a>>> {
+    fn group<'a>(
+        &self,
+        model: &mut Model,
+        library: &Library,
+        items: &[(usize, &'a TaskItem)],
+    ) -> Result<Vec<Group<'a>>> {
         let all = |pattern| vec![Group { pattern, items: items.to_vec() }];
         if self.task == "none" {
             return Ok(all(None));
@@ -153,10 +161,13 @@ impl Eval {
         let names: Vec<String> = match self.task.as_str() {
             "own" | "random" => items.iter().map(|(_, i)| i.task.clone()).collect(),
             "auto" => {
-                let prompts = items.iter().map(|(_, i)| encode_text(model, &i.prompt)).collect::<Result<Vec<_>, _>>()?;
+                let prompts =
+                    items.iter().map(|(_, i)| encode_text(model, &i.prompt)).collect::<Result<Vec<_>, _>>()?;
                 let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
                 let Some(found) = retrieve(model, library, &prompts, self.experts.key.into())? else {
-                    bail!("the library has no patterns of this model; help: make them with `quorate profile --tasks DIR`");
+                    bail!(
+                        "the library has no patterns of this model; help: make them with `quorate profile --tasks DIR`"
+                    );
                 };
                 found.into_iter().map(|f| f.task).collect()
             }

@@ -71,7 +71,12 @@ fn print(checkpoint: &Checkpoint, d: &Value) {
     let spec = checkpoint.spec();
     let bytes = |name: &str| human_bytes(d[name].as_u64().unwrap_or(0));
     let millions = |name: &str| format!("{:.1} M", d[name].as_u64().unwrap_or(0) as f64 / 1e6);
-    println!("{} ({}), fingerprint {}", checkpoint.path().display(), checkpoint.family().name, checkpoint.fingerprint());
+    println!(
+        "{} ({}), fingerprint {}",
+        checkpoint.path().display(),
+        checkpoint.family().name,
+        checkpoint.fingerprint()
+    );
     println!("parameters   {} in all, {} active per token", millions("parameters"), millions("active_parameters"));
     println!(
         "shape        {} layers, hidden {}, vocabulary {}, context {}",
@@ -84,13 +89,20 @@ fn print(checkpoint: &Checkpoint, d: &Value) {
     } else {
         println!(
             "experts      {} per layer, {} per token, width {}, in {} layers ({dense} dense){}",
-            d["experts"], d["top_k"], d["expert_intermediate_size"], d["moe_layers"],
+            d["experts"],
+            d["top_k"],
+            d["expert_intermediate_size"],
+            d["moe_layers"],
             if d["shared_expert"] == json!(true) { ", with a shared expert" } else { "" }
         );
     }
     println!(
         "bytes        {} in {} tensors and {} files: {} outside the experts, {} each expert",
-        bytes("model_bytes"), d["tensors"], d["files"], bytes("non_expert_bytes"), bytes("expert_bytes")
+        bytes("model_bytes"),
+        d["tensors"],
+        d["files"],
+        bytes("non_expert_bytes"),
+        bytes("expert_bytes")
     );
     println!("KV cache     {} per token", bytes("kv_bytes_per_token"));
     if !checkpoint.unused_tensors().is_empty() {

@@ -144,8 +144,10 @@ fn show(common: &Common, library: &Library, name: &str, metric: &str) -> Result<
         }));
     }
     println!("{} of model {}, from {}", name, pattern.info.fingerprint, pattern.info.data.join(", "));
-    println!("{} items ({} held out), {} prompt and {} answer tokens", pattern.info.items, pattern.info.heldout_items,
-        pattern.info.tokens[0], pattern.info.tokens[1]);
+    println!(
+        "{} items ({} held out), {} prompt and {} answer tokens",
+        pattern.info.items, pattern.info.heldout_items, pattern.info.tokens[0], pattern.info.tokens[1]
+    );
     println!("held-out coverage (share of selections / of gate mass):");
     print_summary(&summary);
     println!("experts by {metric}, best first:");

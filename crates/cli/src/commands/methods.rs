@@ -25,7 +25,8 @@ impl Methods {
                 vec![card.ok_or_else(|| LensError::unknown("method", name, METHODS.iter().map(|m| m.id)))?]
             }
         };
-        let metrics_of = |card: &Card| METRICS.iter().filter(|m| card.metrics.contains(&m.name)).copied().collect::<Vec<_>>();
+        let metrics_of =
+            |card: &Card| METRICS.iter().filter(|m| card.metrics.contains(&m.name)).copied().collect::<Vec<_>>();
         if common.json {
             let cards = chosen.iter().map(|card| json!({ "card": card, "metrics": metrics_of(card) }));
             return common.print_json(&cards.collect::<Vec<_>>());

@@ -93,7 +93,9 @@ impl From<PhaseArg> for Phases {
 
 fn parse_shard(text: &str) -> Result<(usize, usize), String> {
     let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-    parts.filter(|(i, n)| i < n).ok_or_else(|| format!("`{text}` is no shard; help: write I/N with I below N, e.g. 0/2"))
+    parts
+        .filter(|(i, n)| i < n)
+        .ok_or_else(|| format!("`{text}` is no shard; help: write I/N with I below N, e.g. 0/2"))
 }
 
 impl Profile {
@@ -164,7 +166,8 @@ impl Profile {
             key_layer: self.key_layer,
             ..PatternInfo::default()
         };
-        let save = |data: &ProfileData| write_pattern(&Pattern::build(info.clone(), data.clone(), |_| Vec::new()), &partial);
+        let save =
+            |data: &ProfileData| write_pattern(&Pattern::build(info.clone(), data.clone(), |_| Vec::new()), &partial);
         let mut run = ProfileRun::new(model, &items, split, data);
         if run.done_tokens() > 0 {
             common.note(&format!("{}: going on at {} of {} tokens", task.name, run.done_tokens(), run.total_tokens()));
@@ -193,10 +196,12 @@ impl Profile {
     /// Where the unfinished profile of a task is kept: its name tells model, data and settings.
     fn partial_path(&self, model: &Model, task: &Task) -> Result<PathBuf> {
         let mut hash = 0xcbf2_9ce4_8422_2325u64; // FNV-1a
-        let mut mix = |text: &str| text.bytes().for_each(|b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let mut mix =
+            |text: &str| text.bytes().for_each(|b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
         task.items.iter().for_each(|i| mix(&format!("{}\0{}\0", i.prompt, i.answer)));
-        let name = format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), file_name(Path::new(&task.name)));
+        let name =
+            format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), file_name(Path::new(&task.name)));
         Ok(embedded::home()?.join("profiles").join(name))
     }
 }
@@ -255,7 +260,9 @@ fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
     if common.json {
         return common.print_json(&json!({ "fingerprint": model.checkpoint().fingerprint(), "patterns": summaries }));
     }
-    println!("held-out coverage (share of selections / of gate mass that the kept experts serve), metric {DEFAULT_METRIC}");
+    println!(
+        "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {DEFAULT_METRIC}"
+    );
     for summary in &summaries {
         print_summary(summary);
     }
@@ -271,7 +278,9 @@ pub fn summary(model: &Model, pattern: &Pattern, others: &[Pattern]) -> Result<s
     let top_k = selection.floor.iter().max().copied().unwrap_or(1);
     let keep = |k: usize| quorate_lens::Keep::Total(k * pattern.map.n_layers());
     let mut covered = Vec::new();
-    for k in [experts / 2, experts * 3 / 8, experts / 4, experts * 3 / 16, experts / 8].into_iter().filter(|&k| k >= top_k) {
+    for k in
+        [experts / 2, experts * 3 / 8, experts / 4, experts * 3 / 16, experts / 8].into_iter().filter(|&k| k >= top_k)
+    {
         let kept = selection.select(scores, keep(k))?;
         let found = coverage(&pattern.map, &pattern.heldout_count, &pattern.heldout_gate, &kept);
         covered.push(json!({ "keep": k, "coverage": found }));
@@ -318,7 +327,10 @@ pub fn phases_of(patterns: &[&Pattern]) -> Result<Phases> {
     if let Some(other) = patterns.iter().find(|p| p.info.phases != first.info.phases) {
         bail!(
             "patterns `{}` and `{}` count different tokens ({} and {}); help: profile them alike",
-            first.info.name, other.info.name, first.info.phases, other.info.phases
+            first.info.name,
+            other.info.name,
+            first.info.phases,
+            other.info.phases
         );
     }
     Phases::of_name(&first.info.phases).with_context(|| format!("unknown phases `{}`", first.info.phases))

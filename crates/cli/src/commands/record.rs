@@ -83,10 +83,8 @@ impl Record {
             bail!("nothing was recorded: the chosen layers do not have these sites; help: choose others");
         }
         let token_text = tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-        let metadata = [
-            ("model".to_string(), model.checkpoint().fingerprint().to_string()),
-            ("tokens".to_string(), token_text),
-        ];
+        let metadata =
+            [("model".to_string(), model.checkpoint().fingerprint().to_string()), ("tokens".to_string(), token_text)];
         write_safetensors(&self.output, Some(metadata.into()), tensors)
             .with_context(|| format!("cannot write {}", self.output.display()))?;
         if common.json {

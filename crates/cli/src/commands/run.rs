@@ -92,7 +92,8 @@ impl Run {
         let start = Instant::now();
         let (mut model, library) = open(common, &self.experts)?;
         let text = self.text()?;
-        let prompt = if self.raw { encode_text(&model, &text)? } else { chat_prompt(&model, &[Message::new("user", text)])? };
+        let prompt =
+            if self.raw { encode_text(&model, &text)? } else { chat_prompt(&model, &[Message::new("user", text)])? };
         let mut found = None;
         let mut interventions = Interventions::default();
         let task = match &self.plan {
