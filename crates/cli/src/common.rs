@@ -79,7 +79,8 @@ impl Common {
         };
         let mut library = match Library::open(&path) {
             Err(error @ LensError::Io { .. }) => {
-                return Err(error).context("cannot make the pattern library; help: set QUORATE_HOME, or give --library FILE");
+                return Err(error)
+                    .context("cannot make the pattern library; help: set QUORATE_HOME, or give --library FILE");
             }
             other => other?,
         };
@@ -203,7 +204,8 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     if written.is_err() {
         let _ = std::fs::remove_file(&temporary); // the first error is the one to report
     }
-    written.with_context(|| format!("cannot write {}; help: free space there, or write to another folder", path.display()))
+    written
+        .with_context(|| format!("cannot write {}; help: free space there, or write to another folder", path.display()))
 }
 
 /// Refuses to put a file in the place of a folder or device.
@@ -224,6 +226,11 @@ pub fn human_bytes(bytes: u64) -> String {
         unit += 1;
     }
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Parses a number above 0.
+pub fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is no number above 0"))
 }
 
 /// Parses `6GiB`, `512 MB`, `1e9`, `123`.

@@ -193,7 +193,8 @@ pub fn load_plan(model: &mut Model, path: &Path) -> Result<(Plan, Interventions)
     let kept = plan.kept(model.spec(), &fingerprint).with_context(|| path.display().to_string())?;
     model.load_experts(&kept, plan.routing_mode).with_context(|| path.display().to_string())?;
     let folder = path.parent().map(PathBuf::from).unwrap_or_default();
-    let interventions = Interventions::prepare(&plan.intervene, model.spec(), &folder)?;
+    let interventions = Interventions::prepare(&plan.intervene, model.spec(), &folder);
+    let interventions = interventions.with_context(|| path.display().to_string())?;
     Ok((plan, interventions))
 }
 
@@ -209,7 +210,7 @@ pub fn kept_per_layer(model: &Model) -> Vec<usize> {
 /// Refuses what a dense model cannot do.
 pub fn need_experts(model: &Model) -> Result<()> {
     if !model.spec().is_moe() {
-        bail!("the model has no experts; help: use --task none");
+        bail!("the model has no experts to choose from; help: leave --task and --keep out");
     }
     Ok(())
 }
@@ -221,5 +222,9 @@ pub fn open(common: &Common, experts: &ExpertArgs, task: &str) -> Result<(Model,
     if task == "none" && (experts.keep.is_some() || !experts.protect.is_empty()) {
         bail!("--keep and --protect choose among the experts of a task, but --task is `none`; help: give --task NAME");
     }
-    Ok((common.open_model(experts.memory)?, common.open_library()?))
+    let model = common.open_model(experts.memory)?;
+    if experts.keep.is_some() {
+        need_experts(&model)?;
+    }
+    Ok((model, common.open_library()?))
 }

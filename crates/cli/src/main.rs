@@ -16,14 +16,19 @@ use crate::common::Common;
 
 /// Runs mixture-of-experts language models with just the experts that a task needs.
 #[derive(Parser)]
-#[command(name = "quorate", version, max_term_width = 100, after_help = "\
-Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment (also: interrupted).
+#[command(
+    name = "quorate",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment.
 Files: $QUORATE_HOME, or quorate/ in the user's data folder, holds the pattern library and the unpacked embedded model.
 
 Examples:
   quorate run \"78+95=\"               find the nearest task, load its experts, answer
   quorate profile --tasks tasks/      measure which experts each task needs
-  quorate eval --keep 8 --task own    how well 8 experts per layer do")]
+  quorate eval --keep 8 --task own    how well 8 experts per layer do"
+)]
 struct Cli {
     #[command(flatten)]
     common: Common,
@@ -54,7 +59,7 @@ fn chain(error: &anyhow::Error) -> String {
     let (mut problems, mut helps) = (String::new(), String::new());
     for cause in error.chain().map(ToString::to_string) {
         let (problem, help) = cause.split_once("help: ").unwrap_or((&cause, ""));
-        let (problem, help) = (problem.trim_end_matches("; "), help.trim_end());
+        let (problem, help) = (problem.trim_end().trim_end_matches(';'), help.trim_end());
         // A cause is often told by the one above it, and then adds no more than a number.
         let core = problem.rsplit(": ").next().filter(|core| core.len() > 12).unwrap_or(problem);
         if !core.is_empty() && !problems.contains(core) {

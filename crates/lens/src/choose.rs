@@ -4,7 +4,10 @@ use quorate_formats::spec::ModelSpec;
 use quorate_model::{Model, RoutingMode};
 use serde::Serialize;
 
-use crate::{Keep, KeyIndex, KeyMetric, LensError, Library, Nearest, Pattern, Plan, Scope, Selection, prompt_keys};
+use crate::{
+    ExpertMap, Indices, Keep, KeyIndex, KeyMetric, LensError, Library, Nearest, Pattern, Plan, PromptKey, Scope,
+    Selection, prompt_keys,
+};
 
 /// Name of the pattern that an unfamiliar prompt falls back to.
 pub const GENERALIST: &str = "generalist";
@@ -32,11 +35,22 @@ impl Choice {
     pub fn plan(&self, pattern: &Pattern, spec: &ModelSpec, fingerprint: &str) -> Result<Plan, LensError> {
         pattern.check_model(fingerprint)?;
         let map = &pattern.map;
+        if *map != ExpertMap::of(spec) {
+            return Err(does_not_fit(&pattern.info.name));
+        }
         let half = map.experts.iter().sum::<usize>() / 2;
         let mut protect = Vec::with_capacity(self.protect.len());
         for &(layer, expert) in &self.protect {
             let moe = map.moe_index(layer);
-            protect.push((moe.ok_or_else(|| LensError::Select(format!("layer {layer} has no experts to protect")))?, expert));
+            protect.push((
+                moe.ok_or_else(|| {
+                    LensError::Select(format!(
+                        "layer {layer} has no experts to protect; help: {} have",
+                        Indices::of(&map.layers)
+                    ))
+                })?,
+                expert,
+            ));
         }
         let floor = map.layers.iter().map(|&l| spec.moe(l).map_or(0, |m| m.top_k)).collect();
         let selection = Selection { scope: self.scope, protect, floor };
@@ -46,6 +60,10 @@ impl Choice {
         plan.metric = Some(self.metric.clone());
         Ok(plan)
     }
+}
+
+fn does_not_fit(name: &str) -> LensError {
+    LensError::invalid(format!("pattern `{name}`"), "it does not have this model's shape; help: profile the task again")
 }
 
 /// Which pattern a prompt is served with.
@@ -80,9 +98,16 @@ pub fn retrieve(
         );
         return Err(LensError::invalid("pattern library", problem));
     }
+    let prompts = prompt_keys(model, prompts, layer)?;
+    if let Some(prompt) = prompts.first() {
+        let widths = |k: &PromptKey| (k.hidden.len(), k.router.len());
+        if let Some((name, _)) = keys.iter().find(|(_, key)| widths(&key.mean) != widths(prompt)) {
+            return Err(does_not_fit(name));
+        }
+    }
     let index = KeyIndex::new(keys);
     let has_generalist = library.list(Some(&fingerprint))?.iter().any(|i| i.name == GENERALIST);
-    let found = prompt_keys(model, prompts, layer)?.into_iter().filter_map(|prompt| index.nearest(&prompt, metric));
+    let found = prompts.iter().filter_map(|prompt| index.nearest(prompt, metric));
     let choose = |nearest: Nearest| Retrieved {
         task: if nearest.familiar || !has_generalist { nearest.name.clone() } else { GENERALIST.to_string() },
         nearest,

@@ -36,7 +36,9 @@ pub enum LensError {
         problem: String,
     },
     /// Something made for another model.
-    #[error("{what} was made for model {theirs}, this is model {ours}; help: profile this model, or open the other one")]
+    #[error(
+        "{what} was made for model {theirs}, this is model {ours}; help: profile this model, or open the other one"
+    )]
     OtherModel {
         /// The pattern or plan.
         what: String,
@@ -46,7 +48,7 @@ pub enum LensError {
         ours: String,
     },
     /// A name that nothing has.
-    #[error("there is no {kind} `{name}`{}", hint(nearest.as_deref()))]
+    #[error("there is no {kind} `{name}`; help: {}", hint(nearest.as_deref(), known))]
     Unknown {
         /// What was looked for: `task`, `metric`, ...
         kind: &'static str,
@@ -54,14 +56,21 @@ pub enum LensError {
         name: String,
         /// The most similar name that exists.
         nearest: Option<String>,
+        /// The names that exist.
+        known: Vec<String>,
     },
     /// A selection that cannot be made.
     #[error("{0}")]
     Select(String),
 }
 
-fn hint(nearest: Option<&str>) -> String {
-    nearest.map(|n| format!("; help: did you mean `{n}`?")).unwrap_or_default()
+fn hint(nearest: Option<&str>, known: &[String]) -> String {
+    const SHOWN: usize = 24;
+    match (nearest, known.len().saturating_sub(SHOWN)) {
+        (Some(nearest), _) => format!("did you mean `{nearest}`?"),
+        (None, 0) => format!("there is {}", known.join(", ")),
+        (None, more) => format!("there is {} and {more} more", known[..SHOWN].join(", ")),
+    }
 }
 
 impl LensError {
@@ -72,7 +81,9 @@ impl LensError {
 
     /// An [`LensError::Unknown`] that suggests the nearest of `names`.
     pub fn unknown<'a>(kind: &'static str, name: &str, names: impl IntoIterator<Item = &'a str>) -> LensError {
-        LensError::Unknown { kind, name: name.to_string(), nearest: nearest_name(name, names) }
+        let known: Vec<String> = names.into_iter().map(String::from).collect();
+        let nearest = nearest_name(name, known.iter().map(String::as_str));
+        LensError::Unknown { kind, name: name.to_string(), nearest, known }
     }
 }
 
@@ -100,6 +111,13 @@ fn edit_distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unknown_names_are_told_with_what_there_is() {
+        let text = |name| LensError::unknown("task", name, ["arithmetic", "bios"]).to_string();
+        assert_eq!(text("bois"), "there is no task `bois`; help: did you mean `bios`?");
+        assert_eq!(text("zzzzzz"), "there is no task `zzzzzz`; help: there is arithmetic, bios");
+    }
 
     #[test]
     fn near_names_are_suggested_and_far_ones_not() {

@@ -86,15 +86,20 @@ impl Library {
         match row.map_err(|e| self.db_error(e))? {
             Some(bytes) => Pattern::from_bytes(&bytes, &format!("pattern `{name}`")),
             None => {
-                let infos = self.list(Some(fingerprint))?;
-                if infos.is_empty() {
+                let infos = self.list(None)?;
+                let (ours, others): (Vec<_>, Vec<_>) = infos.into_iter().partition(|i| i.fingerprint == fingerprint);
+                if let Some(other) = others.into_iter().find(|i| i.name == name) {
+                    let (what, ours) = (format!("pattern `{name}`"), fingerprint.to_string());
+                    return Err(LensError::OtherModel { what, theirs: other.fingerprint, ours });
+                }
+                if ours.is_empty() {
                     let problem = format!(
                         "{} has no patterns of model {fingerprint}; help: make them with `quorate profile --tasks DIR`",
                         self.path.display()
                     );
                     return Err(LensError::invalid("pattern library", problem));
                 }
-                Err(LensError::unknown("task", name, infos.iter().map(|i| i.name.as_str())))
+                Err(LensError::unknown("task", name, ours.iter().map(|i| i.name.as_str())))
             }
         }
     }
@@ -109,7 +114,8 @@ impl Library {
             self.db.prepare(sql)?.query_map(params![fingerprint], |r| r.get(0))?.collect()
         };
         let texts = read().map_err(|e| self.db_error(e))?;
-        let parse = |t: &String| serde_json::from_str(t).map_err(|e| LensError::invalid("pattern library", e.to_string()));
+        let parse =
+            |t: &String| serde_json::from_str(t).map_err(|e| LensError::invalid("pattern library", e.to_string()));
         texts.iter().map(parse).collect()
     }
 

@@ -83,7 +83,11 @@ impl Pattern {
         info.heldout_items = data.heldout.items;
         let (heldout_count, heldout_gate) = uses(&data.heldout);
         // A generalist is fallen back to, not retrieved.
-        let key = if info.merged_from.is_empty() { Key::of(&data.keys, &data.heldout_keys, info.key_layer) } else { Key::default() };
+        let key = if info.merged_from.is_empty() {
+            Key::of(&data.keys, &data.heldout_keys, info.key_layer)
+        } else {
+            Key::default()
+        };
         let (map, scores) = (data.stats.map.clone(), score(&data.stats));
         Pattern { info, map, scores, heldout_count, heldout_gate, key, data: Some(data) }
     }
@@ -196,13 +200,16 @@ impl Pattern {
     /// # Errors
     /// Bytes that are no pattern, or one of an unknown version.
     pub fn from_bytes(bytes: &[u8], what: &str) -> Result<Pattern, LensError> {
-        let bad = |problem: String| LensError::invalid(what, format!("is no pattern: {problem}"));
+        let help = "`quorate profile -o` and `quorate library export` write patterns";
+        let bad =
+            |problem: String| LensError::invalid(what, format!("this is no whole pattern: {problem}; help: {help}"));
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad(e.to_string()))?;
         let text = metadata.metadata().as_ref().and_then(|m| m.get("quorate"));
         let text = text.ok_or_else(|| bad("its metadata has no key `quorate`".into()))?;
         let header: Header = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
         if header.info.version != PATTERN_VERSION {
-            return Err(bad(format!("version {} is unknown; help: profile again", header.info.version)));
+            let problem = format!("pattern version {} is unknown; help: profile the task again", header.info.version);
+            return Err(LensError::invalid(what, problem));
         }
         if header.layers.len() != header.experts.len() || header.experts.iter().any(|&e| e > 1 << 20) {
             return Err(bad("layers and expert counts do not fit".into()));

@@ -98,10 +98,10 @@ impl Plan {
             if kept[moe].is_some() {
                 return Err(bad("is named twice; help: name each layer once"));
             }
-            kept[moe] = experts.list();
             if experts.max().is_some_and(|e| e >= map.experts[moe]) {
                 return Err(bad(&format!("has only {} experts", map.experts[moe])));
             }
+            kept[moe] = experts.list();
         }
         Ok(kept)
     }

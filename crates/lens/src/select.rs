@@ -45,7 +45,10 @@ impl Selection {
         let mut protected = vec![Vec::new(); map.n_layers()];
         for &(moe, expert) in &self.protect {
             if map.experts.get(moe).is_none_or(|&e| expert >= e) {
-                return Err(LensError::Select(format!("protected expert {expert} of MoE layer {moe} does not exist")));
+                let (layer, experts) = (map.layers.get(moe).unwrap_or(&moe), map.experts.get(moe).unwrap_or(&0));
+                return Err(LensError::Select(format!(
+                    "expert {expert} of layer {layer} cannot be protected; help: the layer has {experts}, from 0"
+                )));
             }
             if !protected[moe].contains(&expert) {
                 protected[moe].push(expert);
@@ -83,7 +86,7 @@ impl Selection {
         let least: usize = counts.iter().sum();
         if total < least || total > map.total() {
             return Err(LensError::Select(format!(
-                "cannot keep {total} experts in all: the model has {} and needs at least {least} (top-k of every layer); help: keep more",
+                "cannot keep {total} experts in all layers together; help: keep between {least} (what the layers need at least) and {}",
                 map.total()
             )));
         }

@@ -160,14 +160,14 @@ impl PhaseStats {
             .sum()
     }
 
-    fn each_f64<'a>(&'a mut self) -> Vec<(String, &'a mut Vec<f64>)> {
+    fn each_f64(&mut self) -> Vec<(String, &mut Vec<f64>)> {
         let mut all = vec![("max_confidence".to_string(), &mut self.max_confidence)];
         all.extend(Sum::ALL.iter().zip(&mut self.sums).map(|(s, v)| (s.name().to_string(), v)));
         all.extend(BinSum::NAMES.iter().zip(&mut self.bins).map(|(s, v)| (s.to_string(), v)));
         all
     }
 
-    fn each_u64<'a>(&'a mut self) -> Vec<(String, &'a mut Vec<u64>)> {
+    fn each_u64(&mut self) -> Vec<(String, &mut Vec<u64>)> {
         vec![("count".into(), &mut self.count), ("top_count".into(), &mut self.top_count)]
     }
 

@@ -8,8 +8,8 @@ use quorate_formats::spec::AttnSpec;
 use quorate_lens::{Op, Recorder};
 use quorate_model::{Model, Site};
 use support::{
-    assert_close, assert_same, at_site, change, edited, embedded, fixture, in_layer, largest, logits_with, on_units, open,
-    plain, prompts, record,
+    assert_close, assert_same, at_site, change, edited, embedded, fixture, in_layer, largest, logits_with, on_units,
+    open, plain, prompts, record,
 };
 
 /// As many keys as queries; grouped queries, window and biases; a head width of its own; one key head and bfloat16.
@@ -92,8 +92,8 @@ fn heads_sum_to_the_block() {
     }
 }
 
-/// Scores are scaled products of the rotated queries and keys, the pattern their softmax over the visible keys, a head's
-/// output the mean of the values under it.
+/// Scores are scaled products of the rotated queries and keys, the pattern is their softmax over the visible keys, a
+/// head's output is the mean of the values under it.
 #[test]
 fn scores_pattern_and_outputs_agree() {
     for (name, model, tokens) in cases() {
@@ -107,14 +107,16 @@ fn scores_pattern_and_outputs_agree() {
                 let (t, h) = (row / n_heads, row % n_heads);
                 let kv = |s: usize| (s * n_kv_heads + h * n_kv_heads / n_heads) * head_dim;
                 let visible = sliding_window.map_or(0, |w| (t + 1).saturating_sub(w))..t + 1;
-                let (scores, pattern) = (&site(Site::AttnScores)[row * n..][..n], &site(Site::AttnPattern)[row * n..][..n]);
+                let (scores, pattern) =
+                    (&site(Site::AttnScores)[row * n..][..n], &site(Site::AttnPattern)[row * n..][..n]);
                 let (mut expected, mut mean) = (vec![0f32; n], vec![0f32; head_dim]);
                 for s in 0..n {
                     if !visible.contains(&s) {
                         assert_eq!((scores[s], pattern[s]), (f32::NEG_INFINITY, 0.0), "{name}: {t} sees {s}");
                         continue;
                     }
-                    expected[s] = q[row * head_dim..][..head_dim].iter().zip(&k[kv(s)..]).map(|(q, k)| scale * q * k).sum();
+                    expected[s] =
+                        q[row * head_dim..][..head_dim].iter().zip(&k[kv(s)..]).map(|(q, k)| scale * q * k).sum();
                     assert!((scores[s] - expected[s]).abs() < 1e-4, "{name}: {} {}", scores[s], expected[s]);
                     mean.iter_mut().zip(&v[kv(s)..]).for_each(|(m, v)| *m += pattern[s] * v);
                 }

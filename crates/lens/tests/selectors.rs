@@ -166,7 +166,10 @@ fn only_chosen_slots_change() {
                 let mut lens = prepare(&model, std::slice::from_ref(&choice));
                 play(&model, &passes, &mut Chain(vec![&mut before, &mut lens, &mut after]));
                 let routing = |r: &Recorder| {
-                    (r.ids()[&format!("topk_ids.{layer}")].clone(), r.floats()[&format!("topk_weights.{layer}")].clone())
+                    (
+                        r.ids()[&format!("topk_ids.{layer}")].clone(),
+                        r.floats()[&format!("topk_weights.{layer}")].clone(),
+                    )
                 };
                 check_slots(&what, &rows, &choice, routing(&before), routing(&after));
             }

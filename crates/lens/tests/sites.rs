@@ -9,8 +9,8 @@ use quorate_lens::{Intervention, Interventions, Op, Recorder, Value};
 use quorate_model::{Chain, KvCache, Model, NoLens, Segment, Site};
 use support::{
     as_generated, assert_close, assert_same, at, at_site, change, embedded, fixture, from_file, has, in_layer, inline,
-    largest, logits, logits_in_turn, logits_of, logits_with, noise, on_units, open, plain, prepare, prompts, record, rows,
-    saved, sites_of, tensor_sites,
+    largest, logits, logits_in_turn, logits_of, logits_with, noise, on_units, open, plain, prepare, prompts, record,
+    rows, saved, sites_of, tensor_sites,
 };
 
 /// Dense and MoE layers, a shared expert; with window, grouped queries and biases; all MoE.
@@ -121,6 +121,22 @@ fn looking_changes_nothing() {
         assert_same("all but scores", &seen(&others), &expected);
         assert_same("all", &seen(Site::ALL), &seen(&[Site::AttnScores]));
         assert_same("nothing to do", &logits_in_turn(&model, &pieces, &mut prepare(&model, &[])), &expected);
+    }
+}
+
+/// Scores so far apart that their softmax is 0 for all but the first are still ranked by the logits.
+#[test]
+fn looking_at_the_selection_changes_no_rank() {
+    for name in ["qwen2_moe_mixed", "olmoe"] {
+        let model = open(&fixture(name));
+        let tokens = &prompts(name)[0];
+        let ids = |sites: &[Site]| {
+            let mut recorder = Recorder::new(sites, None);
+            let mut steep = prepare(&model, &[at(Site::RouterLogits, Op::Scale { by: 1e4 })]);
+            logits(&model, tokens, &mut Chain(vec![&mut steep, &mut recorder]));
+            recorder.ids().clone()
+        };
+        assert_eq!(ids(&[Site::Routing, Site::Selection]), ids(&[Site::Routing]), "{name}");
     }
 }
 
@@ -295,7 +311,13 @@ fn equal_edits_are_equal() {
             // No head writes anything.
             vec![zero(Site::AttnPattern), zero(Site::Z), zero(Site::AttnV)],
             // Each visible key counts the same; the invisible ones stay invisible.
-            vec![zero(Site::AttnScores), zero(Site::AttnQRot), zero(Site::AttnQ), zero(Site::AttnKRot), zero(Site::AttnK)],
+            vec![
+                zero(Site::AttnScores),
+                zero(Site::AttnQRot),
+                zero(Site::AttnQ),
+                zero(Site::AttnKRot),
+                zero(Site::AttnK),
+            ],
             vec![scale(Site::AttnScores), scale(Site::AttnQRot), scale(Site::AttnQ), scale(Site::AttnK)],
             vec![scale(Site::AttnPattern), scale(Site::Z), scale(Site::AttnV)],
             // No routed expert writes anything.
@@ -374,13 +396,19 @@ fn interventions_that_cannot_be_are_refused() {
     // Values of a wrong length show when they are used; the cache stays as it was.
     let head_dim = model.spec().layers[0].attn.head_dim;
     let n_kv = model.spec().layers[0].attn.n_kv_heads;
-    for (site, len) in [(Site::AttnV, head_dim * n_kv + 1), (Site::AttnV, 0), (Site::ResidMid, 31), (Site::ExpertOut, 64)] {
+    for (site, len) in
+        [(Site::AttnV, head_dim * n_kv + 1), (Site::AttnV, 0), (Site::ResidMid, 31), (Site::ExpertOut, 64)]
+    {
         let mut lens = prepare(&model, &[at(site, Op::Add { value: inline(vec![0.5; len]), scale: 1.0 })]);
         let mut cache = KvCache::new(model.spec(), 1);
         let error = model.forward(&[rows(0, tokens)], &mut cache, &mut lens).unwrap_err();
         let message = format!("intervention `add` at {site} layer 0: {len} values given; help: give ");
         assert!(support::chain(&error).contains(&message), "{}", support::chain(&error));
         assert_eq!(cache.len(0), 0);
-        assert_same("next", &logits_of(model.forward(&[rows(0, tokens)], &mut cache, &mut NoLens).unwrap()), &plain(&model, tokens));
+        assert_same(
+            "next",
+            &logits_of(model.forward(&[rows(0, tokens)], &mut cache, &mut NoLens).unwrap()),
+            &plain(&model, tokens),
+        );
     }
 }

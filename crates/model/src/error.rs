@@ -82,7 +82,9 @@ pub enum ModelError {
         layer: usize,
     },
     /// Routing names an expert whose weights are not in memory.
-    #[error("expert {expert} of layer {layer} is not loaded; help: keep it in the plan, or choose a routing mode that masks it")]
+    #[error(
+        "expert {expert} of layer {layer} is not loaded; help: keep it in the plan, or choose a routing mode that masks it"
+    )]
     ExpertNotLoaded {
         /// Decoder layer.
         layer: usize,
@@ -101,13 +103,29 @@ pub enum ModelError {
         /// Shape after.
         found: Vec<usize>,
     },
+    /// A lens left a value of another type.
+    #[error("a lens left {site} in layer {layer} as a tensor of {dtype}; help: it must be f32 on the CPU")]
+    LensType {
+        /// The site.
+        site: Site,
+        /// Decoder layer.
+        layer: usize,
+        /// Element type found.
+        dtype: &'static str,
+    },
     /// A lens left a routing that does not fit.
-    #[error("a lens left a routing with {ids} ids for {slots} slots (id out of range: {bad_id:?})")]
+    #[error(
+        "a lens left a routing in layer {layer} with {ids} ids and {gates} gates for {slots} slots (id out of range: {bad_id:?})"
+    )]
     LensRouting {
+        /// Decoder layer.
+        layer: usize,
         /// Slots expected.
         slots: usize,
         /// Ids found.
         ids: usize,
+        /// Gates found.
+        gates: usize,
         /// An id that no expert has.
         bad_id: Option<u32>,
     },

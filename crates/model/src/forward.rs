@@ -284,7 +284,16 @@ impl Pass<'_> {
         let (gate, up) = (model.matrix(gate)?, model.matrix(up)?);
         let n = self.rows.len();
         let mut hidden = vec![0.0; n * gate.rows];
-        kernels::gated_hidden(model.pool(), self.pack, gate.as_ref(), up.as_ref(), &values(x)?, n, kernel_act(act), &mut hidden);
+        kernels::gated_hidden(
+            model.pool(),
+            self.pack,
+            gate.as_ref(),
+            up.as_ref(),
+            &values(x)?,
+            n,
+            kernel_act(act),
+            &mut hidden,
+        );
         let hidden = ops::tensor(hidden, &[n, gate.rows])?;
         let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
         Ok(ops::linear(model.pool(), self.pack, &hidden, model.matrix(down)?, None)?)
@@ -305,7 +314,7 @@ impl Pass<'_> {
         if here.sites.contains(Site::Routing) {
             let at = At { site: Site::Routing, layer: l, rows: self.rows, routing: None };
             let flow = self.lens.routing(&at, &mut routing)?;
-            check_routing(&routing, n, moe)?;
+            check_routing(&routing, l, n, moe)?;
             if flow == Flow::Stop {
                 return Err(Exit::Stop);
             }
@@ -317,9 +326,8 @@ impl Pass<'_> {
         if shared.gated {
             let gate = ops::linear(model.pool(), self.pack, x, model.matrix(Role::SharedExpertGate(l))?, None)?;
             let (gate, width) = (values(&gate)?, model.spec().hidden_size);
-            let scaled = (values(&always)?.iter().enumerate())
-                .map(|(i, v)| v / (1.0 + (-gate[i / width]).exp()))
-                .collect();
+            let scaled =
+                (values(&always)?.iter().enumerate()).map(|(i, v)| v / (1.0 + (-gate[i / width]).exp())).collect();
             always = ops::tensor(scaled, &[n, width])?;
         }
         Ok(ops::add(model.pool(), &out, &always)?)
@@ -360,13 +368,7 @@ impl Pass<'_> {
     }
 
     /// Shows a value to the lens if the lens has declared the site; the value goes on as the lens leaves it.
-    fn visit(
-        &mut self,
-        here: Here,
-        site: Site,
-        mut value: Tensor,
-        routing: Option<&Routing>,
-    ) -> Result<Tensor, Exit> {
+    fn visit(&mut self, here: Here, site: Site, mut value: Tensor, routing: Option<&Routing>) -> Result<Tensor, Exit> {
         if !here.sites.contains(site) {
             return Ok(value);
         }
@@ -381,16 +383,18 @@ impl Pass<'_> {
             return Err(Exit::Stop);
         }
         let value = if value.is_contiguous() { value } else { value.contiguous()? };
-        values(&value)?; // a lens may have left another type
+        if values(&value).is_err() {
+            return Err(ModelError::LensType { site, layer: here.layer, dtype: value.dtype().as_str() }.into());
+        }
         Ok(value)
     }
 }
 
-fn check_routing(routing: &Routing, n: usize, moe: &MoeSpec) -> Result<(), ModelError> {
-    let slots = n * routing.k;
-    let bad_id = routing.ids.iter().find(|&&id| id != NO_EXPERT && id as usize >= moe.n_experts);
-    if routing.ids.len() != slots || routing.gates.elem_count() != slots || bad_id.is_some() {
-        return Err(ModelError::LensRouting { slots, ids: routing.ids.len(), bad_id: bad_id.copied() });
+fn check_routing(routing: &Routing, layer: usize, n: usize, moe: &MoeSpec) -> Result<(), ModelError> {
+    let (slots, ids, gates) = (n * routing.k, routing.ids.len(), routing.gates.elem_count());
+    let bad_id = routing.ids.iter().copied().find(|&id| id != NO_EXPERT && id as usize >= moe.n_experts);
+    if ids != slots || gates != slots || bad_id.is_some() {
+        return Err(ModelError::LensRouting { layer, slots, ids, gates, bad_id });
     }
     Ok(())
 }

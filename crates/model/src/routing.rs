@@ -57,7 +57,7 @@ pub(crate) struct Keep<'a> {
 
 /// Chooses experts: `logits [n, E]`, `selection [n, E]` is added to the scores for the choice only.
 ///
-/// Ties go to the lower index. Experts at `-inf` are never chosen; if fewer than `k` remain, slots stay empty.
+/// Ties go to the larger logit, then to the lower index. Experts at `-inf` are never chosen; if fewer than `k` remain, slots stay empty.
 ///
 /// # Errors
 /// Logits that are NaN or plus infinity, a selection that is NaN.
@@ -82,7 +82,7 @@ pub(crate) fn route(
         }
         row.fill(moe, z, bias, keep.as_ref());
         let (ids, gates) = (&mut ids[t * k..(t + 1) * k], &mut gates[t * k..(t + 1) * k]);
-        top_k(&row.choice, ids);
+        top_k(&row.choice, &row.masked, ids);
         let source = match &keep {
             Some(Keep { mode: RoutingMode::Mask, .. }) => &row.masked,
             _ => z,
@@ -124,18 +124,22 @@ impl Row {
     }
 }
 
-/// Indices of the `ids.len()` largest values in descending order, ties to the lower index, `-inf` never.
-fn top_k(values: &[f32], ids: &mut [u32]) {
+/// Indices of the `ids.len()` largest values in descending order, `-inf` never. Ties go to the larger of `logits` (of
+/// which scores may be too coarse an image), then to the lower index.
+fn top_k(values: &[f32], logits: &[f32], ids: &mut [u32]) {
     let k = ids.len();
     let mut filled = 0;
+    let beats = |i: usize, other: u32| {
+        let other = other as usize;
+        values[i] > values[other] || values[i] == values[other] && logits[i] > logits[other]
+    };
     for (i, &v) in values.iter().enumerate() {
-        let worst_fits = filled == k && v <= values[ids[k - 1] as usize];
-        if v == f32::NEG_INFINITY || worst_fits {
+        if v == f32::NEG_INFINITY || filled == k && !beats(i, ids[k - 1]) {
             continue;
         }
         let mut at = if filled < k { filled } else { k - 1 };
         filled = (filled + 1).min(k);
-        while at > 0 && values[ids[at - 1] as usize] < v {
+        while at > 0 && beats(i, ids[at - 1]) {
             ids[at] = ids[at - 1];
             at -= 1;
         }

@@ -16,11 +16,7 @@ const MODES: [RoutingMode; 4] =
 /// Choices of experts: equally many in each layer, unequally many, and as few as possible in all layers.
 fn choices(model: &Model) -> [Vec<Vec<usize>>; 3] {
     let (e, k) = sizes(model);
-    [
-        choose(model, 1, |_| (e + k) / 2),
-        choose(model, 2, |i| k + (3 * i + 1) % (e - k)),
-        choose(model, 3, |_| k),
-    ]
+    [choose(model, 1, |_| (e + k) / 2), choose(model, 2, |i| k + (3 * i + 1) % (e - k)), choose(model, 3, |_| k)]
 }
 
 /// I1: a load that keeps all experts by name is the normal load.

@@ -53,9 +53,8 @@ impl Fixture {
     }
 
     fn check(&self) {
-        let kernel_sites: Vec<Site> = (Site::ALL.iter().copied())
-            .filter(|site| !matches!(site, Site::AttnScores | Site::AttnPattern))
-            .collect();
+        let kernel_sites: Vec<Site> =
+            (Site::ALL.iter().copied()).filter(|site| !matches!(site, Site::AttnScores | Site::AttnPattern)).collect();
         for i in 0..2 {
             self.check_logits("no lens", i, &logits(&self.model, &self.prompts[i], &mut NoLens));
             self.check_values("all sites but attention scores", i, &kernel_sites);
@@ -136,7 +135,8 @@ impl Fixture {
             pairs.chunks_mut(k).for_each(|row| row.sort_by_key(|pair| pair.0));
             pairs.into_iter().unzip::<u32, f32, Vec<_>, Vec<_>>()
         };
-        let expected_ids: Vec<u32> = all_ids[i * PROMPT * k..(i + 1) * PROMPT * k].iter().map(|&id| id as u32).collect();
+        let expected_ids: Vec<u32> =
+            all_ids[i * PROMPT * k..(i + 1) * PROMPT * k].iter().map(|&id| id as u32).collect();
         let expected = by_id(&expected_ids, &self.expected(&gates, i));
         let found_pairs = by_id(&found.ids, &found.values);
         let (name, place) = (self.name, format!("{way}, prompt {i}"));
@@ -171,7 +171,8 @@ impl Fixture {
             support::logits_of(self.model.forward(segments, cache, lens).unwrap())
         };
         let cache = || KvCache::new(self.model.spec(), 2);
-        for (way, lens) in [("batch", &mut NoLens as &mut dyn Lens), ("batch, all sites", &mut Capture::new(Site::ALL))] {
+        for (way, lens) in [("batch", &mut NoLens as &mut dyn Lens), ("batch, all sites", &mut Capture::new(Site::ALL))]
+        {
             let both = batch(&mut cache(), &[rows(0, a), rows(1, b)], lens);
             let (first, second) = both.split_at(both.len() / 2);
             self.check_logits(way, 0, first);

@@ -9,8 +9,8 @@ use quorate_model::{
     Segment, Site,
 };
 use support::{
-    Capture, Visit, as_generated, assert_close, assert_same, chain, embedded, fixture, largest, logits_in_turn, logits_of,
-    moe_cases, noise, open, plain, prompts, rows,
+    Capture, Visit, as_generated, assert_close, assert_same, chain, embedded, fixture, largest, logits_in_turn,
+    logits_of, moe_cases, noise, open, plain, prompts, rows,
 };
 
 /// Prompts of different lengths; most answers end by themselves.
@@ -69,7 +69,8 @@ fn together_as_one_by_one() {
     let prompts = questions(&model);
     let stops = |texts: &[&str]| GenerateOptions { stop: texts.iter().map(|t| t.to_string()).collect(), ..greedy(30) };
     let unending = GenerateOptions { ignore_eos: true, ..greedy(12) };
-    let ways = [greedy(0), greedy(1), greedy(40), stops(&["e", " of"]), stops(&["1"]), unending, sampled(3), sampled(4)];
+    let ways =
+        [greedy(0), greedy(1), greedy(40), stops(&["e", " of"]), stops(&["1"]), unending, sampled(3), sampled(4)];
     let mut finishes = Vec::new();
     for (w, options) in ways.iter().enumerate() {
         let alone: Vec<Generation> = prompts.iter().map(|prompt| generate(&model, prompt, options)).collect();
@@ -165,6 +166,9 @@ fn a_sequence_does_not_depend_on_its_neighbours() {
         for neighbours in [&decoding[..1], &decoding, &[rows(3, text)]] {
             assert_close(name, &step(neighbours), &expected, 1e-5 * largest(&expected));
         }
+        let (beside_one, beside_many) =
+            (step(&[rows(3, text)]), step(&[&decoding[..2], &[rows(7, &texts[1])]].concat()));
+        assert_same(name, &beside_one, &beside_many);
         assert_close(name, &expected, &alone[0][alone[0].len() - vocab as usize..], 1e-5 * largest(&expected));
     }
 }
@@ -343,7 +347,9 @@ fn a_lens_that_stops_ends_a_generation() {
     let (model, prompt) = long();
     let options = GenerateOptions { ignore_eos: true, ..greedy(8) };
     let whole = generate(&model, &prompt, &options);
-    for (pass, tokens, held) in [(0, 0, 0), (1, 0, PREFILL_CHUNK), (2, 0, 2 * PREFILL_CHUNK), (3, 1, prompt.len()), (6, 4, prompt.len() + 3)] {
+    for (pass, tokens, held) in
+        [(0, 0, 0), (1, 0, PREFILL_CHUNK), (2, 0, 2 * PREFILL_CHUNK), (3, 1, prompt.len()), (6, 4, prompt.len() + 3)]
+    {
         let mut passes = 0;
         let mut stop = Visit::new(&[Site::ResidPre], |at, _| {
             // Once only: a pass after it would compute on a text with a hole.

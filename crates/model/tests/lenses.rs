@@ -11,7 +11,8 @@ use quorate_model::{
     Site, ops,
 };
 use support::{
-    Capture, Seen, Visit, assert_same, chain, fixture, logits, logits_of, open, open_empty, plain, prompts, rows, values,
+    Capture, Seen, Visit, assert_same, chain, fixture, logits, logits_of, open, open_empty, plain, prompts, rows,
+    values,
 };
 
 /// A model with a dense layer (1), two MoE layers, and a shared expert: it has every site.
@@ -63,20 +64,28 @@ fn each_site_is_visited_where_it_is_and_nothing_else() {
     let tokens = &prompts(MODEL)[0];
     let layers = model.spec().layers.len();
     let mut all = Vec::new();
-    logits(&model, tokens, &mut Visit::new(Site::ALL, |at, _| {
-        all.push((at.layer, at.site));
-        Ok(Flow::Continue)
-    }));
+    logits(
+        &model,
+        tokens,
+        &mut Visit::new(Site::ALL, |at, _| {
+            all.push((at.layer, at.site));
+            Ok(Flow::Continue)
+        }),
+    );
     let mut sorted = all.clone();
     sorted.sort();
     assert_eq!(all, sorted, "visits come layer by layer, in the order of `Site::ALL`");
     assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len(), "each is visited once");
     for &site in Site::ALL {
         let mut visits = Vec::new();
-        logits(&model, tokens, &mut Visit::new(&[site], |at, _| {
-            visits.push((at.layer, at.site));
-            Ok(Flow::Continue)
-        }));
+        logits(
+            &model,
+            tokens,
+            &mut Visit::new(&[site], |at, _| {
+                visits.push((at.layer, at.site));
+                Ok(Flow::Continue)
+            }),
+        );
         let found: Vec<usize> = visits.iter().map(|v| v.0).collect();
         let expected = match site {
             Site::RouterLogits | Site::Selection | Site::Routing => vec![0, 2],
@@ -164,7 +173,8 @@ fn a_value_of_another_shape_or_type_is_refused() {
             }
             Ok(Flow::Continue)
         });
-        let message = format!("a lens changed the shape of {site} in layer {}", if site.per_layer() { 0 } else { 3 });
+        let layer = if site.per_layer() { 0 } else { 3 };
+        let message = format!("a lens changed the shape of {site} in layer {layer}");
         trial.assert_refused(site.name(), &mut flat, &message);
         let mut short = Visit::new(&[site], |at, seen| {
             if let (Seen::Tensor(tensor), true) = (seen, at.layer > 0) {
@@ -179,7 +189,8 @@ fn a_value_of_another_shape_or_type_is_refused() {
             }
             Ok(Flow::Continue)
         });
-        trial.assert_refused(site.name(), &mut wide, "expected a contiguous f32 tensor on the CPU");
+        let message = format!("a lens left {site} in layer {layer} as a tensor of f64; help: it must be f32");
+        trial.assert_refused(site.name(), &mut wide, &message);
     }
 }
 
@@ -195,15 +206,19 @@ fn a_routing_that_does_not_fit_is_refused() {
         })
     };
     trial.assert_refused("id", &mut change(|r| r.ids[3] = 6), "(id out of range: Some(6))");
-    trial.assert_refused("ids", &mut change(|r| r.ids.truncate(43)), "a routing with 43 ids for 44 slots");
-    trial.assert_refused("k", &mut change(|r| r.k = 3), "a routing with 44 ids for 66 slots");
+    trial.assert_refused(
+        "ids",
+        &mut change(|r| r.ids.truncate(43)),
+        "a routing in layer 0 with 43 ids and 44 gates for 44 slots",
+    );
+    trial.assert_refused("k", &mut change(|r| r.k = 3), "44 ids and 44 gates for 66 slots");
     let gates = |r: &mut Routing| r.gates = r.gates.narrow(1, 0, 1).unwrap().contiguous().unwrap();
-    trial.assert_refused("gates", &mut change(gates), "a lens left a routing");
+    trial.assert_refused("gates", &mut change(gates), "44 ids and 22 gates for 44 slots");
 }
 
-/// A lens may give tokens fewer slots than the model has.
+/// A lens may give tokens fewer or more slots than the model has.
 #[test]
-fn fewer_slots_are_emptied_slots() {
+fn slots_may_be_fewer_or_more() {
     let model = open(&fixture(MODEL));
     let tokens = &prompts(MODEL)[0];
     let with = |edit: fn(&mut Routing)| {
@@ -229,6 +244,15 @@ fn fewer_slots_are_emptied_slots() {
         r.k = 0;
     });
     assert_same("no slot", &none, &with(|r| r.ids.fill(NO_EXPERT)));
+    // Two more: an empty one, and an expert that weighs nothing.
+    let more = with(|r| {
+        let gates = values(&r.gates);
+        r.ids = r.ids.chunks(2).flat_map(|row| [row[0], NO_EXPERT, row[1], (row[1] + 1) % 6]).collect();
+        let wider: Vec<f32> = gates.chunks(2).flat_map(|row| [row[0], 7.0, row[1], 0.0]).collect();
+        r.gates = ops::tensor(wider, &[r.ids.len() / 4, 4]).unwrap();
+        r.k = 4;
+    });
+    assert_same("more slots", &more, &plain(&model, tokens));
 }
 
 #[test]

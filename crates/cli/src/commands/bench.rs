@@ -11,7 +11,7 @@ use quorate_lens::{
 use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
 use serde_json::{Value, json};
 
-use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, peak_rss_bytes};
+use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, say};
 use crate::experts::{ExpertArgs, open};
 
 /// Arguments of `bench`.
@@ -26,13 +26,13 @@ Examples:
   quorate bench --lens none,record,intervene,profile --threads 2 --json")]
 pub struct Bench {
     /// Tokens of the prompt
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = parse_count)]
     prefill: usize,
     /// Tokens to generate
-    #[arg(long, default_value_t = 128, value_name = "N")]
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = parse_count)]
     decode: usize,
     /// Runs; medians are reported
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = parse_count)]
     repeat: usize,
     /// Task whose experts are loaded; `none` loads all
     #[arg(long, default_value = "none")]
@@ -68,24 +68,19 @@ struct Run {
 
 impl Bench {
     pub fn run(&self, common: &Common) -> Result<()> {
-        if self.prefill == 0 || self.decode == 0 || self.repeat == 0 {
-            bail!("--prefill, --decode and --repeat must be at least 1");
-        }
         if self.cold {
             Checkpoint::open(&common.model_path()?)?.files().iter().for_each(DataFile::forget_cached);
         }
         let disk_before = disk_read_bytes();
         let start = Instant::now();
-        let (mut model, library) = open(common, &self.experts)?;
+        let (mut model, library) = open(common, &self.experts, &self.task)?;
         let context = model.spec().max_position_embeddings;
-        if self.prefill + self.decode > context {
-            bail!(
-                "--prefill and --decode need {} tokens, the context is {context}; help: ask for fewer",
-                self.prefill + self.decode
-            );
+        let tokens = self.prefill.saturating_add(self.decode);
+        if tokens > context {
+            bail!("--prefill and --decode need {tokens} tokens, the context is {context}; help: ask for fewer");
         }
         let task = (self.task != "none").then_some(self.task.as_str());
-        self.experts.load(&mut model, &library, task, self.prefill + self.decode)?;
+        self.experts.load(&mut model, &library, task, tokens)?;
         let load_s = start.elapsed().as_secs_f64();
         let disk_bytes = disk_read_bytes().zip(disk_before).map(|(after, before)| after - before);
         let mut runs: Vec<Run> = Vec::new();
@@ -128,32 +123,32 @@ impl Bench {
         if common.json {
             return common.print_json(&document);
         }
-        println!(
+        say!(
             "{} threads, prompt of {}, {} generated, median of {}",
             model.pool().threads(),
             self.prefill,
             self.decode,
             self.repeat
-        );
-        println!("{:10} {:>12} {:>12}   ratio to {:?}", "lens", "prefill/s", "decode/s", self.lens[0]);
+        )?;
+        say!("{:10} {:>12} {:>12}   ratio to {:?}", "lens", "prefill/s", "decode/s", self.lens[0])?;
         for row in &lenses {
             let n = |name: &str| row[name].as_f64().unwrap_or(0.0);
-            println!(
+            say!(
                 "{:10} {:>12.0} {:>12.0}   {:.3} {:.3}",
                 row["lens"].as_str().unwrap_or_default(),
                 n("prefill_tokens_per_s"),
                 n("decode_tokens_per_s"),
                 n("prefill_ratio"),
                 n("decode_ratio")
-            );
+            )?;
         }
-        println!(
+        say!(
             "loaded in {load_s:.3} s; weights {}, read {} ({} from the disk), peak memory {}",
             human_bytes(model.weights().resident_bytes()),
             human_bytes(model.weights().bytes_read()),
             disk_bytes.map_or("unknown".into(), human_bytes),
             peak_rss_bytes().map_or("unknown".into(), human_bytes),
-        );
+        )?;
         Ok(())
     }
 

@@ -3,14 +3,14 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_model::text::Message;
-use quorate_model::{Event, KvCache, NoLens};
+use quorate_model::{KvCache, NoLens};
 use serde_json::json;
 
-use super::run::{SamplingArgs, Timing, announce, chat_prompt, choose_task};
-use crate::common::{Common, interrupted};
+use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
+use crate::common::{Common, interrupted, say, wait_for};
 use crate::experts::{ExpertArgs, open};
 
 /// Arguments of `chat`.
@@ -41,8 +41,10 @@ pub struct Chat {
 
 impl Chat {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let (mut model, library) = open(common, &self.experts)?;
+        let (mut model, library) = open(common, &self.experts, &self.task)?;
         let mut messages: Vec<Message> = self.system.iter().map(|s| Message::new("system", s.clone())).collect();
+        let begin = messages.len();
+        let context = model.spec().max_position_embeddings;
         let mut cache = KvCache::new(model.spec(), 1);
         let mut held: Vec<u32> = Vec::new(); // tokens whose keys and values the cache holds
         let mut task: Option<Option<String>> = None;
@@ -50,13 +52,19 @@ impl Chat {
         while let Some(line) = read_line()? {
             let start = Instant::now();
             messages.push(Message::new("user", line.clone()));
-            let prompt = chat_prompt(&model, &messages)?;
+            let mut prompt = chat_prompt(&model, &messages)?;
+            let room = self.sampling.max_tokens.min(context / 4);
+            while prompt.len() + room > context && messages.len() > begin + 1 {
+                common.note(&format!("the oldest messages are left out: the model's context has {context} tokens"));
+                messages.drain(begin..begin + 2); // a question and its answer
+                prompt = chat_prompt(&model, &messages)?;
+            }
             if task.is_none() || self.each_message {
                 let first = chat_prompt(&model, &[Message::new("user", line)])?;
                 let choice = choose_task(common, &mut model, &library, &first, &self.task, &self.experts)?;
+                // Loaded even for the same task: keys of a later layer need other experts for a moment.
+                self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
                 if task.as_ref() != Some(&choice.task) {
-                    let context = model.spec().max_position_embeddings;
-                    self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
                     announce(common, &model, choice.task.as_deref(), choice.nearest.as_ref());
                     held.clear(); // other experts, other keys and values
                     task = Some(choice.task);
@@ -65,15 +73,13 @@ impl Chat {
             let shared = held.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
             cache.truncate(0, shared);
             let mut timing = Timing::new(start, prompt.len() - shared);
+            let mut shown = Shown::new(common);
             let answer = model.generate(&prompt[shared..], 0, &mut cache, &options, &mut NoLens, &mut |event| {
                 timing.note(&event);
-                if let (Event::Text(text), false) = (&event, common.json) {
-                    print!("{text}");
-                    let _ = std::io::stdout().flush(); // a closed pipe shows at the next line
-                }
-                !interrupted()
+                shown.show(&event) && !interrupted()
             })?;
             timing.end();
+            shown.end()?;
             held = prompt;
             held.extend(&answer.tokens);
             held.truncate(cache.len(0));
@@ -83,14 +89,13 @@ impl Chat {
                     "cached_tokens": shared, "finish": answer.finish.name(),
                     "decode_tokens_per_s": timing.decode_rate(), "time_to_first_token_s": timing.first_token_s,
                 });
-                println!("{document}");
+                say!("{document}")?;
             } else {
-                println!();
                 common.note(&timing.summary());
             }
             messages.push(Message::new("assistant", answer.text));
             if interrupted() {
-                break;
+                bail!("interrupted");
             }
         }
         Ok(())
@@ -100,11 +105,11 @@ impl Chat {
 /// The next message; `None` at the end.
 fn read_line() -> Result<Option<String>> {
     if std::io::stdin().is_terminal() {
-        eprint!("> ");
+        let _ = write!(std::io::stderr(), "> "); // only a sign that it is the user's turn
     }
     let mut bytes = Vec::new();
-    std::io::stdin().lock().read_until(b'\n', &mut bytes)?;
-    let line = String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("the message is not UTF-8"))?;
+    wait_for(|| std::io::stdin().lock().read_until(b'\n', &mut bytes)).context("cannot read standard input")?;
+    let line = String::from_utf8(bytes).context("the message is no UTF-8 text; help: convert it to UTF-8")?;
     let line = line.trim_end_matches(['\n', '\r']);
     Ok((!line.is_empty()).then(|| line.to_string()))
 }

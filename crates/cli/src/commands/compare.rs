@@ -8,20 +8,19 @@ use clap::Args;
 use quorate_eval::compare::{Cell, mean, score_task};
 use quorate_eval::encode::encode_text;
 use quorate_eval::tasks::{Task, load_tasks};
-use quorate_lens::{Choice, GENERALIST, Keep, KeyMetric, Library, Plan, Scope, retrieve};
+use quorate_lens::{Choice, GENERALIST, KeyMetric, Library, Plan, retrieve};
 use quorate_methods::{DEFAULT_METRIC, METRICS};
 use quorate_model::{Model, RoutingMode};
 use serde_json::json;
 
-use super::prune::write_text;
-use crate::common::{Common, interrupted};
-use crate::experts::{ModeArg, ScopeArg, need_experts};
+use crate::common::{Common, interrupted, parse_count, say, write_file};
+use crate::experts::{ModeArg, ScopeArg, need_experts, per_layer};
 
 /// Arguments of `compare`.
 #[derive(Args)]
 #[command(after_help = "\
-Experts come from six sources: `all`; `own`, the task's pattern; `auto`, the pattern retrieved for each prompt; `other`, the
-mean over three other tasks' patterns; `generalist`; `random`. The last four use the first metric. Finished cells are kept
+Experts come from six sources: `all`; `own`, the task's pattern; `auto`, the pattern retrieved for each prompt; `other`, the \
+mean over three other tasks' patterns; `generalist`; `random`. The last four use the first metric. Finished cells are kept \
 in OUT.json, so that an interrupted comparison goes on when the same command is given again.
 
 Examples:
@@ -35,13 +34,13 @@ pub struct Compare {
     #[arg(long, default_value = "test")]
     split: String,
     /// Experts per layer
-    #[arg(long, value_delimiter = ',', default_values_t = [16, 12, 8, 6, 4])]
+    #[arg(long, value_name = "K,..", value_delimiter = ',', default_values_t = [16, 12, 8, 6, 4])]
     keep: Vec<usize>,
     /// Metrics; left out, all, the default first
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     metrics: Vec<String>,
     /// Items per task at most
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = parse_count)]
     limit: usize,
     /// Whether layers keep equal numbers or compete
     #[arg(long, value_enum, default_value_t = ScopeArg::Global)]
@@ -85,8 +84,9 @@ impl Compare {
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         let mut model = common.open_model(None)?;
         need_experts(&model)?;
+        self.keep.iter().try_for_each(|&k| per_layer(model.spec(), self.scope, k).map(|_| ()))?;
         let library = common.open_library()?;
-        let retrieved = retrieved(&mut model, &library, &tasks)?;
+        let retrieved = retrieved(&mut model, &library, &tasks, self.limit)?;
         model.load_all_experts()?;
         let cells = self.saved(model.checkpoint().fingerprint())?;
         let mut comparison = Comparison { args: self, model, library, tasks, retrieved, cells };
@@ -113,17 +113,23 @@ impl Compare {
         }
         progress.finish();
         let text = comparison.markdown(&metrics, experts);
-        write_text(&self.output.with_extension("md"), &text)?;
+        write_file(&self.file("md"), text.as_bytes())?;
         if common.json {
             return common.print_json(&json!({ "cells": comparison.cells }));
         }
-        println!("{text}");
-        Ok(())
+        Ok(say!("{text}")?)
+    }
+
+    /// OUT.md or OUT.json.
+    fn file(&self, extension: &str) -> PathBuf {
+        let mut name = self.output.clone().into_os_string();
+        name.push(format!(".{extension}"));
+        name.into()
     }
 
     /// Cells of an earlier run with the same model and settings.
     fn saved(&self, fingerprint: &str) -> Result<Vec<Cell>> {
-        let path = self.output.with_extension("json");
+        let path = self.file("json");
         let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Vec::new()) };
         let saved: serde_json::Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         if saved["fingerprint"] != json!(fingerprint)
@@ -137,10 +143,11 @@ impl Compare {
 }
 
 /// The pattern that each item's prompt retrieves.
-fn retrieved(model: &mut Model, library: &Library, tasks: &[Task]) -> Result<Vec<Vec<String>>> {
+fn retrieved(model: &mut Model, library: &Library, tasks: &[Task], limit: usize) -> Result<Vec<Vec<String>>> {
     let mut all = Vec::with_capacity(tasks.len());
     for task in tasks {
-        let prompts = task.items.iter().map(|i| encode_text(model, &i.prompt)).collect::<Result<Vec<_>, _>>()?;
+        let prompts =
+            task.items.iter().take(limit).map(|i| encode_text(model, &i.prompt)).collect::<Result<Vec<_>, _>>()?;
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let Some(found) = retrieve(model, library, &prompts, KeyMetric::Hidden)? else {
             bail!("the library has no patterns of this model; help: make them with `quorate profile --tasks DIR`");
@@ -163,7 +170,7 @@ impl Comparison<'_> {
         if self.cells.iter().any(same) {
             return Ok(());
         }
-        let items: Vec<usize> = (0..self.tasks[task].items.len()).collect();
+        let items: Vec<usize> = (0..self.tasks[task].items.len().min(self.args.limit)).collect();
         let names: Vec<String> = self.tasks.iter().map(|t| t.name.clone()).collect();
         let mut scores = Vec::new();
         for plans in match row.source {
@@ -213,10 +220,8 @@ impl Comparison<'_> {
 
     fn plan(&self, pattern: &str, row: &Row) -> Result<Plan> {
         let fingerprint = self.model.checkpoint().fingerprint();
-        let layers = self.model.spec().moe_layers().len();
-        let scope: Scope = self.args.scope.into();
-        let keep = if scope == Scope::Local { Keep::PerLayer(row.keep) } else { Keep::Total(row.keep * layers) };
-        let (metric, mode) = (row.metric.clone(), self.args.mode.into());
+        let keep = per_layer(self.model.spec(), self.args.scope, row.keep)?;
+        let (metric, scope, mode) = (row.metric.clone(), self.args.scope.into(), self.args.mode.into());
         let choice = Choice { metric, keep: Some(keep), scope, mode, protect: Vec::new() };
         Ok(choice.plan(&self.library.get(fingerprint, pattern)?, self.model.spec(), fingerprint)?)
     }
@@ -225,7 +230,7 @@ impl Comparison<'_> {
         let (fingerprint, args) = (self.model.checkpoint().fingerprint(), self.args);
         let document =
             json!({ "fingerprint": fingerprint, "split": args.split, "limit": args.limit, "cells": self.cells });
-        write_text(&args.output.with_extension("json"), &serde_json::to_string(&document)?)
+        write_file(&args.file("json"), serde_json::to_string(&document)?.as_bytes())
     }
 
     /// The tables.

@@ -13,19 +13,19 @@ use quorate_lens::{Interventions, Library, retrieve};
 use quorate_model::{Lens, Model, NoLens};
 use serde_json::{Value, json};
 
-use crate::common::{Common, interrupted};
+use crate::common::{Common, interrupted, parse_count, say};
 use crate::experts::{ExpertArgs, load_plan, need_experts, open};
 
 /// Arguments of `eval`.
 #[derive(Args)]
 #[command(after_help = "\
-Answers are compared word for word, after the last </think> if there is one. Items with \"meta\": {\"lm\": true} are plain
+Answers are compared word for word, after the last </think> if there is one. Items with \"meta\": {\"lm\": true} are plain \
 text, scored by perplexity and next-token accuracy, and stand apart from the mean.
 
 Examples:
-  quorate eval                                   the embedded model, all experts
-  quorate eval --task own --keep 8               each task with its own pattern's 8 experts per layer
-  quorate eval --task auto --keep 16 --json      the pattern is found anew for each prompt
+  quorate eval                                 the embedded model, all experts
+  quorate eval --task own --keep 8             each task with its own pattern's 8 experts per layer
+  quorate eval --task auto --keep 16 --json    the pattern is found anew for each prompt
   quorate eval --tasks my.jsonl --task bios --metric reap")]
 pub struct Eval {
     /// Task files or folders; left out with the embedded model, its own tasks
@@ -38,10 +38,10 @@ pub struct Eval {
     #[arg(long, default_value = "none")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect"])]
     plan: Option<PathBuf>,
     /// Items per task at most
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
     limit: Option<usize>,
     /// Most tokens of an answer
     #[arg(long, default_value_t = 96, value_name = "N")]
@@ -63,7 +63,7 @@ impl Eval {
     pub fn run(&self, common: &Common) -> Result<std::process::ExitCode> {
         let start = Instant::now();
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
-        let (mut model, library) = open(common, &self.experts)?;
+        let (mut model, library) = open(common, &self.experts, &self.task)?;
         let limit = self.limit.unwrap_or(usize::MAX);
         let items: Vec<(usize, &TaskItem)> = (tasks.iter().enumerate())
             .flat_map(|(t, task)| task.items.iter().take(limit).map(move |i| (t, i)))
@@ -135,11 +135,14 @@ impl Eval {
         if common.json {
             common.print_json(&document)?;
         } else {
-            print_table(&document);
+            print_table(&document)?;
         }
         Ok(match (self.expect, mean) {
             (Some(expected), mean) if mean.is_none_or(|m| m < expected) => {
-                common.note(&format!("mean exact match {} is below {expected}", mean.unwrap_or(0.0)));
+                match mean {
+                    Some(mean) => common.note(&format!("mean exact match {mean:.1} is below the expected {expected}")),
+                    None => common.note(&format!("there are no questions whose exact match could reach {expected}")),
+                }
                 std::process::ExitCode::FAILURE
             }
             _ => std::process::ExitCode::SUCCESS,
@@ -181,16 +184,16 @@ impl Eval {
     }
 }
 
-fn print_table(document: &Value) {
+fn print_table(document: &Value) -> Result<()> {
     let number = |v: &Value| v.as_f64().map_or("-".to_string(), |v| format!("{v:.1}"));
-    println!("{:16} {:>6} {:>12} {:>11} {:>7}  patterns used", "task", "n", "exact match", "perplexity", "top-1");
+    say!("{:16} {:>6} {:>12} {:>11} {:>7}  patterns used", "task", "n", "exact match", "perplexity", "top-1")?;
     for row in document["tasks"].as_array().map(Vec::as_slice).unwrap_or_default() {
         let used = row["pattern_used"].as_object().map(|used| {
             let mut used: Vec<(&String, u64)> = used.iter().map(|(k, v)| (k, v.as_u64().unwrap_or(0))).collect();
             used.sort_by(|a, b| b.1.cmp(&a.1));
             used.iter().map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
         });
-        println!(
+        say!(
             "{:16} {:>6} {:>12} {:>11} {:>7}  {}",
             row["task"].as_str().unwrap_or_default(),
             row["n"],
@@ -198,13 +201,14 @@ fn print_table(document: &Value) {
             number(&row["perplexity"]),
             number(&row["top1"]),
             used.unwrap_or_default(),
-        );
+        )?;
     }
-    println!(
+    say!(
         "mean exact match {}; {} in memory of {}; {:.1} s",
         number(&document["mean_exact_match"]),
         crate::common::human_bytes(document["resident_bytes"].as_u64().unwrap_or(0)),
         crate::common::human_bytes(document["model_bytes"].as_u64().unwrap_or(0)),
         document["seconds"].as_f64().unwrap_or(0.0),
-    );
+    )?;
+    Ok(())
 }

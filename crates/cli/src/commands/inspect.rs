@@ -5,9 +5,11 @@ use clap::Args;
 use quorate_formats::Checkpoint;
 use quorate_formats::spec::{FfnSpec, QkNorm};
 use quorate_model::KvCache;
+use quorate_residency::{memory_plan, skeleton_bytes};
 use serde_json::{Value, json};
 
-use crate::common::{Common, human_bytes};
+use crate::common::{Common, human_bytes, say};
+use crate::experts::buffer_bytes;
 
 /// Arguments of `inspect`.
 #[derive(Args)]
@@ -23,11 +25,12 @@ impl Inspect {
         let first_moe = moe_layers.first().and_then(|&l| spec.moe(l).map(|m| (l, m)));
         let expert_bytes = first_moe.map(|(l, _)| checkpoint.expert_bytes(l, 0));
         let kv = KvCache::bytes_per_token(spec);
-        let fits: Vec<Value> = memory_sizes(&checkpoint)
+        let context = spec.max_position_embeddings.min(4096);
+        let (cache, buffers) = (kv * context as u64, buffer_bytes(spec));
+        let fits: Vec<Value> = memory_sizes(&checkpoint, cache + buffers)
             .into_iter()
             .map(|bytes| {
-                let room = quorate_residency::memory_plan(&checkpoint, bytes, kv * 4096, 64 << 20);
-                let plan = room.ok();
+                let plan = memory_plan(&checkpoint, bytes, cache, buffers).ok();
                 json!({ "memory_bytes": bytes, "experts_per_layer": plan.map(|p| p.experts_per_layer),
                     "all": plan.map(|p| p.all), "weight_bytes": plan.map(|p| p.weight_bytes) })
             })
@@ -47,77 +50,79 @@ impl Inspect {
             "model_bytes": checkpoint.total_bytes(), "non_expert_bytes": checkpoint.non_expert_bytes(),
             "expert_bytes": expert_bytes, "kv_bytes_per_token": kv,
             "unused_tensors": checkpoint.unused_tensors().len(),
-            "tensors": checkpoint.tensors().len(), "files": checkpoint.files().len(), "fits": fits,
+            "tensors": checkpoint.tensors().len(), "files": checkpoint.files().len(),
+            "fits_context": context, "fits": fits,
         });
         if common.json {
             return common.print_json(&document);
         }
-        print(&checkpoint, &document);
-        Ok(())
+        print(&checkpoint, &document)
     }
 }
 
-/// Memory sizes worth a line: around the model's own size for small models, else the usual ones.
-fn memory_sizes(checkpoint: &Checkpoint) -> Vec<u64> {
-    let total = checkpoint.total_bytes();
-    if total < 4 << 30 {
-        let step = |n: u64| (64 << 20) + total * n / 8;
-        return [2, 3, 4, 6, 8].map(step).to_vec();
+/// Memory sizes worth a line: what shares of the experts of a small model need with `other` bytes, else the usual sizes.
+fn memory_sizes(checkpoint: &Checkpoint, other: u64) -> Vec<u64> {
+    if checkpoint.total_bytes() < 4 << 30 {
+        let experts = checkpoint.total_bytes() - checkpoint.non_expert_bytes();
+        let share =
+            |eighths: u64| (skeleton_bytes(checkpoint) + other + experts * eighths / 8).next_multiple_of(1 << 20);
+        return [1, 2, 3, 4, 6, 8].map(share).to_vec();
     }
     [8u64, 16, 24, 32, 64, 128, 256, 512].map(|gib| gib << 30).to_vec()
 }
 
-fn print(checkpoint: &Checkpoint, d: &Value) {
+fn print(checkpoint: &Checkpoint, d: &Value) -> Result<()> {
     let spec = checkpoint.spec();
     let bytes = |name: &str| human_bytes(d[name].as_u64().unwrap_or(0));
-    let millions = |name: &str| format!("{:.1} M", d[name].as_u64().unwrap_or(0) as f64 / 1e6);
-    println!(
-        "{} ({}), fingerprint {}",
-        checkpoint.path().display(),
-        checkpoint.family().name,
-        checkpoint.fingerprint()
-    );
-    println!("parameters   {} in all, {} active per token", millions("parameters"), millions("active_parameters"));
-    println!(
+    let count = |name: &str| match d[name].as_u64().unwrap_or(0) as f64 {
+        n if n < 1e6 => format!("{:.1} thousand", n / 1e3),
+        n if n < 1e9 => format!("{:.1} million", n / 1e6),
+        n => format!("{:.2} billion", n / 1e9),
+    };
+    say!("{} ({}), fingerprint {}", checkpoint.path().display(), checkpoint.family().name, checkpoint.fingerprint())?;
+    say!("parameters   {} in all, {} active per token", count("parameters"), count("active_parameters"))?;
+    say!(
         "shape        {} layers, hidden {}, vocabulary {}, context {}",
-        d["layers"], d["hidden_size"], d["vocab_size"], d["context"]
-    );
-    println!("attention    {} heads of {}, {} key/value heads", d["heads"], d["head_dim"], d["kv_heads"]);
+        d["layers"],
+        d["hidden_size"],
+        d["vocab_size"],
+        d["context"]
+    )?;
+    say!("attention    {} heads of {}, {} key/value heads", d["heads"], d["head_dim"], d["kv_heads"])?;
     let dense = spec.layers.iter().filter(|l| matches!(l.ffn, FfnSpec::Dense { .. })).count();
     if d["experts"].is_null() {
-        println!("experts      none (dense model)");
+        say!("experts      none (dense model)")?;
     } else {
-        println!(
+        say!(
             "experts      {} per layer, {} per token, width {}, in {} layers ({dense} dense){}",
             d["experts"],
             d["top_k"],
             d["expert_intermediate_size"],
             d["moe_layers"],
             if d["shared_expert"] == json!(true) { ", with a shared expert" } else { "" }
-        );
+        )?;
     }
-    println!(
-        "bytes        {} in {} tensors and {} files: {} outside the experts, {} each expert",
-        bytes("model_bytes"),
-        d["tensors"],
-        d["files"],
-        bytes("non_expert_bytes"),
-        bytes("expert_bytes")
-    );
-    println!("KV cache     {} per token", bytes("kv_bytes_per_token"));
+    let (tensors, files) = (&d["tensors"], &d["files"]);
+    let experts = match d["expert_bytes"].as_u64() {
+        Some(each) => format!(": {} outside the experts, {} each expert", bytes("non_expert_bytes"), human_bytes(each)),
+        None => String::new(),
+    };
+    say!("bytes        {} in {tensors} tensors, {files} file(s){experts}", bytes("model_bytes"))?;
+    say!("KV cache     {} per token", bytes("kv_bytes_per_token"))?;
     if !checkpoint.unused_tensors().is_empty() {
-        println!("unused       {} tensors, e.g. {}", checkpoint.unused_tensors().len(), checkpoint.unused_tensors()[0]);
+        say!("unused       {} tensors, e.g. {}", checkpoint.unused_tensors().len(), checkpoint.unused_tensors()[0])?;
     }
     if d["experts"].is_null() {
-        return;
+        return Ok(());
     }
-    println!("what fits (with a context of 4096 tokens and 64 MiB of buffers):");
+    say!("what fits into --memory (with a context of {} tokens):", d["fits_context"])?;
     for row in d["fits"].as_array().map(Vec::as_slice).unwrap_or_default() {
         let memory = human_bytes(row["memory_bytes"].as_u64().unwrap_or(0));
         match row["experts_per_layer"].as_u64() {
-            Some(k) if row["all"] == json!(true) => println!("  {memory:>10}  all {k} experts of every layer"),
-            Some(k) => println!("  {memory:>10}  {k} experts of every layer"),
-            None => println!("  {memory:>10}  too small"),
+            Some(k) if row["all"] == json!(true) => say!("  {memory:>10}  all {k} experts of every layer")?,
+            Some(k) => say!("  {memory:>10}  {k} experts of every layer")?,
+            None => say!("  {memory:>10}  too small")?,
         }
     }
+    Ok(())
 }

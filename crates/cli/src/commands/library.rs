@@ -8,8 +8,8 @@ use quorate_lens::{Library, Pattern};
 use quorate_model::Model;
 use serde_json::json;
 
-use super::profile::{merged, patterns_of, phases_of, print_summary, summary, write_pattern};
-use crate::common::Common;
+use super::profile::{check_name, file_name, merged, patterns_of, phases_of, print_summary, summary, write_pattern};
+use crate::common::{Common, say};
 
 /// Arguments of `library`.
 #[derive(Args)]
@@ -45,24 +45,25 @@ enum Action {
     /// Remove patterns
     Remove {
         /// Their names
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "NAME")]
         names: Vec<String>,
     },
     /// Pool patterns, exactly as if their texts had been profiled at once
     Merge {
         /// Names in the library, or pattern files; files of one task are merged into that task
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "SOURCE")]
         sources: Vec<String>,
         /// Name of the result; left out, the sources must be shards, and keep their task's name
-        #[arg(long)]
+        #[arg(long, value_name = "NAME")]
         into: Option<String>,
     },
     /// Write patterns as files
     Export {
         /// Their names; left out, all of the model
+        #[arg(value_name = "NAME")]
         names: Vec<String>,
         /// Folder
-        #[arg(short, long)]
+        #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
         /// Leave out what only merging needs
         #[arg(long)]
@@ -71,7 +72,7 @@ enum Action {
     /// Read pattern files
     Import {
         /// The files
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
 }
@@ -84,9 +85,8 @@ impl LibraryCommand {
             Action::Show { name, metric } => show(common, &library, name, metric),
             Action::Remove { names } => {
                 let fingerprint = fingerprint(common)?;
-                for name in names {
-                    library.remove(&fingerprint, name)?;
-                }
+                patterns_of(&library, &fingerprint, names)?; // all are there, or none is removed
+                names.iter().try_for_each(|name| library.remove(&fingerprint, name))?;
                 done(common, "removed", names)
             }
             Action::Merge { sources, into } => merge(common, &mut library, sources, into.as_deref()),
@@ -103,8 +103,7 @@ fn done(common: &Common, what: &str, names: &[String]) -> Result<()> {
     if common.json {
         return common.print_json(&json!({ what: names }));
     }
-    println!("{what} {}", names.join(", "));
-    Ok(())
+    Ok(say!("{what} {}", names.join(", "))?)
 }
 
 fn fingerprint(common: &Common) -> Result<String> {
@@ -116,12 +115,18 @@ fn list(common: &Common, library: &Library, all: bool) -> Result<()> {
     if common.json {
         return common.print_json(&infos);
     }
-    println!("{:16} {:>7} {:>9} {:>9} {:>9}  {:9} model", "pattern", "items", "prompt", "answer", "held out", "phases");
+    say!("{:16} {:>7} {:>9} {:>9} {:>9}  {:9} model", "pattern", "items", "prompt", "answer", "held out", "phases")?;
     for i in &infos {
-        println!(
+        say!(
             "{:16} {:>7} {:>9} {:>9} {:>9}  {:9} {}",
-            i.name, i.items, i.tokens[0], i.tokens[1], i.heldout_items, i.phases, i.fingerprint
-        );
+            i.name,
+            i.items,
+            i.tokens[0],
+            i.tokens[1],
+            i.heldout_items,
+            i.phases,
+            i.fingerprint
+        )?;
     }
     common.note(&format!("{} patterns in {}", infos.len(), library.path().display()));
     Ok(())
@@ -143,25 +148,34 @@ fn show(common: &Common, library: &Library, name: &str, metric: &str) -> Result<
             "info": pattern.info, "summary": summary, "metric": scores.metric, "ranking": rankings,
         }));
     }
-    println!("{} of model {}, from {}", name, pattern.info.fingerprint, pattern.info.data.join(", "));
-    println!(
+    say!("{} of model {}, from {}", name, pattern.info.fingerprint, pattern.info.data.join(", "))?;
+    say!(
         "{} items ({} held out), {} prompt and {} answer tokens",
-        pattern.info.items, pattern.info.heldout_items, pattern.info.tokens[0], pattern.info.tokens[1]
-    );
-    println!("held-out coverage (share of selections / of gate mass):");
-    print_summary(&summary);
-    println!("experts by {metric}, best first:");
+        pattern.info.items,
+        pattern.info.heldout_items,
+        pattern.info.tokens[0],
+        pattern.info.tokens[1]
+    )?;
+    say!("held-out coverage (share of selections / of gate mass):")?;
+    print_summary(&summary)?;
+    say!("experts by {metric}, best first:")?;
     for (layer, ranking) in rankings {
         let ids: Vec<String> = ranking.iter().map(ToString::to_string).collect();
-        println!("  layer {layer}: {}", ids.join(" "));
+        say!("  layer {layer}: {}", ids.join(" "))?;
     }
     Ok(())
 }
 
 /// Merges sources; files without `--into` are grouped by their task.
 fn merge(common: &Common, library: &mut Library, sources: &[String], into: Option<&str>) -> Result<()> {
+    if let Some(name) = into {
+        check_name(name)?;
+    }
     let mut patterns = Vec::with_capacity(sources.len());
-    for source in sources {
+    for (i, source) in sources.iter().enumerate() {
+        if sources[..i].contains(source) {
+            bail!("`{source}` is named twice; help: each part of a profile counts once");
+        }
         let path = PathBuf::from(source);
         if path.is_file() {
             let bytes = std::fs::read(&path).with_context(|| source.clone())?;
@@ -195,12 +209,12 @@ fn export(common: &Common, library: &Library, names: &[String], output: &PathBuf
         [] => library.list(Some(&fingerprint))?.into_iter().map(|i| i.name).collect(),
         names => names.to_vec(),
     };
-    std::fs::create_dir_all(output).with_context(|| output.display().to_string())?;
+    std::fs::create_dir_all(output).with_context(|| format!("cannot make the folder {}", output.display()))?;
     for mut pattern in patterns_of(library, &fingerprint, &names)? {
         if compact {
             pattern.data = None;
         }
-        write_pattern(&pattern, &output.join(format!("{}.pattern", pattern.info.name)))?;
+        write_pattern(&pattern, &output.join(file_name(&format!("{}.pattern", pattern.info.name))))?;
     }
     done(common, "exported", &names)
 }

@@ -6,13 +6,13 @@ use quorate_lens::LensError;
 use quorate_methods::{Card, METHODS, METRICS};
 use serde_json::json;
 
-use crate::common::Common;
+use crate::common::{Common, say};
 
 /// Arguments of `methods`.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  quorate methods\n  quorate methods premoe\n  quorate methods --json")]
 pub struct Methods {
-    /// Show one method
+    /// Show one method, by its own name or that of a metric
     name: Option<String>,
 }
 
@@ -22,7 +22,13 @@ impl Methods {
             None => METHODS.to_vec(),
             Some(name) => {
                 let card = METHODS.iter().find(|m| m.id == name || m.metrics.contains(&name.as_str()));
-                vec![card.ok_or_else(|| LensError::unknown("method", name, METHODS.iter().map(|m| m.id)))?]
+                vec![card.ok_or_else(|| {
+                    LensError::unknown(
+                        "method",
+                        name,
+                        METHODS.iter().map(|m| m.id).chain(METRICS.iter().map(|m| m.name)),
+                    )
+                })?]
             }
         };
         let metrics_of =
@@ -32,13 +38,13 @@ impl Methods {
             return common.print_json(&cards.collect::<Vec<_>>());
         }
         for card in chosen {
-            println!("{}: {} ({}, {})", card.id, card.title, card.paper, card.year);
+            say!("{}: {} ({}, {})", card.id, card.title, card.paper, card.year)?;
             if self.name.is_some() {
-                println!("\n{}\n\nneeds: {}\ncost:  {}\nrun:   {}\n", card.about, card.needs, card.cost, card.run);
+                say!("\n{}\n\nneeds: {}\ncost:  {}\nrun:   {}\n", card.about, card.needs, card.cost, card.run)?;
             }
             for metric in metrics_of(card) {
                 let gauge = if metric.gauge_dependent { " [gauge dependent]" } else { "" };
-                println!("  {:15} {}{gauge}", metric.name, metric.about);
+                say!("  {:15} {}{gauge}", metric.name, metric.about)?;
             }
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! `quorate profile`: which experts each task needs.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -14,26 +15,30 @@ use quorate_methods::{DEFAULT_METRIC, Phases, all_tables};
 use quorate_model::Model;
 use serde_json::json;
 
-use crate::common::{Common, interrupted};
+use crate::common::{Common, interrupted, parse_count, say, write_file};
 use crate::embedded;
 use crate::experts::need_experts;
 
-/// Batches between two savings of an unfinished profile.
+/// Batches, and time, between two savings of an unfinished profile.
 const SAVE_EVERY: usize = 64;
+const SAVE_AFTER: Duration = Duration::from_secs(30);
+/// Names that `--task` understands otherwise.
+const RESERVED: [&str; 4] = ["auto", "none", "own", "random"];
 
 /// Arguments of `profile`.
 #[derive(Args)]
 #[command(after_help = "\
-Task files are JSON Lines: {\"task\",\"prompt\",\"answer\",\"meta\"?}. In a folder, files named NAME.SPLIT.jsonl belong to a
-split; profiling reads `train-sample` unless --split says otherwise. Every fifth item is held out to tell how well the
-kept experts would serve new texts. A killed profile goes on where it stopped when the same command is given again.
+Task files are JSON Lines: {\"task\",\"prompt\",\"answer\",\"meta\"?}. In a folder, files named NAME.SPLIT.jsonl belong to a \
+split; profiling reads `train-sample` unless --split says otherwise. Every fifth item is held out to tell how well the \
+kept experts would serve new texts. A killed profile goes on where it stopped when the same command is given again. \
 With two or more tasks the pattern `generalist` pools them all; unfamiliar prompts fall back to it.
 
 Examples:
   quorate profile --tasks tasks/
   quorate profile --tasks math.jsonl --phase answer
-  quorate profile --tasks tasks/ --shard 0/2 -o shard0 && quorate profile --tasks tasks/ --shard 1/2 -o shard1 \\
-    && quorate library merge shard0/*.pattern shard1/*.pattern")]
+  quorate profile --tasks tasks/ --shard 0/2 -o shard0
+  quorate profile --tasks tasks/ --shard 1/2 -o shard1
+  quorate library merge shard0/*.pattern shard1/*.pattern")]
 pub struct Profile {
     /// Task files or folders; left out with the embedded model, its own tasks
     #[arg(long, value_name = "PATH", num_args = 1..)]
@@ -45,7 +50,7 @@ pub struct Profile {
     #[arg(long, value_enum, default_value_t = PhaseArg::Balanced)]
     phase: PhaseArg,
     /// Items per task at most
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
     limit: Option<usize>,
     /// Hold out every Nth item (0: none)
     #[arg(long, default_value_t = 5, value_name = "N")]
@@ -101,15 +106,29 @@ fn parse_shard(text: &str) -> Result<(usize, usize), String> {
 impl Profile {
     pub fn run(&self, common: &Common) -> Result<()> {
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
-        if let Some(task) = tasks.iter().find(|t| t.name == GENERALIST) {
-            bail!("the task name `{}` is taken by the pooled pattern; help: rename the task", task.name);
+        tasks.iter().try_for_each(|task| check_name(&task.name))?;
+        if tasks.iter().any(|t| t.name == GENERALIST) {
+            bail!("the task name `{GENERALIST}` is taken by the pooled pattern; help: rename the task");
         }
         let mut model = common.open_model(None)?;
         need_experts(&model)?;
         let layers = model.spec().moe_layers().len();
         if self.key_layer >= layers {
-            bail!("--key-layer {} is out of range: the model has {layers} MoE layers", self.key_layer);
+            let most = layers - 1;
+            bail!(
+                "--key-layer {} is out of range; help: give 0 to {most}, one of the model's MoE layers",
+                self.key_layer
+            );
         }
+        // Before the work, so that what cannot be written to is known at once.
+        let library = match &self.output {
+            None => Some(common.open_library()?),
+            Some(folder) => {
+                std::fs::create_dir_all(folder)
+                    .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+                None
+            }
+        };
         model.load_all_experts()?;
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
@@ -122,18 +141,16 @@ impl Profile {
         if patterns.len() > 1 && self.shard.is_none() {
             patterns.push(merged(GENERALIST, &patterns.iter().collect::<Vec<_>>(), phases)?);
         }
-        match &self.output {
-            None => common.open_library()?.put(&patterns)?,
-            Some(folder) => {
-                std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-                for pattern in &mut patterns {
-                    if self.compact {
-                        pattern.data = None;
-                    }
-                    let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
-                    let name = format!("{}{shard}.pattern", pattern.info.name);
-                    write_pattern(pattern, &folder.join(name))?;
+        if let Some(mut library) = library {
+            library.put(&patterns)?;
+        }
+        if let Some(folder) = &self.output {
+            for pattern in &mut patterns {
+                if self.compact {
+                    pattern.data = None;
                 }
+                let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
+                write_pattern(pattern, &folder.join(file_name(&format!("{}{shard}.pattern", pattern.info.name))))?;
             }
         }
         for task in &tasks {
@@ -161,7 +178,7 @@ impl Profile {
         let info = PatternInfo {
             name: task.name.clone(),
             fingerprint: model.checkpoint().fingerprint().to_string(),
-            data: task.files.iter().map(|f| file_name(f)).collect(),
+            data: task.files.iter().map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect(),
             phases: phases.name().to_string(),
             key_layer: self.key_layer,
             ..PatternInfo::default()
@@ -174,7 +191,7 @@ impl Profile {
         }
         let mut progress = common.progress(&task.name, run.total_tokens() as u64, "tokens");
         progress.set(run.done_tokens() as u64);
-        let mut batches = 0;
+        let (mut batches, mut saved) = (0, Instant::now());
         while run.step()? {
             batches += 1;
             progress.set(run.done_tokens() as u64);
@@ -182,15 +199,33 @@ impl Profile {
                 save(run.profile())?;
                 return Ok(None);
             }
-            if batches % SAVE_EVERY == 0 {
+            if batches % SAVE_EVERY == 0 || saved.elapsed() > SAVE_AFTER {
                 save(run.profile())?;
+                saved = Instant::now();
             }
         }
         progress.finish();
         save(run.profile())?;
         let mut data = run.into_profile();
         data.done_batches = 0;
-        Ok(Some(Pattern::build(info, data, |stats| all_tables(stats, &[stats], phases))))
+        let pattern = Pattern::build(info, data, |stats| all_tables(stats, &[stats], phases));
+        let [prompt, answer] = pattern.info.tokens;
+        let counted = match phases {
+            Phases::Prompt => prompt,
+            Phases::Answer => answer,
+            Phases::Both | Phases::Balanced => prompt + answer,
+        };
+        if counted == 0 && self.shard.is_none() {
+            bail!(
+                "task `{}` leaves no tokens to profile (phase {}, {} items, {} of them held out); \
+                 help: another --phase, --holdout 0, or more items",
+                task.name,
+                phases.name(),
+                items.len(),
+                pattern.info.heldout_items
+            );
+        }
+        Ok(Some(pattern))
     }
 
     /// Where the unfinished profile of a task is kept: its name tells model, data and settings.
@@ -200,31 +235,34 @@ impl Profile {
             |text: &str| text.bytes().for_each(|b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
         task.items.iter().for_each(|i| mix(&format!("{}\0{}\0", i.prompt, i.answer)));
-        let name =
-            format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), file_name(Path::new(&task.name)));
+        let name = file_name(&format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), task.name));
         Ok(embedded::home()?.join("profiles").join(name))
     }
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+/// Refuses names of patterns that no command could address.
+pub fn check_name(name: &str) -> Result<()> {
+    if RESERVED.contains(&name) {
+        bail!("no pattern can be called `{name}`, --task means something else by it; help: choose another name");
+    }
+    Ok(())
 }
 
-/// Writes a pattern file under a temporary name and renames it.
-pub fn write_pattern(pattern: &Pattern, path: &Path) -> Result<()> {
-    let write = || -> Result<()> {
-        let bytes = pattern.to_bytes()?;
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-        let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
-        if written.is_err() {
-            let _ = std::fs::remove_file(&temporary); // the first error is the one to report
-        }
-        Ok(written?)
+/// A task's name as the name of a file, which lies in no other folder whatever the task is called.
+pub fn file_name(name: &str) -> String {
+    let plain = |(i, c): (usize, char)| {
+        let strange = c.is_control() || "/\\:%".contains(c) || (i == 0 && c == '.');
+        if strange { format!("%{:02X}", u32::from(c)) } else { c.to_string() }
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    name.chars().enumerate().map(plain).collect()
+}
+
+/// Writes a pattern file, and its folder if there is none.
+pub fn write_pattern(pattern: &Pattern, path: &Path) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    write_file(path, &pattern.to_bytes()?)
 }
 
 /// One pattern of several: their tokens pooled. Compact patterns have only scores; then those are averaged by tokens.
@@ -260,13 +298,10 @@ fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
     if common.json {
         return common.print_json(&json!({ "fingerprint": model.checkpoint().fingerprint(), "patterns": summaries }));
     }
-    println!(
+    say!(
         "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {DEFAULT_METRIC}"
-    );
-    for summary in &summaries {
-        print_summary(summary);
-    }
-    Ok(())
+    )?;
+    summaries.iter().try_for_each(print_summary)
 }
 
 /// What a profile is never shown without.
@@ -293,7 +328,7 @@ pub fn summary(model: &Model, pattern: &Pattern, others: &[Pattern]) -> Result<s
         overlaps.push((overlap(&own, &theirs), other.info.name.clone()));
     }
     overlaps.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let mean = overlaps.iter().map(|o| o.0).sum::<f64>() / overlaps.len().max(1) as f64;
+    let mean = (!overlaps.is_empty()).then(|| overlaps.iter().map(|o| o.0).sum::<f64>() / overlaps.len() as f64);
     Ok(json!({
         "name": pattern.info.name, "items": pattern.info.items, "prompt_tokens": pattern.info.tokens[0],
         "answer_tokens": pattern.info.tokens[1], "heldout_items": pattern.info.heldout_items,
@@ -304,7 +339,7 @@ pub fn summary(model: &Model, pattern: &Pattern, others: &[Pattern]) -> Result<s
 }
 
 /// Prints what [`summary`] gave, on one line.
-pub fn print_summary(summary: &serde_json::Value) {
+pub fn print_summary(summary: &serde_json::Value) -> Result<()> {
     let percent = |v: &serde_json::Value| v.as_f64().map_or("  -".to_string(), |v| format!("{:3.0}", 100.0 * v));
     let list = summary["heldout_coverage"].as_array().map(Vec::as_slice).unwrap_or_default();
     let covered: Vec<String> = (list.iter())
@@ -318,7 +353,7 @@ pub fn print_summary(summary: &serde_json::Value) {
         let share = percent(&overlap["nearest"]["overlap"]);
         format!("; overlap {} %, most with {name} ({} %)", percent(&overlap["mean"]).trim(), share.trim())
     });
-    println!("{:14} {}{nearest}", summary["name"].as_str().unwrap_or_default(), covered.join("  "));
+    Ok(say!("{:14} {}{nearest}", summary["name"].as_str().unwrap_or_default(), covered.join("  "))?)
 }
 
 /// The phases of stored patterns, if they agree.

@@ -1,8 +1,8 @@
 //! `quorate prune`: a model, or a list, with only the kept experts.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::write_pruned_hf;
 use quorate_lens::{ExpertMap, Pattern, Plan, interchange};
@@ -10,14 +10,15 @@ use quorate_model::RoutingMode;
 use serde_json::json;
 
 use super::profile::{merged, patterns_of, phases_of};
-use crate::common::{Common, human_bytes, interrupted, parse_bytes};
+use crate::common::{Common, check_output, human_bytes, interrupted, parse_bytes, say, write_file};
 use crate::experts::{ExpertArgs, ModeArg, ScopeArg, need_experts, open};
 
 /// Arguments of `prune`.
 #[derive(Args)]
 #[command(after_help = "\
-A folder for transformers (`hf`) computes what the routing mode `mask` does, with equal numbers in every layer; so it needs
---scope local and --mode mask, which are its defaults. A plan is used with `quorate run --plan`.
+A folder for transformers (`hf`) computes what the routing mode `mask` does, with equal numbers in every layer; so its \
+--scope is local and its --mode is mask. Those of `vllm` may be mask or drop. A ranking for `ascend` has all experts. \
+A plan is used with `quorate run --plan`.
 
 Examples:
   quorate prune --task arithmetic --keep 16 -o small --as hf
@@ -55,7 +56,22 @@ enum Form {
 
 impl Prune {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let (model, library) = open(common, &self.experts)?;
+        let mut experts = self.experts.clone();
+        if matches!(self.form, Form::Hf | Form::Vllm) {
+            experts.mode = experts.mode.or(Some(ModeArg::Mask));
+        }
+        if self.form == Form::Hf {
+            experts.scope = experts.scope.or(Some(ScopeArg::Local));
+            if (experts.mode, experts.scope) != (Some(ModeArg::Mask), Some(ScopeArg::Local)) {
+                bail!(
+                    "a pruned folder masks before top-k and has equal numbers in every layer; \
+                     help: leave --mode and --scope out, or write --as plan"
+                );
+            }
+        } else {
+            check_output(&self.output)?;
+        }
+        let (model, library) = open(common, &experts, "")?;
         need_experts(&model)?;
         let fingerprint = model.checkpoint().fingerprint();
         let patterns = patterns_of(&library, fingerprint, &self.task)?;
@@ -66,29 +82,21 @@ impl Prune {
                 merged(&self.task.join("+"), &refs, phases_of(&refs)?)?
             }
         };
-        let mut experts = self.experts.clone();
-        if matches!(self.form, Form::Hf | Form::Vllm) && matches!(experts.mode, ModeArg::MaskFullGates) {
-            experts.mode = ModeArg::Mask;
-        }
-        if self.form == Form::Hf {
-            experts.scope = ScopeArg::Local;
-            if !matches!(experts.mode, ModeArg::Mask) {
-                bail!("a pruned folder can only mask before top-k; help: leave --mode out, or write --as plan");
-            }
-        }
         let choice = experts.choice(&model, model.spec().max_position_embeddings)?;
         let plan = choice.plan(&pattern, model.spec(), fingerprint)?;
         let map = ExpertMap::of(model.spec());
         let kept: Vec<Vec<usize>> =
             plan.kept(model.spec(), fingerprint)?.into_iter().map(Option::unwrap_or_default).collect();
         match self.form {
-            Form::Plan => write_text(&self.output, &plan.to_toml()?)?,
+            Form::Plan => write_file(&self.output, plan.to_toml()?.as_bytes())?,
             Form::Vllm => {
                 let text = interchange::to_vllm(&plan, &map)?;
                 check_same(&interchange::from_vllm(&text, &map)?, &kept, &map, plan.routing_mode)?;
-                write_text(&self.output, &text)?;
+                write_file(&self.output, text.as_bytes())?;
             }
-            Form::Ascend => write_text(&self.output, &interchange::to_ascend(pattern.scores(&experts.metric)?))?,
+            Form::Ascend => {
+                write_file(&self.output, interchange::to_ascend(pattern.scores(&experts.metric)?).as_bytes())?;
+            }
             Form::Hf => {
                 let mut progress = common.progress("writing", model.weights().model_bytes(), "bytes");
                 write_pruned_hf(model.checkpoint(), &kept, &self.output, self.shard_size, &mut |done, _| {
@@ -105,18 +113,21 @@ impl Prune {
                 "metric": experts.metric, "mode": plan.routing_mode, "kept_per_layer": counts,
             }));
         }
+        if self.form == Form::Ascend {
+            return Ok(say!("{}: all {} experts, best first", self.output.display(), map.total())?);
+        }
         let bytes: u64 = (map.layers.iter().zip(&kept))
             .flat_map(|(&l, kept)| kept.iter().map(move |&e| (l, e)))
             .map(|(l, e)| model.checkpoint().expert_bytes(l, e))
             .sum();
-        println!(
+        say!(
             "{}: {} of {} experts ({} of {}), kept per layer {counts:?}",
             self.output.display(),
             counts.iter().sum::<usize>(),
             map.total(),
             human_bytes(bytes + model.checkpoint().non_expert_bytes()),
             human_bytes(model.checkpoint().total_bytes()),
-        );
+        )?;
         Ok(())
     }
 }
@@ -128,14 +139,4 @@ fn check_same(read: &Plan, kept: &[Vec<usize>], map: &ExpertMap, mode: RoutingMo
         bail!("the file does not read back as it was written; this is a defect of quorate, please report it");
     }
     Ok(())
-}
-
-/// Writes a text file under a temporary name and renames it.
-pub fn write_text(path: &Path, text: &str) -> Result<()> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary); // the first error is the one to report
-    }
-    written.with_context(|| format!("cannot write {}", path.display()))
 }

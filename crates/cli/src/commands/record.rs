@@ -2,22 +2,22 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
 use quorate_formats::{StoredDType, TensorOut, write_safetensors};
 use quorate_lens::{Indices, Interventions, Recorder};
-use quorate_model::{Chain, KvCache, LogitRows, Segment, Site};
+use quorate_model::{Chain, KvCache, LogitRows, ModelError, Segment, Site};
 use serde_json::json;
 
-use crate::common::Common;
+use crate::common::{Common, check_output, say};
 use crate::experts::load_plan;
 
 /// Arguments of `record`.
 #[derive(Args)]
 #[command(after_help = "\
-Sites: resid_pre attn_in attn_q attn_k attn_v attn_q_rot attn_k_rot attn_scores attn_pattern z attn_out resid_mid ffn_in
-router_logits selection routing expert_hidden expert_out moe_out mlp_hidden mlp_out resid_post final_norm logits, or all.
+Sites: resid_pre attn_in attn_q attn_k attn_v attn_q_rot attn_k_rot attn_scores attn_pattern z attn_out resid_mid ffn_in \
+router_logits selection routing expert_hidden expert_out moe_out mlp_hidden mlp_out resid_post final_norm logits, or all. \
 Tensors are named SITE.LAYER, positions first; the site routing gives topk_ids.LAYER and topk_weights.LAYER.
 
 Examples:
@@ -26,13 +26,13 @@ Examples:
   quorate record --tokens 1,2,3 --sites resid_post --plan plan.toml -o edited.safetensors")]
 pub struct Record {
     /// The text as it is
-    #[arg(long, conflicts_with = "tokens", required_unless_present = "tokens")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "tokens", required_unless_present = "tokens")]
     prompt: Option<String>,
     /// Token ids
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_name = "ID,..", value_delimiter = ',')]
     tokens: Vec<u32>,
     /// Sites, comma-separated
-    #[arg(long, required = true, value_delimiter = ',')]
+    #[arg(long, required = true, value_name = "SITE,..", value_delimiter = ',')]
     sites: Vec<String>,
     /// Decoder layers, e.g. 0,2-4
     #[arg(long, default_value = "all")]
@@ -52,19 +52,27 @@ impl Record {
             names => names.iter().map(|n| n.parse()).collect::<Result<_, _>>()?,
         };
         let layers: Indices = self.layers.parse().map_err(anyhow::Error::msg)?;
+        check_output(&self.output)?;
         let mut model = common.open_model(None)?;
         if let Some(layer) = layers.max().filter(|&l| l >= model.spec().layers.len()) {
-            bail!("layer {layer} does not exist, the model has {}", model.spec().layers.len());
+            bail!("layer {layer} does not exist; help: the model has {}, from 0", model.spec().layers.len());
+        }
+        let tokens = match &self.prompt {
+            Some(text) => encode_text(&model, text)?,
+            None => self.tokens.clone(),
+        };
+        if tokens.is_empty() {
+            return Err(ModelError::EmptyPrompt.into());
+        }
+        let context = model.spec().max_position_embeddings;
+        if tokens.len() > context {
+            bail!("{} tokens given, the model's context is {context}; help: record a shorter text", tokens.len());
         }
         let mut interventions = Interventions::default();
         match &self.plan {
             Some(path) => interventions = load_plan(&mut model, path)?.1,
             None => model.load_all_experts()?,
         }
-        let tokens = match &self.prompt {
-            Some(text) => encode_text(&model, text)?,
-            None => self.tokens.clone(),
-        };
         let mut recorder = Recorder::new(&sites, layers.list());
         let segment = Segment { logits: LogitRows::All, ..Segment::prompt(0, tokens.clone()) };
         let mut cache = KvCache::new(model.spec(), 1);
@@ -85,15 +93,14 @@ impl Record {
         let token_text = tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let metadata =
             [("model".to_string(), model.checkpoint().fingerprint().to_string()), ("tokens".to_string(), token_text)];
-        write_safetensors(&self.output, Some(metadata.into()), tensors)
-            .with_context(|| format!("cannot write {}", self.output.display()))?;
+        write_safetensors(&self.output, Some(metadata.into()), tensors)?;
         if common.json {
             let shapes: serde_json::Map<_, _> = names.into_iter().map(|(n, s)| (n, json!(s))).collect();
             return common.print_json(&json!({ "file": self.output, "tokens": tokens, "tensors": shapes }));
         }
-        println!("{}: {} tensors of {} tokens", self.output.display(), names.len(), tokens.len());
+        say!("{}: {} tensors of {} tokens", self.output.display(), names.len(), tokens.len())?;
         for (name, shape) in names {
-            println!("  {name} {shape:?}");
+            say!("  {name} {shape:?}")?;
         }
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! `quorate run`: one prompt, one answer.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
 use quorate_lens::{Interventions, Library, Nearest, retrieve};
@@ -13,7 +13,7 @@ use quorate_model::text::Message;
 use quorate_model::{Event, GenerateOptions, KvCache, Lens, Model, NoLens};
 use serde_json::json;
 
-use crate::common::{Common, human_bytes, interrupted};
+use crate::common::{Common, human_bytes, interrupted, say, wait_for};
 use crate::experts::{ExpertArgs, kept_per_layer, load_plan, open};
 
 /// Arguments of `run`.
@@ -31,7 +31,7 @@ pub struct Run {
     #[arg(long, default_value = "auto")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect"])]
     plan: Option<PathBuf>,
     #[command(flatten)]
     experts: ExpertArgs,
@@ -83,15 +83,16 @@ impl SamplingArgs {
             seed: self.seed,
         };
         let (max_tokens, stop) = (self.max_tokens, self.stop.clone());
-        GenerateOptions { max_tokens, stop, sampling, ..GenerateOptions::default() }
+        // Special tokens are shown: `</think>` tells where the answer begins.
+        GenerateOptions { max_tokens, stop, sampling, keep_special: true, ..GenerateOptions::default() }
     }
 }
 
 impl Run {
     pub fn run(&self, common: &Common) -> Result<()> {
         let start = Instant::now();
-        let (mut model, library) = open(common, &self.experts)?;
         let text = self.text()?;
+        let (mut model, library) = open(common, &self.experts, &self.task)?;
         let prompt =
             if self.raw { encode_text(&model, &text)? } else { chat_prompt(&model, &[Message::new("user", text)])? };
         let mut found = None;
@@ -105,7 +106,7 @@ impl Run {
             None => {
                 let choice = choose_task(common, &mut model, &library, &prompt, &self.task, &self.experts)?;
                 found = choice.nearest;
-                let context = prompt.len() + self.sampling.max_tokens;
+                let context = prompt.len().saturating_add(self.sampling.max_tokens);
                 self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
                 choice.task
             }
@@ -117,17 +118,15 @@ impl Run {
         let mut none = NoLens;
         let lens: &mut dyn Lens = if interventions.is_empty() { &mut none } else { &mut interventions };
         let options = self.sampling.options();
+        let mut shown = Shown::new(common);
         let answer = model.generate(&prompt, 0, &mut cache, &options, lens, &mut |event| {
             timing.note(&event);
-            if let (Event::Text(text), false) = (&event, common.json) {
-                print!("{text}");
-                let _ = std::io::stdout().flush(); // a closed pipe shows at the next line
-            }
-            !interrupted()
+            shown.show(&event) && !interrupted()
         })?;
         timing.end();
+        shown.end()?;
         if common.json {
-            return common.print_json(&json!({
+            common.print_json(&json!({
                 "text": answer.text,
                 "tokens": answer.tokens,
                 "finish": answer.finish.name(),
@@ -143,21 +142,65 @@ impl Run {
                 "prefill_tokens_per_s": timing.prefill_rate(),
                 "decode_tokens_per_s": timing.decode_rate(),
                 "time_to_first_token_s": timing.first_token_s,
-            }));
+            }))?;
+        } else {
+            common.note(&timing.summary());
         }
-        println!();
-        common.note(&timing.summary());
+        if interrupted() {
+            bail!("interrupted");
+        }
         Ok(())
     }
 
+    /// The prompt. From standard input, one line end behind it does not count, except with `--raw`.
     fn text(&self) -> Result<String> {
-        if self.prompt != "-" {
-            return Ok(self.prompt.clone());
+        let mut text = self.prompt.clone();
+        if text == "-" {
+            let mut bytes = Vec::new();
+            wait_for(|| std::io::stdin().read_to_end(&mut bytes)).context("cannot read standard input")?;
+            text = String::from_utf8(bytes).map_err(|e| {
+                let at = e.utf8_error().valid_up_to() + 1;
+                anyhow!("standard input is no UTF-8 text: byte {at} is wrong; help: convert it to UTF-8")
+            })?;
+            if !self.raw {
+                text.truncate(text.trim_end_matches(['\r', '\n']).len());
+            }
         }
-        let mut bytes = Vec::new();
-        std::io::Read::read_to_end(&mut std::io::stdin(), &mut bytes)?;
-        let text = String::from_utf8(bytes);
-        text.map_err(|e| anyhow::anyhow!("standard input is not UTF-8 at byte {}", e.utf8_error().valid_up_to()))
+        if text.is_empty() {
+            bail!("the prompt is empty; help: give some text");
+        }
+        Ok(text)
+    }
+}
+
+/// The answer on stdout as it comes; nothing with `--json`.
+pub struct Shown {
+    quiet: bool,
+    written: std::io::Result<()>,
+}
+
+impl Shown {
+    /// Nothing shown yet.
+    pub fn new(common: &Common) -> Shown {
+        Shown { quiet: common.json, written: Ok(()) }
+    }
+
+    /// Shows the text of an event; `false` if nobody can read it.
+    pub fn show(&mut self, event: &Event<'_>) -> bool {
+        if let (Event::Text(text), false) = (event, self.quiet) {
+            let mut out = std::io::stdout().lock();
+            self.written = write!(out, "{text}").and_then(|()| out.flush());
+        }
+        self.written.is_ok()
+    }
+
+    /// Ends the line.
+    pub fn end(self) -> Result<()> {
+        self.written?;
+        if !self.quiet {
+            say!()?;
+        }
+        Ok(())
     }
 }
 
@@ -191,11 +234,13 @@ pub fn choose_task(
         "auto" => {}
         name => return Ok(TaskChoice { task: Some(name.to_string()), nearest: None }),
     }
-    if prompt.is_empty() {
-        bail!("the prompt is empty; help: give some text");
-    }
     let found = retrieve(model, library, &[prompt], experts.key.into())?.and_then(|mut found| found.pop());
     let Some(found) = found else {
+        if let Some(k) = experts.keep {
+            bail!(
+                "no patterns of this model yet to choose {k} experts by; help: make them with `quorate profile --tasks DIR`"
+            );
+        }
         common.note("no patterns of this model yet, so all experts are loaded; help: quorate profile --tasks DIR");
         return Ok(TaskChoice { task: None, nearest: None });
     };
@@ -273,14 +318,9 @@ impl Timing {
 
     /// One line.
     pub fn summary(&self) -> String {
-        let rate = |r: Option<f64>| r.map_or("-".into(), |r| format!("{r:.0}"));
-        format!(
-            "prefill {} tokens at {}/s, decode {} tokens at {}/s, first token after {:.3} s",
-            self.prompt_tokens,
-            rate(self.prefill_rate()),
-            self.tokens,
-            rate(self.decode_rate()),
-            self.first_token_s.unwrap_or(0.0),
-        )
+        let rate = |r: Option<f64>| r.map_or(String::new(), |r| format!(" at {r:.0}/s"));
+        let first = self.first_token_s.map_or(String::new(), |s| format!(", first token after {s:.3} s"));
+        let (prefill, decode) = (rate(self.prefill_rate()), rate(self.decode_rate()));
+        format!("prefill {} tokens{prefill}, decode {} tokens{decode}{first}", self.prompt_tokens, self.tokens)
     }
 }

@@ -5,14 +5,14 @@
 //! model was trained on. Nothing here knows of weights.
 
 mod chat;
-mod jinja;
 mod stream;
+mod template;
 mod tokenizer;
 mod tokenizer_config;
 
 use std::path::PathBuf;
 
-pub use chat::{ChatTemplate, Message, RenderedChat};
+pub use chat::{ChatTemplate, Message};
 pub use stream::StreamDecoder;
 pub use tokenizer::{EncodedToken, Tokenizer};
 pub use tokenizer_config::SpecialTokens;

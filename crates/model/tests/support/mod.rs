@@ -10,7 +10,8 @@ use candle_core::Tensor;
 use quorate_formats::safetensors::{read_tensor_bytes, read_tensor_f32};
 use quorate_formats::{Checkpoint, Role, SafetensorsFile, TensorOut, write_safetensors};
 use quorate_model::{
-    At, Flow, Forward, KeptExperts, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Phase, Routing, Segment, Site, SiteSet, ops,
+    At, Flow, Forward, KeptExperts, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Phase, Routing, Segment, Site,
+    SiteSet, ops,
 };
 use tempfile::TempDir;
 
@@ -281,7 +282,7 @@ pub fn plain(model: &Model, tokens: &[u32]) -> Vec<f32> {
     logits(model, tokens, &mut NoLens)
 }
 
-/// A prompt, then tokens as if they had been generated one by one: the segments of a generation with every row's logits.
+/// A prompt, then tokens as if they had been generated one by one; every row gets logits.
 pub fn as_generated(prompt: &[u32], answer: &[u32]) -> Vec<Segment> {
     let decode = answer.iter().map(|&token| Segment { phases: vec![Phase::Decode], ..rows(0, &[token]) });
     std::iter::once(rows(0, prompt)).chain(decode).collect()

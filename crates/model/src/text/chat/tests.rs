@@ -1,4 +1,5 @@
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -38,7 +39,7 @@ fn renders_as_transformers() {
             case["add_generation_prompt"].as_bool().unwrap(),
         );
         match (case["error"].as_str(), rendered) {
-            (None, Ok(chat)) => assert_eq!(chat.text, case["rendered"].as_str().unwrap(), "{case}"),
+            (None, Ok(text)) => assert_eq!(text, case["rendered"].as_str().unwrap(), "{case}"),
             (Some(error), Err(TextError::TemplateRaised { message })) => {
                 assert_eq!(error, format!("TemplateError: {message}"));
             }
@@ -47,20 +48,34 @@ fn renders_as_transformers() {
     }
 }
 
-/// Small templates for every part of the language, with what Jinja makes of them.
-#[test]
-fn evaluates_as_jinja() {
+/// Renders the small templates of a list in `chat_expressions.json`; gives those that render not as the key `want` says
+/// (null: with an error).
+fn other_than(list: &str, want: &str) -> Vec<String> {
     let file = fixture("chat_expressions.json");
     let mut failed = Vec::new();
-    for case in file["cases"].as_array().unwrap() {
+    for case in file[list].as_array().unwrap() {
         let got = ChatTemplate::new(case["template"].as_str().unwrap(), specials(&file["specials"]))
             .map(|template| template.with_time(1_700_000_000))
             .and_then(|template| template.render_json(&file["messages"], None, &Map::new(), true));
-        if got.as_ref().ok().map(|chat| chat.text.as_str()) != case["rendered"].as_str() {
+        if got.as_deref().ok() != case[want].as_str() {
             failed.push(format!("{case}\n    {got:?}"));
         }
     }
+    failed
+}
+
+/// Small templates for every part of the language, with what Jinja makes of them.
+#[test]
+fn evaluates_as_jinja() {
+    let failed = other_than("cases", "rendered");
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// Where the engine differs from Jinja. If it does no longer, the case belongs to the others.
+#[test]
+fn differs_from_jinja_only_as_known() {
+    let changed = other_than("differing", "here");
+    assert!(changed.is_empty(), "{}", changed.join("\n"));
 }
 
 #[test]
@@ -74,13 +89,14 @@ fn messages_keep_their_further_fields() {
 }
 
 #[test]
-fn marks_what_the_assistant_wrote() {
-    let source = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}";
+fn what_the_assistant_wrote_may_be_marked() {
+    let source = "{% for m in messages %}{{ m.role }}:\n  \
+                  {% generation %}\n{{ m.content }}{%- endgeneration -%} ;{% endfor %}\
+                  {% raw %}{% generation %}{% endraw %}{# {% generation %} #}{{ '{% generation %}' }}";
     let template = ChatTemplate::new(source, SpecialTokens::default()).unwrap();
-    let messages = json!([{"role": "a", "content": "é1"}, {"role": "b", "content": ""}]);
-    let chat = template.render_json(&messages, None, &Map::new(), false).unwrap();
-    assert_eq!(chat.text, "a:é1;b:;");
-    assert_eq!(chat.generated, [2..5, 8..8]);
+    let messages = json!([{"role": "a", "content": "é1 "}, {"role": "b", "content": ""}]);
+    let text = template.render_json(&messages, None, &Map::new(), false).unwrap();
+    assert_eq!(text, "a:\né1 ;b:\n;{% generation %}{% generation %}");
 }
 
 #[test]
@@ -88,7 +104,7 @@ fn reasoning_is_found_under_any_of_its_names() {
     let source = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}{{ messages[1].thinking is defined }}";
     let template = ChatTemplate::new(source, SpecialTokens::default()).unwrap();
     let messages = json!([{"role": "assistant", "reasoning": "r"}, {"role": "user"}]);
-    assert_eq!(template.render_json(&messages, None, &Map::new(), false).unwrap().text, "rrFalse");
+    assert_eq!(template.render_json(&messages, None, &Map::new(), false).unwrap(), "rrFalse");
 }
 
 #[test]
@@ -97,8 +113,7 @@ fn without_a_time_there_is_no_strftime() {
     let error = render("a\n{{ strftime_now('%Y') }}").unwrap_err().to_string();
     assert_eq!(
         error,
-        "the chat template failed in line 2: 'strftime_now' is undefined: the template asks for the time and none was \
-         given"
+        "the chat template failed in line 2: strftime_now is unknown: the template asks for the time and none was given"
     );
 }
 
@@ -106,10 +121,16 @@ fn without_a_time_there_is_no_strftime() {
 fn errors_say_where_and_why() {
     let cases = [
         ("{{ raise_exception('No ' ~ messages[0].role) }}", "the chat template refuses the conversation: No user"),
-        ("x\n{{ messages[0].a.b }}", "the chat template failed in line 2: 'dict object' has no attribute 'a'"),
-        ("\n\n{% if %}", "the chat template is broken in line 3: expected an expression, found '%}'"),
-        ("{% include 'x' %}", "the chat template is broken in line 1: unknown tag 'include'"),
-        ("{% for x in y %}", "the chat template is broken in line 1: the template ends before 'else' or 'endfor'"),
+        ("x\n{{ messages[0].a.b }}", "the chat template failed in line 2: undefined value in '.a.b'"),
+        ("\n\n{% if %}", "the chat template is broken in line 3: unexpected end of block"),
+        ("{% set x = %}", "the chat template is broken in line 1: unexpected end of block"),
+        ("{% nope 'x' %}", "the chat template is broken in line 1: unknown statement nope"),
+        ("{{ 1 | nope }}", "the chat template failed in line 1: filter nope is unknown in 'nope'"),
+        (
+            "{% include 'x' %}",
+            "the chat template failed in line 1: tried to include non-existing template \"x\" in 'include 'x''",
+        ),
+        ("{% for x in y %}", "the chat template is broken in line 1: unexpected end of input, expected end of block"),
     ];
     for (source, message) in cases {
         assert_eq!(render(source).unwrap_err().to_string(), message);
@@ -123,60 +144,60 @@ fn errors_say_where_and_why() {
     }
     let kwargs = Map::from_iter([("tools".to_owned(), json!(1))]);
     assert!(template.render(&[], None, &kwargs, false).is_err());
-    let deep = (0..200).fold(json!(1), |inner, _| json!([inner]));
-    let kwargs = Map::from_iter([("deep".to_owned(), deep)]);
-    assert!(matches!(template.render(&[], None, &kwargs, false), Err(TextError::Conversation { .. })));
 }
 
-/// Templates that would run for ever, fill the memory or overflow the stack.
+/// Templates that would run for ever, fill the memory or overflow the stack. What of this kind is NOT stopped stands in
+/// the documentation of `template`.
 #[test]
 fn hostile_templates_are_stopped() {
     let grow = |start: &str, step: &str| {
         format!("{{% set ns = namespace(s={start}) %}}{{% for i in range(100000) %}}{step}{{% endfor %}}")
     };
-    let repeat = |setup: &str, body: &str| format!("{setup}{{% for i in range(100000) %}}{body}{{% endfor %}}");
+    let repeat = |body: &str| format!("{{% for i in range(100000) %}}{body}{{% endfor %}}");
     let big = "{% set s = 'a' * 10**6 %}";
     let nest = |open: &str, close: &str| format!("{{{{ {}1{} }}}}", open.repeat(50_000), close.repeat(50_000));
     let hostile = [
-        repeat("", &repeat("", "{% for i in range(100000) %}x{% endfor %}")),
+        repeat(&repeat(&repeat("x"))),
+        "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}".into(),
         grow("'ab'", "{% set ns.s = ns.s + ns.s %}"),
         grow("'ab'", "{% set ns.s = ns.s ~ ns.s %}"),
         grow("[1]", "{% set ns.s = ns.s + ns.s %}"),
         grow("1", "{% set ns.s = [ns.s] %}"),
         grow("1", "{% set ns.s = {'a': ns.s} %}"),
-        grow("[]", "{% set ns.s = ns.s + [range(100000)] %}"),
-        grow("[1]", "{% if i < 60 %}{% set ns.s = [ns.s, ns.s] %}{% else %}{{ ns.s }}{% endif %}"),
-        grow("[1]", "{% if i < 60 %}{% set ns.s = [ns.s, ns.s] %}{% else %}{{ ns.s == [ns.s[0], ns.s] }}{% endif %}"),
-        grow("[1]", "{% if i < 60 %}{% set ns.s = [ns.s, ns.s] %}{% else %}{{ ns.s | tojson }}{% endif %}"),
+        grow("1", "{% set ns.s = namespace(s=ns.s) %}"),
+        grow("1", "{% set ns.s = [ns] %}"),
         grow("0", "{% for x in [ns.s] %}{% set ns.s = loop %}{% endfor %}"),
+        grow("[1]", "{% if i < 60 %}{% set ns.s = [ns.s, ns.s] %}{% else %}{{ ns.s }}{% endif %}"),
+        grow("[1]", "{% if i < 60 %}{% set ns.s = [ns.s, ns.s] %}{% else %}{{ ns.s | tojson }}{% endif %}"),
+        "{% set s = 'ab' %}".to_owned() + &"{% set s = s ~ s %}".repeat(50),
         "{{ 'a' * 10**9 }}".into(),
         "{{ ('a' * 10**7) * 10**7 }}".into(),
         "{{ range(10**9) }}".into(),
+        "{{ [1] * 10**9 }}".into(),
+        "{{ ([1] * 10**12) | list }}".into(),
+        "{{ ([1] * 10**12) | sort }}".into(),
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".into(),
+        "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ g() }}".into(),
         "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}".into(),
         "{% macro m() %}{{ caller() }}{% endmacro %}{% macro f() %}{% call m() %}{{ f() }}{% endcall %}{% endmacro %}\
          {{ f() }}"
             .into(),
+        "{% block a %}{{ self.a() }}{% endblock %}".into(),
         "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}".into(),
-        "{{ '%999999999d' % 5 }}".into(),
+        "{{ '%999999999d' | format(5) }}".into(),
         "{{ '{:999999999}'.format(5) }}".into(),
-        "{{ 'a'.center(10**12) }}{{ 'a'.zfill(10**30) }}".into(),
+        "{{ '{:.999999999f}'.format(5) }}".into(),
         "{{ [1] | tojson(indent=10**12) }}".into(),
         "{{ ('\\n' * 10**6) | indent(10**6, blank=true) }}".into(),
         "{{ [1] | slice(10**12) | list }}".into(),
         "{{ [1] | batch(10**12, 'x') | list }}".into(),
         format!("{big}{{{{ s.replace('', s) }}}}"),
+        format!("{big}{{{{ s | replace('a', s) }}}}"),
         format!("{big}{{{{ ([s] * 1000) | join }}}}"),
+        format!("{big}{{{{ s.join([s] * 1000) }}}}"),
         format!("{big}{{{{ ('{{0}}' * 100000).format(s) }}}}"),
-        repeat(big, "{% if 'b' in s %}{% endif %}"),
-        repeat(big, "{% if s == 'a' * 10**6 %}{% endif %}"),
-        repeat(big, "{% set x = s.split('a') %}"),
-        repeat(big, "{% for c in s %}{% break %}{% endfor %}"),
-        repeat(big, "{% set x = s.strip(s) %}"),
-        repeat("", &"z".repeat(10_000)),
-        repeat("", &format!("{{% set x %}}{}{{% endset %}}", "z".repeat(10_000))),
-        repeat("", "{% set x = range(100000) | sort %}"),
-        "{{ range(100000) | unique | list }}".into(),
+        format!("{big}{}", repeat("{% set x = s.split('a') %}")),
+        repeat(&"z".repeat(10_000)),
         nest("(", ")"),
         nest("[", "]"),
         nest("not ", ""),
@@ -186,26 +207,30 @@ fn hostile_templates_are_stopped() {
         nest("", " | upper"),
         nest("1 if 0 else ", ""),
         "{% if 1 %}".repeat(5000) + &"{% endif %}".repeat(5000),
+        "{% if 0 %}".to_owned() + &"{% elif 0 %}".repeat(50_000) + "{% endif %}",
         "x".repeat(2_000_000),
     ];
-    // Far less than the stack of any thread.
-    let small_stack = std::thread::Builder::new().stack_size(if cfg!(debug_assertions) { 2 << 20 } else { 512 << 10 });
-    let check = move || {
-        for source in hostile {
-            assert!(render(&source).is_err(), "{}", &source[..source.len().min(200)]);
-        }
-    };
-    small_stack.spawn(check).unwrap().join().unwrap();
+    for source in hostile {
+        let start = Instant::now();
+        let rendered = render(&source);
+        let (source, time) = (&source[..source.len().min(200)], start.elapsed());
+        assert!(rendered.is_err(), "{source}");
+        assert!(time < Duration::from_secs(2), "{source}: {time:?}");
+    }
 }
 
-/// Circles and long chains are not stopped, but must not leak, overflow or hang.
+/// Namespaces cannot get into each other or into themselves, but they may be listed and printed.
 #[test]
-fn circles_of_namespaces_are_harmless() {
-    let circle = "{% set ns = namespace() %}{% set ns.x = ns %}{% set ns.l = [ns] %}{{ ns.x == ns }}{{ ns.l }}";
-    assert_eq!(render(circle).unwrap(), "True[<Namespace>]");
-    let chain =
-        "{% set ns = namespace(x=1) %}{% for i in range(50000) %}{% set ns.x = namespace(x=ns.x) %}{% endfor %}ok";
-    assert_eq!(render(chain).unwrap(), "ok");
+fn namespaces_are_values() {
+    assert_eq!(render("{% set ns = namespace(x=1) %}{% set l = [ns] %}{{ l[0].x }}{{ l }}").unwrap(), "1[{'x': 1}]");
+    let error = render("{% set ns = namespace() %}\n{% set ns.x = ns %}").unwrap_err();
+    assert_eq!(error.to_string(), "the chat template was stopped in line 2: it puts values into each other too deeply");
+}
+
+/// The engine panics here.
+#[test]
+fn a_panic_of_the_engine_is_an_error() {
+    assert!(matches!(render("{{ [][::-1] | list }}"), Err(TextError::TemplateFailed { .. })));
 }
 
 /// The limits grow with the conversation: long ones must not be refused.

@@ -1,0 +1,10 @@
+//! The program as its users meet it: every command, its JSON and texts, and what it says to input that is wrong.
+#![allow(missing_docs, reason = "tests")]
+
+mod bad_input;
+mod bad_models;
+mod commands;
+mod interrupts;
+mod patterns;
+mod run;
+mod support;
