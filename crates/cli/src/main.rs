@@ -81,3 +81,20 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
             || json.is_some_and(|j| j.io_error_kind() == Some(std::io::ErrorKind::BrokenPipe))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_is_said_once_and_what_helps_comes_last() {
+        let cause = || anyhow::anyhow!("file is not a database");
+        assert_eq!(
+            chain(&cause().context("library l: file is not a database; help: check it")),
+            "library l: file is not a database; help: check it"
+        );
+        let two = cause().context("cannot open l; help: check it").context("cannot run; help: wait");
+        assert_eq!(chain(&two), "cannot run: cannot open l: file is not a database; help: wait; help: check it");
+        assert_eq!(chain(&cause().context("error 26: file is not a database")), "error 26: file is not a database");
+    }
+}

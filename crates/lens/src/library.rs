@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use crate::{Key, LensError, Pattern, PatternInfo};
 
@@ -36,7 +36,8 @@ impl Library {
         let open = || -> rusqlite::Result<Connection> {
             let db = Connection::open(path)?;
             db.busy_timeout(Duration::from_secs(20))?;
-            db.pragma_update(None, "journal_mode", "WAL")?;
+            // Not WAL: that needs files beside it even to read, and a file system on which processes share memory.
+            db.pragma_update(None, "journal_mode", "DELETE")?;
             db.execute_batch(SCHEMA)?;
             Ok(db)
         };
@@ -64,7 +65,7 @@ impl Library {
             rows.push((&p.info, info, p.key.to_bytes(), p.to_bytes()?));
         }
         let write = |db: &mut Connection| -> rusqlite::Result<()> {
-            let transaction = db.transaction()?;
+            let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
             for (info, text, key, pattern) in &rows {
                 transaction.execute(
                     "INSERT OR REPLACE INTO patterns (fingerprint, name, info, key, pattern) VALUES (?1, ?2, ?3, ?4, ?5)",

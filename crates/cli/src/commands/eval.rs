@@ -190,7 +190,7 @@ fn print_table(document: &Value) -> Result<()> {
     for row in document["tasks"].as_array().map(Vec::as_slice).unwrap_or_default() {
         let used = row["pattern_used"].as_object().map(|used| {
             let mut used: Vec<(&String, u64)> = used.iter().map(|(k, v)| (k, v.as_u64().unwrap_or(0))).collect();
-            used.sort_by(|a, b| b.1.cmp(&a.1));
+            used.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
             used.iter().map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
         });
         say!(

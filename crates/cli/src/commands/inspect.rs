@@ -60,13 +60,19 @@ impl Inspect {
     }
 }
 
-/// Memory sizes worth a line: what shares of the experts of a small model need with `other` bytes, else the usual sizes.
+/// Memory sizes worth a line: what parts of the experts of a small model need with `other` bytes, else the usual sizes.
 fn memory_sizes(checkpoint: &Checkpoint, other: u64) -> Vec<u64> {
     if checkpoint.total_bytes() < 4 << 30 {
+        let spec = checkpoint.spec();
+        let moe = spec.moe_layers().first().and_then(|&l| spec.moe(l));
+        let (least, all) = moe.map_or((1, 1), |m| (m.top_k, m.n_experts));
         let experts = checkpoint.total_bytes() - checkpoint.non_expert_bytes();
-        let share =
-            |eighths: u64| (skeleton_bytes(checkpoint) + other + experts * eighths / 8).next_multiple_of(1 << 20);
-        return [1, 2, 3, 4, 6, 8].map(share).to_vec();
+        let bytes = |keep: usize| skeleton_bytes(checkpoint) + other + experts * keep as u64 / all as u64;
+        let keep = [least, all / 4, all / 2, all * 3 / 4, all].into_iter().filter(|&k| k >= least);
+        let mut sizes: Vec<u64> = keep.map(|k| bytes(k).next_multiple_of(1 << 20)).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        return sizes;
     }
     [8u64, 16, 24, 32, 64, 128, 256, 512].map(|gib| gib << 30).to_vec()
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::write_pruned_hf;
 use quorate_lens::{ExpertMap, Pattern, Plan, interchange};
@@ -102,7 +102,8 @@ impl Prune {
                 write_pruned_hf(model.checkpoint(), &kept, &self.output, self.shard_size, &mut |done, _| {
                     progress.set(done);
                     !interrupted()
-                })?;
+                })
+                .with_context(|| format!("cannot write {}", self.output.display()))?;
                 progress.finish();
             }
         }

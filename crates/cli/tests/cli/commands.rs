@@ -1,1 +1,463 @@
-//! x
+//! Every other command: what it prints, in JSON and in words, and that what it writes is right.
+
+use std::fs;
+use std::io::Read;
+
+use serde_json::{Value, json};
+
+use crate::quorate;
+use crate::support::{
+    self, command, copy_of, f32s, fixture, has_fields, items, names_in, numbers, read_safetensors, repository, tempdir,
+    text,
+};
+
+const COMMANDS: [&str; 11] =
+    ["run", "chat", "profile", "eval", "compare", "library", "inspect", "prune", "record", "bench", "methods"];
+
+#[test]
+fn help_has_examples_and_fits_the_screen() {
+    let all = quorate!["--help"].ok();
+    for part in ["Usage:", "Examples:", "Exit codes: 0 done, 1 a check failed, 2 usage, 3", "QUORATE_HOME"] {
+        assert!(all.contains(part), "{all}");
+    }
+    for name in COMMANDS {
+        assert!(all.contains(&format!("\n  {name} ")), "{name} is not listed: {all}");
+        for flag in ["-h", "--help"] {
+            let help = quorate![name, flag].ok();
+            for part in [
+                "Usage:",
+                "Examples:",
+                &format!("\n  quorate {name}"),
+                "Options of every command:",
+                "--json",
+                "--threads",
+            ] {
+                assert!(help.contains(part), "no {part:?}: {help}");
+            }
+            help.lines().for_each(|l| assert!(l.chars().count() <= 100, "{name}: {l}"));
+        }
+    }
+    for action in ["list", "show", "remove", "merge", "export", "import"] {
+        assert!(quorate!["library", action, "--help"].ok().contains("Usage:"));
+    }
+    assert!(quorate!["--version"].ok().starts_with("quorate "));
+}
+
+#[test]
+fn the_examples_of_the_help_are_accepted() {
+    // Those that need no other file and write none; the others are run by other tests.
+    for example in ["inspect", "library list", "library show arithmetic", "methods", "methods premoe", "methods --json"]
+    {
+        let args: Vec<&std::ffi::OsStr> = example.split(' ').map(std::ffi::OsStr::new).collect();
+        support::finish(command(&args), b"").ok();
+    }
+    for name in COMMANDS {
+        let help = quorate![name, "--help"].ok();
+        let (flags, examples) = help.split_once("Examples:").unwrap();
+        for flag in examples.split_whitespace().filter(|w| w.starts_with("--") && name != "library") {
+            assert!(flags.split_whitespace().any(|known| known == flag), "{name}: {flag}");
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_exits_2_and_suggests() {
+    quorate!["rum", "x"].fails(2, &["unrecognized subcommand 'rum'", "run"]);
+    quorate!["run"].fails(2, &["<PROMPT>", "Usage:"]);
+    quorate!["run", "x", "--kep", "8"].fails(2, &["--kep", "--keep"]);
+    quorate!["run", "x", "--mode", "maks"].fails(2, &["maks", "mask"]);
+    quorate!["run", "x", "--keep", "8", "--memory", "1GiB"].fails(2, &["--keep", "--memory"]);
+    quorate!["run", "x", "--plan", "p.toml", "--task", "bios"].fails(2, &["--plan", "--task"]);
+    quorate!["run", "x", "--plan", "p.toml", "--metric", "reap"].fails(2, &["--plan", "--metric"]);
+    quorate!["run", "x", "--keep", "many"].fails(2, &["many", "--keep"]);
+    quorate!["record", "--tokens", "1", "--prompt", "x", "--sites", "z", "-o", "x"].fails(2, &["--tokens", "--prompt"]);
+    quorate!["profile", "--compact"].fails(2, &["--output"]);
+    quorate!["bench", "--repeat", "0"].fails(2, &["--repeat", "above 0"]);
+}
+
+#[test]
+fn a_closed_pipe_ends_the_program_quietly() {
+    for args in [
+        &["methods"][..],
+        &["library", "list"],
+        &["methods", "--json"],
+        &["run", "Tell", "--task", "none"],
+        &["inspect"],
+    ] {
+        let args: Vec<&std::ffi::OsStr> = args.iter().map(std::ffi::OsStr::new).collect();
+        let mut closed = command(&args);
+        let (reader, writer) = std::io::pipe().expect("pipes can be made");
+        closed.stdout(writer);
+        drop(reader);
+        let output = support::finish(closed, b"");
+        assert_eq!(output.code, Some(0), "{args:?}: {}", output.err);
+        assert!(!output.err.contains("quorate:"), "{args:?}: {}", output.err);
+    }
+    // As `quorate methods | head -1`: the reader takes some and goes.
+    let mut methods = command(&["methods".as_ref()]).spawn().unwrap();
+    let mut first = [0; 10];
+    methods.stdout.take().expect("it is piped").read_exact(&mut first).unwrap();
+    assert_eq!((first, support::ended(methods).code), (*b"premoe: Pr", Some(0)));
+    // Nobody reads what it says about its work.
+    let mut deaf = command(&["run".as_ref(), "78+95=".as_ref()]);
+    let (reader, writer) = std::io::pipe().expect("pipes can be made");
+    deaf.stderr(writer);
+    drop(reader);
+    assert_eq!(support::finish(deaf, b"").out, "173\n");
+}
+
+#[test]
+fn eval_scores_the_embedded_tasks() {
+    let json = quorate!["eval", "--limit", "10", "--json"].json();
+    has_fields(&json, &["model", "fingerprint", "plan", "tasks", "mean_exact_match", "resident_bytes", "seconds"]);
+    has_fields(&json["plan"], &["keep", "task", "metric", "mode"]);
+    let tasks = json["tasks"].as_array().unwrap();
+    assert_eq!(tasks.len(), 19);
+    for task in tasks {
+        has_fields(task, &["task", "n", "exact_match", "pattern_used"]);
+        assert_eq!((&task["n"], &task["pattern_used"]), (&json!(10), &json!({})));
+        let plain_text = task["task"] == "prose" || task["task"] == "spanish";
+        assert_eq!((task["exact_match"].is_null(), task["perplexity"].is_f64()), (plain_text, plain_text), "{task}");
+    }
+    let exact: Vec<f64> = tasks.iter().filter_map(|t| t["exact_match"].as_f64()).collect();
+    let mean = json["mean_exact_match"].as_f64().unwrap();
+    assert!((mean - exact.iter().sum::<f64>() / 17.0).abs() < 1e-9 && mean > 85.0, "{json}");
+    assert_eq!(json["resident_bytes"], json["model_bytes"]);
+}
+
+#[test]
+fn eval_chooses_experts_for_each_task() {
+    let folder = tempdir();
+    let tasks = folder.path().join("two.jsonl");
+    fs::write(&tasks, items("arithmetic.test", 12) + &items("worldfacts.test", 12)).unwrap();
+    let eval =
+        |task: &str, keep: &str| quorate!["eval", "--tasks", &tasks, "--task", task, "--keep", keep, "--json"].json();
+    let used = |json: &Value, i: usize| json["tasks"][i]["pattern_used"].clone();
+    let mean = |json: &Value| json["mean_exact_match"].as_f64().unwrap();
+
+    let own = eval("own", "16");
+    assert_eq!((used(&own, 0), used(&own, 1)), (json!({ "arithmetic": 12 }), json!({ "worldfacts": 12 })));
+    assert_eq!((&own["plan"]["keep"], &own["plan"]["task"]), (&json!(16.0), &json!("own")));
+    assert!(mean(&own) > 85.0 && own["resident_bytes"].as_u64() < own["model_bytes"].as_u64(), "{own}");
+    let auto = eval("auto", "16");
+    assert!(used(&auto, 0)["arithmetic"].as_u64().is_some_and(|n| n > 8), "{auto}");
+    let counted: u64 = used(&auto, 0).as_object().unwrap().values().filter_map(Value::as_u64).sum();
+    assert_eq!(counted, 12);
+    let random = eval("random", "8");
+    assert_eq!(random["plan"]["metric"], "random");
+    assert!(mean(&random) < mean(&eval("own", "8")), "{random}");
+    assert_eq!(used(&eval("bios", "8"), 1), json!({ "bios": 12 }));
+
+    let text = quorate!["eval", "--tasks", &tasks, "--task", "own", "--keep", "16"].ok();
+    assert!(text.contains("arithmetic 12") && text.contains("mean exact match "), "{text}");
+    quorate!["eval", "--keep", "8"].fails(3, &["--keep", "--task NAME"]);
+}
+
+#[test]
+fn eval_fails_below_what_is_expected() {
+    let folder = tempdir();
+    let tasks = folder.path().join("bios.jsonl");
+    fs::write(&tasks, items("bios.test", 10)).unwrap();
+    assert_eq!(quorate!["eval", "--tasks", &tasks, "--expect", "90"].code, Some(0));
+    let failed = quorate!["eval", "--tasks", &tasks, "--expect", "100.5", "--json"];
+    assert_eq!(failed.code, Some(1), "{}", failed.err);
+    assert!(failed.err.contains("is below the expected 100.5"), "{}", failed.err);
+    assert!(serde_json::from_str::<Value>(&failed.out).is_ok(), "the figures are there all the same");
+    let prose = folder.path().join("prose.jsonl");
+    fs::write(&prose, items("prose.test", 2)).unwrap();
+    assert_eq!(quorate!["eval", "--tasks", &prose, "--expect", "1"].code, Some(1), "there is nothing to match");
+}
+
+#[test]
+fn eval_with_a_plan() {
+    let folder = tempdir();
+    let (plan, tasks) = (folder.path().join("p.toml"), folder.path().join("bios.jsonl"));
+    fs::write(&tasks, items("bios.test", 10)).unwrap();
+    quorate!["prune", "--task", "bios", "--keep", "16", "-o", &plan].ok();
+    let planned = quorate!["eval", "--tasks", &tasks, "--plan", &plan, "--json"].json();
+    let flagged = quorate!["eval", "--tasks", &tasks, "--task", "bios", "--keep", "16", "--json"].json();
+    assert_eq!(planned["mean_exact_match"], flagged["mean_exact_match"]);
+    assert_eq!((&planned["plan"]["task"], &planned["resident_bytes"]), (&json!("bios"), &flagged["resident_bytes"]));
+}
+
+#[test]
+fn a_pruned_folder_computes_what_the_masked_plan_does() {
+    let folder = tempdir();
+    let (hf, plan) = (folder.path().join("small"), folder.path().join("plan.toml"));
+    let chosen = ["--task", "arithmetic", "--keep", "10"];
+    let json = quorate![
+        "prune",
+        chosen[0],
+        chosen[1],
+        chosen[2],
+        chosen[3],
+        "-o",
+        &hf,
+        "--as",
+        "hf",
+        "--shard-size",
+        "6MiB",
+        "--json"
+    ]
+    .json();
+    has_fields(&json, &["output", "as", "task", "metric", "mode", "kept_per_layer"]);
+    assert_eq!((&json["mode"], numbers(&json["kept_per_layer"])), (&json!("mask"), vec![10; 6]));
+    quorate!["prune", chosen[0], chosen[1], chosen[2], chosen[3], "-o", &plan, "--scope", "local", "--mode", "mask"]
+        .ok();
+
+    let inspect = quorate!["inspect", "-m", &hf, "--json"].json();
+    assert_eq!((&inspect["experts"], &inspect["top_k"]), (&json!(10), &json!(4)));
+    assert!(inspect["files"].as_u64() > Some(1), "--shard-size splits: {inspect}");
+    for prompt in ["78+95=", "Compute 609-5.", "What is the capital of Oman?"] {
+        let pruned = quorate!["run", prompt, "-m", &hf, "--json"].json();
+        let masked = quorate!["run", prompt, "--plan", &plan, "--json"].json();
+        assert_eq!(pruned["tokens"], masked["tokens"], "{prompt}");
+    }
+    quorate!["prune", "--task", "bios", "-o", &hf, "--as", "hf"].fails(3, &["small exists and is not empty", "help:"]);
+    for flags in [["--mode", "drop"], ["--mode", "mask-full-gates"], ["--scope", "global"]] {
+        let refused =
+            quorate!["prune", "--task", "bios", "-o", &folder.path().join("x"), "--as", "hf", flags[0], flags[1]];
+        refused.fails(3, &["a pruned folder", "help:", "--as plan"]);
+    }
+    assert_eq!(names_in(folder.path()), ["plan.toml", "small"]);
+}
+
+#[test]
+fn lists_for_other_engines_say_the_same() {
+    let folder = tempdir();
+    let at = |name: &str| folder.path().join(name);
+    let written = |form: &str, mode: &str| {
+        let path = at(form);
+        let out = quorate!["prune", "--task", "bios", "--keep", "12", "--as", form, "--mode", mode, "-o", &path].ok();
+        (out, fs::read_to_string(path).unwrap())
+    };
+    let (text, profile) = written("vllm", "drop");
+    assert!(text.contains("72 of 192 experts"), "{text}");
+    let profile: Value = serde_json::from_str(&profile).unwrap();
+    assert_eq!((&profile["version"], &profile["routing_mode"]), (&json!(2), &json!("post_topk_drop")));
+    assert_eq!(profile["pruned_experts"].as_array().map(Vec::len), Some(120));
+    assert_eq!(serde_json::from_str::<Value>(&written("vllm", "mask").1).unwrap()["version"], 1);
+    quorate!["prune", "--task", "bios", "--as", "vllm", "--mode", "drop-renormalise", "-o", &at("no")]
+        .fails(3, &["drop-renormalise", "help:"]);
+
+    let (text, ranking) = written("ascend", "mask");
+    assert!(text.contains("all 192 experts, best first"), "{text}");
+    let shown = quorate!["library", "show", "bios", "--json"].json();
+    for (layer, line) in ranking.lines().enumerate() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line[layer.to_string()], shown["ranking"][layer]["experts"]);
+    }
+    assert_eq!(ranking.lines().count(), 6);
+
+    let plan = written("plan", "drop").1;
+    for part in ["version = 1", "task = \"bios\"", "routing_mode = \"drop\"", "[[keep]]"] {
+        assert!(plan.contains(part), "{plan}");
+    }
+    let pooled = quorate!["prune", "--task", "bios,code", "-o", &at("pooled"), "--json"].json();
+    assert_eq!((&pooled["task"], &pooled["as"]), (&json!("bios+code"), &json!("plan")));
+    assert_eq!(names_in(folder.path()), ["ascend", "plan", "pooled", "vllm"]);
+}
+
+#[test]
+fn inspect_tells_what_fits() {
+    let json = quorate!["inspect", "--json"].json();
+    for (field, value) in
+        [("layers", 6), ("experts", 32), ("top_k", 4), ("hidden_size", 256), ("context", 512), ("files", 3)]
+    {
+        assert_eq!(json[field], value, "{field}");
+    }
+    let counted = json["expert_bytes"].as_u64().unwrap() * 192 + json["non_expert_bytes"].as_u64().unwrap();
+    assert_eq!(json["model_bytes"], counted);
+    // What is said to fit does fit, and fits to the expert.
+    for fit in json["fits"].as_array().unwrap() {
+        let (memory, keep) =
+            (fit["memory_bytes"].to_string(), fit["experts_per_layer"].as_u64().expect("all rows fit"));
+        let run =
+            quorate!["run", "78+95=", "--scope", "local", "--memory", &memory, "--max-tokens", "600", "--json"].json();
+        assert_eq!(numbers(&run["kept_per_layer"]), [keep; 6]);
+        assert!(run["resident_bytes"].as_u64() <= fit["memory_bytes"].as_u64());
+    }
+    let text = quorate!["inspect"].ok();
+    for part in [
+        "(olmoe), fingerprint ",
+        "22.6 million in all",
+        "32 per layer, 4 per token",
+        "what fits into --memory",
+        "all 32 experts",
+    ] {
+        assert!(text.contains(part), "no {part:?}: {text}");
+    }
+}
+
+#[test]
+fn inspect_reads_every_fixture() {
+    let mut seen = 0;
+    for name in names_in(&repository("tests/fixtures")) {
+        let folder = fixture(&name);
+        if !folder.join("config.json").is_file() || name == "tokenizers" {
+            continue;
+        }
+        let json = quorate!["inspect", "-m", &folder, "--json"].json();
+        let config: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+        assert_eq!((&json["family"], &json["layers"]), (&config["model_type"], &config["num_hidden_layers"]), "{name}");
+        assert_eq!(json["fingerprint"].as_str().map(str::len), Some(16));
+        let whole: u64 = (names_in(&folder).iter().filter(|n| n.starts_with("model") && n.ends_with(".safetensors")))
+            .map(|n| read_safetensors(&folder.join(n)).1.len() as u64)
+            .sum();
+        assert_eq!((&json["model_bytes"], &json["unused_tensors"]), (&json!(whole), &json!(0)), "{name}");
+        let text = quorate!["inspect", "-m", &folder].ok();
+        assert!(text.contains(json["fingerprint"].as_str().unwrap()) && text.contains(" in all, "), "{text}");
+        assert_eq!(json["experts"].is_null(), text.contains("experts      none (dense model)"), "{text}");
+        seen += 1;
+    }
+    assert!(seen >= 13, "{seen} fixtures");
+    // A single file beside its config.json is a model as well.
+    let file = fixture("olmoe").join("model.safetensors");
+    assert_eq!(quorate!["inspect", "-m", &file, "--json"].json()["experts"], 6);
+}
+
+#[test]
+fn record_writes_the_shapes_of_the_contract() {
+    let folder = tempdir();
+    let path = folder.path().join("r.safetensors");
+    let prompt = "<|user|>78+95=<|assistant|>";
+    let sites = "logits,resid_post,router_logits,routing,attn_pattern,z";
+    let json = quorate!["record", "--prompt", prompt, "--sites", sites, "-o", &path, "--json"].json();
+    has_fields(&json, &["file", "tokens", "tensors"]);
+    let (t, tokens) = (8, json["tokens"].as_array().unwrap());
+    assert_eq!(tokens.len(), t);
+    let (header, _) = read_safetensors(&path);
+    let expected: [(&str, Value, &str); 7] = [
+        ("logits", json!([t, 4096]), "F32"),
+        ("resid_post.5", json!([t, 256]), "F32"),
+        ("router_logits.0", json!([t, 32]), "F32"),
+        ("topk_ids.3", json!([t, 4]), "I64"),
+        ("topk_weights.3", json!([t, 4]), "F32"),
+        ("attn_pattern.1", json!([t, 8, t]), "F32"),
+        ("z.1", json!([t, 8, 32]), "F32"),
+    ];
+    for (name, shape, dtype) in expected {
+        assert_eq!((&header[name]["shape"], &header[name]["dtype"]), (&shape, &json!(dtype)), "{name}");
+        assert_eq!(json["tensors"][name], shape);
+    }
+    assert_eq!(header.len(), 1 + 1 + 6 * 6, "metadata, logits, and six layers of six");
+    let fingerprint = quorate!["inspect", "--json"].json()["fingerprint"].clone();
+    assert_eq!(header["__metadata__"]["model"], fingerprint);
+
+    // Rows of attention sum to 1 and look at nothing that follows; the answer's first token is the most likely one.
+    for (i, row) in f32s(&path, "attn_pattern.1").chunks_exact(t).enumerate() {
+        let (seen, later) = row.split_at(i / 8 + 1);
+        assert!((seen.iter().sum::<f32>() - 1.0).abs() < 1e-4 && later.iter().all(|&v| v == 0.0), "row {i}");
+    }
+    let logits = f32s(&path, "logits");
+    let last = &logits[(t - 1) * 4096..];
+    let best = (0..4096).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+    assert_eq!(quorate!["run", prompt, "--raw", "--task", "none", "--json"].json()["tokens"][0], best);
+
+    let tokens = tokens.iter().map(Value::to_string).collect::<Vec<_>>().join(",");
+    let again = folder.path().join("again.safetensors");
+    let text = quorate!["record", "--tokens", &tokens, "--sites", sites, "-o", &again].ok();
+    assert!(text.contains("37 tensors of 8 tokens") && text.contains("logits [8, 4096]"), "{text}");
+    assert!(read_safetensors(&path) == read_safetensors(&again), "the same tokens, the same values to the bit");
+    assert_eq!(names_in(folder.path()), ["again.safetensors", "r.safetensors"]);
+}
+
+#[test]
+fn record_takes_every_site_and_plans() {
+    let folder = tempdir();
+    let (path, plan) = (folder.path().join("r.safetensors"), folder.path().join("p.toml"));
+    for model in ["olmoe", "qwen2_moe_mixed", "mixtral", "qwen3"] {
+        let out =
+            quorate!["record", "-m", &fixture(model), "--tokens", "1,2,3", "--sites", "all", "-o", &path, "--json"];
+        assert!(out.json()["tensors"].as_object().is_some_and(|t| t.len() > 20), "{model}");
+    }
+    quorate!["record", "--tokens", "1,2,3", "--sites", "all", "--layers", "0,2-3", "-o", &path].ok();
+    let layers = read_safetensors(&path).0;
+    assert!(layers.contains_key("z.2") && !layers.contains_key("z.1"));
+    fs::write(&plan, "version = 1\n[[intervene]]\nsite = 'resid_post'\nop = 'zero'\nlayers = '2'\n").unwrap();
+    quorate!["record", "--tokens", "1,2,3", "--sites", "resid_post", "--plan", &plan, "-o", &path].ok();
+    assert!(f32s(&path, "resid_post.2").iter().all(|&v| v == 0.0), "what is recorded is what the plan left");
+    assert!(f32s(&path, "resid_post.1").iter().any(|&v| v != 0.0));
+}
+
+#[test]
+fn bench_measures() {
+    let json = quorate![
+        "bench",
+        "--prefill",
+        "16",
+        "--decode",
+        "4",
+        "--repeat",
+        "2",
+        "--task",
+        "bios",
+        "--keep",
+        "8",
+        "--lens",
+        "none,record,intervene,profile",
+        "--json"
+    ]
+    .json();
+    has_fields(&json, &["model", "threads", "memory_limit", "load_s", "peak_rss_bytes", "resident_weight_bytes"]);
+    has_fields(&json, &["expert_hit_rate", "bytes_read", "time_to_first_token_s"]);
+    for rate in ["prefill_tokens_per_s", "decode_tokens_per_s"] {
+        assert!(json[rate].as_f64().is_some_and(|r| r > 1.0), "{json}");
+    }
+    assert_eq!((json["runs"].as_array().map(Vec::len), json["lenses"].as_array().map(Vec::len)), (Some(8), Some(4)));
+    assert_eq!((&json["threads"], &json["task"]), (&json!(1), &json!("bios")));
+    let run = quorate!["run", "x", "--task", "bios", "--keep", "8", "--json"].json();
+    assert_eq!(json["resident_weight_bytes"], run["resident_bytes"]);
+    let text =
+        quorate!["bench", "--prefill", "8", "--decode", "2", "--repeat", "1", "--cold", "--memory", "60MiB"].ok();
+    assert!(text.contains("prefill/s") && text.contains("loaded in "), "{text}");
+    quorate!["bench", "--prefill", "500", "--decode", "13"].fails(3, &["513 tokens", "the context is 512", "help:"]);
+    quorate!["bench", "--keep", "8"].fails(3, &["--keep", "--task NAME"]);
+}
+
+#[test]
+fn methods_are_listed_and_explained() {
+    let all = quorate!["methods"].ok();
+    for part in ["premoe: ", "easy-ep: ", "\n  reap ", "arXiv 2505.17639"] {
+        assert!(all.contains(part), "{all}");
+    }
+    let json = quorate!["methods", "--json"].json();
+    for method in json.as_array().unwrap() {
+        has_fields(&method["card"], &["id", "title", "paper", "year", "needs", "cost", "metrics", "run", "about"]);
+        assert!(method["metrics"].as_array().is_some_and(|m| !m.is_empty()), "{method}");
+    }
+    let one = quorate!["methods", "premoe"].ok();
+    assert!(one.contains("needs: ") && one.contains("run:   quorate "), "{one}");
+    assert!(quorate!["methods", "reap"].ok().contains("  reap "), "found by its metric");
+    quorate!["methods", "premo"].fails(3, &["no method `premo`", "did you mean `premoe`?"]);
+    quorate!["methods", "zzzzzzz"].fails(3, &["no method `zzzzzzz`", "help: there is premoe, "]);
+}
+
+#[test]
+fn compare_tabulates_and_goes_on_where_it_stopped() {
+    let folder = tempdir();
+    let (out, tasks) = (folder.path().join("cmp.v1"), folder.path().join("t.jsonl"));
+    fs::write(&tasks, items("arithmetic.test", 3) + &items("bios.test", 3)).unwrap();
+    let args = ["compare", "--keep", "8", "--metrics", "peu,reap", "--limit", "2", "--json", "-o"];
+    let run = || {
+        let mut command = command(&args.map(std::ffi::OsStr::new));
+        command.arg(&out).arg("--tasks").arg(&tasks);
+        support::finish(command, b"").json()["cells"].clone()
+    };
+    let cells = run();
+    assert_eq!(cells.as_array().map(Vec::len), Some(2 * (1 + 5 + 1)), "all, five sources, one more metric");
+    has_fields(&cells[0], &["source", "metric", "mode", "scope", "keep", "task", "exact_match"]);
+    assert_eq!(names_in(folder.path()), ["cmp.v1.json", "cmp.v1.md", "t.jsonl"]);
+    assert!(fs::read_to_string(folder.path().join("cmp.v1.md")).unwrap().contains("| kept of 32 | own | retrieved |"));
+    assert_eq!(run(), cells);
+    quorate!["compare", "--tasks", &tasks, "--limit", "3", "-o", &out].fails(3, &["cmp.v1.json", "help: remove it"]);
+    quorate!["compare", "--tasks", &tasks, "--keep", "8,40", "-o", &out].fails(3, &["40 experts", "help: --keep 4"]);
+    quorate!["compare", "--tasks", &tasks, "--metrics", "peu,raep", "-o", &out].fails(3, &["`raep`", "`reap`"]);
+}
+
+#[test]
+fn a_copied_model_is_the_same_model() {
+    let copy = copy_of("olmoe");
+    let fingerprint = |path: &str| quorate!["inspect", "-m", path, "--json"].json()["fingerprint"].clone();
+    assert_eq!(fingerprint(&text(copy.path())), fingerprint(&text(&fixture("olmoe"))));
+}

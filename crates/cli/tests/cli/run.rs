@@ -82,7 +82,11 @@ fn unfamiliar_prompts_fall_back_to_the_generalist() {
     assert_eq!((&json["task"], &json["familiar"]), (&json!("generalist"), &json!(false)), "{json}");
     assert!(json["nearest"].as_str().is_some_and(|n| n != "generalist"), "{json}");
     let run = quorate!["run", &prompt, "--max-tokens", "4"];
-    assert!(run.err.contains("unfamiliar prompt (nearest task ") && run.err.contains("using generalist"), "{}", run.err);
+    assert!(
+        run.err.contains("unfamiliar prompt (nearest task ") && run.err.contains("using generalist"),
+        "{}",
+        run.err
+    );
 }
 
 #[test]
@@ -98,7 +102,11 @@ fn the_task_can_be_named_or_none() {
 #[test]
 fn just_the_kept_experts_are_read_and_held() {
     let (file, memory) = skeleton_bytes();
-    for args in [["--keep", "8", "--scope", "global"], ["--keep", "8", "--scope", "local"], ["--keep", "32", "--scope", "local"]] {
+    for args in [
+        ["--keep", "8", "--scope", "global"],
+        ["--keep", "8", "--scope", "local"],
+        ["--keep", "32", "--scope", "local"],
+    ] {
         let json = quorate!["run", "78+95=", "--json", args[0], args[1], args[2], args[3]].json();
         let kept = numbers(&json["kept_per_layer"]);
         let each: u64 = args[1].parse().unwrap();
@@ -123,7 +131,8 @@ fn memory_is_kept_and_too_little_says_how_much_is_needed() {
     }
     assert_eq!(before, 192, "200 MiB hold all");
 
-    let message = quorate!["run", "78+95=", "--memory", "10MiB"].fails(3, &["cannot hold this model in 10.0 MiB", "help:"]);
+    let message =
+        quorate!["run", "78+95=", "--memory", "10MiB"].fails(3, &["cannot hold this model in 10.0 MiB", "help:"]);
     let needed = message.split("--memory ").nth(1).expect("a size is suggested").trim();
     quorate!["run", "78+95=", "--memory", needed].ok();
     quorate!["run", "78+95=", "--memory", "20MiB", "--task", "none"].fails(3, &["20.0 MiB", "--memory"]);
@@ -132,7 +141,9 @@ fn memory_is_kept_and_too_little_says_how_much_is_needed() {
 
 #[test]
 fn a_seed_gives_the_same_tokens_and_threads_change_nothing() {
-    let sampled = |seed: &str| quorate!["run", "Tell", "--temperature", "2", "--max-tokens", "12", "--seed", seed, "--json"].json();
+    let sampled = |seed: &str| {
+        quorate!["run", "Tell", "--temperature", "2", "--max-tokens", "12", "--seed", seed, "--json"].json()
+    };
     let tokens = ["1", "2", "3", "1"].map(|seed| sampled(seed)["tokens"].clone());
     assert_eq!(tokens[0], tokens[3]);
     assert!(tokens[0] != tokens[1] || tokens[1] != tokens[2], "{tokens:?}");
@@ -204,7 +215,8 @@ fn plans_keep_experts_as_the_flags_do() {
     for mode in ["mask", "mask-full-gates", "drop", "drop-renormalise"] {
         quorate!["prune", "--task", "arithmetic", "--keep", "6", "--mode", mode, "-o", &path].ok();
         let plan = quorate!["run", "Compute 609-5.", "--plan", &path, "--json"].json();
-        let flags = quorate!["run", "Compute 609-5.", "--task", "arithmetic", "--keep", "6", "--mode", mode, "--json"].json();
+        let flags =
+            quorate!["run", "Compute 609-5.", "--task", "arithmetic", "--keep", "6", "--mode", mode, "--json"].json();
         for field in ["text", "tokens", "task", "kept_per_layer", "resident_bytes", "bytes_read"] {
             assert_eq!(plan[field], flags[field], "{mode}");
         }
@@ -225,7 +237,8 @@ fn plans_intervene() {
     quorate!["record", "--prompt", asked, "--sites", "resid_post", "-o", &recording].ok();
     quorate!["record", "--tokens", "9", "--sites", "resid_post", "-o", folder.path().join("one.safetensors")].ok();
 
-    let answer = |op: &str, prompt: &str| planned(folder.path(), &format!("[[intervene]]\n{op}"), prompt)["text"].clone();
+    let answer =
+        |op: &str, prompt: &str| planned(folder.path(), &format!("[[intervene]]\n{op}"), prompt)["text"].clone();
     let one = "value = {file = 'one.safetensors', tensor = 'resid_post.{layer}'}";
     for nothing in [
         "site = 'resid_mid'\nop = 'scale'\nby = 1.0".to_string(),
@@ -307,7 +320,11 @@ fn a_conversation_may_outgrow_the_context() {
 fn models_without_patterns_or_experts_run_whole() {
     let olmoe = crate::support::fixture("olmoe");
     let run = quorate!["run", "hello", "-m", &olmoe, "--max-tokens", "3"];
-    assert!(run.err.contains("no patterns of this model yet") && run.err.contains("quorate profile --tasks"), "{}", run.err);
+    assert!(
+        run.err.contains("no patterns of this model yet") && run.err.contains("quorate profile --tasks"),
+        "{}",
+        run.err
+    );
     let json = quorate!["run", "hello", "-m", &olmoe, "--max-tokens", "3", "--json"].json();
     assert_eq!((&json["task"], &json["resident_bytes"]), (&Value::Null, &json["model_bytes"]));
     let dense = quorate!["run", "hello", "-m", crate::support::fixture("qwen3"), "--max-tokens", "3", "--json"].json();

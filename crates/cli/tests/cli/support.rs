@@ -15,7 +15,7 @@ use tempfile::TempDir;
 #[macro_export]
 macro_rules! quorate {
     ($($arg:expr),* $(,)?) => {
-        $crate::support::finish($crate::support::command(&[$(std::ffi::OsStr::new($arg)),*]), b"")
+        $crate::support::finish($crate::support::command(&[$(std::ffi::OsStr::new(&$arg)),*]), b"")
     };
 }
 
@@ -23,7 +23,7 @@ macro_rules! quorate {
 #[macro_export]
 macro_rules! quorate_reads {
     ($input:expr; $($arg:expr),* $(,)?) => {
-        $crate::support::finish($crate::support::command(&[$(std::ffi::OsStr::new($arg)),*]), $input.as_ref())
+        $crate::support::finish($crate::support::command(&[$(std::ffi::OsStr::new(&$arg)),*]), $input.as_ref())
     };
 }
 
@@ -48,6 +48,13 @@ impl Output {
     pub fn json(self) -> Value {
         let out = self.ok();
         serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}"))
+    }
+
+    /// It failed after it had said how it loaded the model.
+    #[track_caller]
+    pub fn fails_with_notes(mut self, parts: &[&str]) {
+        self.err = self.err.lines().last().unwrap_or_default().to_string();
+        self.fails(3, parts);
     }
 
     /// It failed with this code, nothing on standard output, and a short message that has all `parts`. Returns the message.
