@@ -15,7 +15,7 @@ pub const CONFIDENCE_BINS: usize = 64;
 macro_rules! sums {
     ($($(#[$doc:meta])* $variant:ident = $name:literal;)*) => {
         /// What is summed per expert over the tokens of a phase. `s` router logit, `g` gate, `n` norm of the expert's
-        /// output before its gate; unless said otherwise over the tokens for which the expert is selected.
+        /// output before its gate; over the tokens for which the expert is selected.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Sum { $($(#[$doc])* $variant,)* }
         impl Sum {
@@ -42,14 +42,8 @@ sums! {
     GateNormSq = "gate_norm_sq";
     /// `g n max(0, 1 - cos(h, h + r))`: `h` residual before the MoE block, `r` sum of the routed experts (EASY-EP).
     Easy = "easy";
-    /// `s`.
-    Logit = "logit";
     /// `s` where the expert ranks first.
     TopLogit = "top_logit";
-    /// `s` over all tokens.
-    AllLogit = "all_logit";
-    /// Softmax of the logits over all experts, over all tokens.
-    AllProb = "all_prob";
 }
 
 /// What is summed per expert and confidence bin. `p` is the softmax over the selected experts' logits.
@@ -343,16 +337,6 @@ impl Profiler {
             let ids = &routing.ids[row * k..(row + 1) * k];
             let (h, r) = (&self.resid[row * d..(row + 1) * d], &moe_out[row * d..(row + 1) * d]);
             let turn = turn(h, r);
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut all = 0.0;
-            for (j, &s) in logits.iter().enumerate() {
-                let p = (s - max).exp();
-                all += p;
-                stats.sums[Sum::AllLogit as usize][units.start + j] += f64::from(s);
-            }
-            for (j, &s) in logits.iter().enumerate() {
-                stats.sums[Sum::AllProb as usize][units.start + j] += f64::from((s - max).exp() / all);
-            }
             confidences(logits, ids, &mut confidence);
             stats.max_confidence[moe] += f64::from(confidence.iter().copied().fold(0.0, f32::max));
             for (j, &id) in ids.iter().enumerate().filter(|(_, id)| **id != NO_EXPERT) {
@@ -370,7 +354,6 @@ impl Profiler {
                     (Sum::GateNorm, g * norm),
                     (Sum::GateNormSq, g * g * norm * norm),
                     (Sum::Easy, g * norm * turn),
-                    (Sum::Logit, s),
                     (Sum::TopLogit, if j == 0 { s } else { 0.0 }),
                 ] {
                     stats.sums[sum as usize][unit] += value;

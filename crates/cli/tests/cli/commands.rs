@@ -147,6 +147,8 @@ fn eval_chooses_experts_for_each_task() {
     assert_eq!(random["plan"]["metric"], "random");
     assert!(mean(&random) < mean(&eval("own", "8")), "{random}");
     assert_eq!(used(&eval("bios", "8"), 1), json!({ "bios": 12 }));
+    let limited = quorate!["eval", "--tasks", &tasks, "--task", "own", "--memory", "50MiB", "--json"].json();
+    assert!(limited["resident_bytes"].as_u64().is_some_and(|b| b <= 50 << 20), "{limited}");
 
     let text = quorate!["eval", "--tasks", &tasks, "--task", "own", "--keep", "16"].ok();
     assert!(text.contains("arithmetic 12") && text.contains("mean exact match "), "{text}");
@@ -408,6 +410,12 @@ fn bench_measures() {
     assert_eq!((&json["threads"], &json["task"]), (&json!(1), &json!("bios")));
     let run = quorate!["run", "x", "--task", "bios", "--keep", "8", "--json"].json();
     assert_eq!(json["resident_weight_bytes"], run["resident_bytes"]);
+    for limit in [44u64 << 20, 60 << 20] {
+        let held =
+            quorate!["bench", "--memory", &limit.to_string(), "--task", "bios", "--repeat", "1", "--json"].json();
+        assert_eq!(held["memory_limit"], limit);
+        assert!(held["peak_rss_bytes"].as_u64().is_none_or(|peak| peak <= limit), "the whole process: {held}");
+    }
     let text =
         quorate!["bench", "--prefill", "8", "--decode", "2", "--repeat", "1", "--cold", "--memory", "60MiB"].ok();
     assert!(text.contains("prefill/s") && text.contains("loaded in "), "{text}");
