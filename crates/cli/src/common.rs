@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quorate_lens::{LensError, Library};
-use quorate_model::Model;
+use quorate_model::{KeptExperts, Model, RoutingMode};
 use serde::Serialize;
 
 use crate::embedded;
@@ -68,7 +68,24 @@ impl Common {
 
     /// Opens the model without its experts.
     pub fn open_model(&self, memory_limit: Option<u64>) -> Result<Model> {
-        Ok(Model::open(&self.model_path()?, self.thread_count()?, memory_limit)?)
+        let mut bar = self.progress("loading", 0, "bytes");
+        let model = Model::open_with(&self.model_path()?, self.thread_count()?, memory_limit, &mut loading(&mut bar))?;
+        bar.finish();
+        Ok(model)
+    }
+
+    /// Loads just these experts, given per MoE layer.
+    pub fn load_experts(&self, model: &mut Model, kept: &[KeptExperts], mode: RoutingMode) -> Result<()> {
+        let mut bar = self.progress("loading experts", 0, "bytes");
+        model.load_experts_with(kept, mode, &mut loading(&mut bar))?;
+        bar.finish();
+        Ok(())
+    }
+
+    /// Loads all experts.
+    pub fn load_all_experts(&self, model: &mut Model) -> Result<()> {
+        let all = vec![None; model.spec().moe_layers().len()];
+        self.load_experts(model, &all, RoutingMode::Mask)
     }
 
     /// Opens the pattern library; on first use it receives the embedded model's patterns.
@@ -118,6 +135,15 @@ impl Common {
     }
 }
 
+/// Shows bytes as they are loaded; Ctrl-C cancels.
+fn loading(bar: &mut Progress) -> impl FnMut(u64, u64) -> bool + '_ {
+    |done, total| {
+        bar.set_total(total);
+        bar.set(done);
+        !interrupted()
+    }
+}
+
 /// Progress on stderr: a bar with rate and time left on a terminal, else a plain line every five seconds.
 pub struct Progress {
     bar: ProgressBar,
@@ -140,6 +166,11 @@ impl Progress {
         bar.set_message(what.to_string());
         let now = Instant::now();
         Progress { bar, what: what.into(), unit, plain: !quiet && !terminal, start: now, start_at: None, last: now }
+    }
+
+    /// There are `total` units in all.
+    fn set_total(&mut self, total: u64) {
+        self.bar.set_length(total);
     }
 
     /// `done` units are done.
@@ -190,30 +221,25 @@ pub fn wait_for<T>(read: impl FnOnce() -> T) -> T {
     input
 }
 
-/// Writes a file under a temporary name, to the disk, and renames it: what was there before stays whole until then.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    check_output(path)?;
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    let written = write();
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary); // the first error is the one to report
+/// FNV-1a, to tell inputs apart.
+pub struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Fnv {
+        Fnv(0xcbf2_9ce4_8422_2325)
     }
-    written
-        .with_context(|| format!("cannot write {}; help: free space there, or write to another folder", path.display()))
 }
 
-/// Refuses to put a file in the place of a folder or device.
-pub fn check_output(path: &Path) -> Result<()> {
-    if path.exists() && !path.is_file() {
-        bail!("{} is no regular file; help: give the name of a file to write", path.display());
+impl Fnv {
+    /// Takes in a text.
+    pub fn mix(&mut self, text: &str) {
+        text.bytes().for_each(|b| self.0 = (self.0 ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     }
-    Ok(())
+
+    /// 16 hexadecimal digits.
+    pub fn hex(&self) -> String {
+        format!("{:016x}", self.0)
+    }
 }
 
 /// Bytes as text with a binary unit.

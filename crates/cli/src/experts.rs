@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use quorate_formats::spec::ModelSpec;
 use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope};
 use quorate_methods::DEFAULT_METRIC;
-use quorate_model::{KvCache, Model, RoutingMode};
+use quorate_model::{KvCache, Model, RoutingMode, buffer_bytes};
 
 use crate::common::{Common, parse_bytes};
 
@@ -124,74 +124,67 @@ fn parse_pair(text: &str) -> Result<(usize, usize), String> {
     Ok((layer.parse().map_err(|_| bad())?, expert.parse().map_err(|_| bad())?))
 }
 
+/// What takes memory besides the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside {
+    /// Tokens in KV caches.
+    pub cache_tokens: usize,
+    /// Rows of logits computed at once.
+    pub logit_rows: usize,
+}
+
+impl Beside {
+    /// One sequence of up to `tokens` tokens, as far as the model's context goes.
+    pub fn sequence(spec: &ModelSpec, tokens: usize) -> Beside {
+        Beside { cache_tokens: tokens.min(spec.max_position_embeddings), logit_rows: 1 }
+    }
+}
+
 impl ExpertArgs {
-    /// The choice for a model; with `--memory`, what fits beside `context` tokens of cache.
-    pub fn choice(&self, model: &Model, context: usize) -> Result<Choice> {
-        let scope = self.scope.unwrap_or_default();
+    /// The choice for a model; with `--memory`, what fits beside the rest.
+    pub fn choice(&self, model: &Model, beside: Beside) -> Result<Choice> {
+        let scope: Scope = self.scope.unwrap_or_default().into();
         let keep = match (self.keep, self.memory) {
-            (Some(k), _) => Some(per_layer(model.spec(), scope, k)?),
+            (Some(k), _) => Some(Keep::per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
-                let context = context.min(model.spec().max_position_embeddings);
-                let kv = KvCache::bytes_per_token(model.spec()) * context as u64;
-                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model.spec()))?;
-                Some(per_layer(model.spec(), scope, plan.experts_per_layer)?)
+                let kv = KvCache::bytes_per_token(model.spec()) * beside.cache_tokens as u64;
+                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model.spec(), beside.logit_rows))?;
+                Some(Keep::per_layer(model.spec(), scope, plan.experts_per_layer)?)
             }
             (None, None) => None,
         };
-        let (scope, mode) = (scope.into(), self.mode.unwrap_or_default().into());
+        let mode = self.mode.unwrap_or_default().into();
         Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protect.clone() })
     }
 
     /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan.
     pub fn load(
         &self,
+        common: &Common,
         model: &mut Model,
         library: &Library,
         task: Option<&str>,
-        context: usize,
+        beside: Beside,
     ) -> Result<Option<Plan>> {
         let Some(task) = task else {
-            model.load_all_experts()?;
+            common.load_all_experts(model)?;
             return Ok(None);
         };
         let fingerprint = model.checkpoint().fingerprint().to_string();
         let pattern = library.get(&fingerprint, task)?;
-        let plan = self.choice(model, context)?.plan(&pattern, model.spec(), &fingerprint)?;
-        model.load_experts(&plan.kept(model.spec(), &fingerprint)?, plan.routing_mode)?;
+        let plan = self.choice(model, beside)?.plan(&pattern, model.spec(), &fingerprint)?;
+        let kept = plan.kept(model.spec(), &fingerprint)?;
+        common.load_experts(model, &kept, plan.routing_mode)?;
         Ok(Some(plan))
     }
 }
 
-/// `--keep` for a model: `k` experts in every layer, or as many on average.
-pub fn per_layer(spec: &ModelSpec, scope: ScopeArg, k: usize) -> Result<Keep> {
-    let layers: Vec<_> = spec.moe_layers().into_iter().filter_map(|l| spec.moe(l)).collect();
-    let (least, most) =
-        (layers.iter().map(|m| m.top_k).max().unwrap_or(0), layers.iter().map(|m| m.n_experts).min().unwrap_or(0));
-    if !(least..=most).contains(&k) {
-        bail!(
-            "cannot keep {k} experts per layer: a token uses {least} and a layer has {most}; \
-             help: --keep {least} to --keep {most}"
-        );
-    }
-    Ok(if scope == ScopeArg::Local { Keep::PerLayer(k) } else { Keep::Total(k * layers.len()) })
-}
-
-/// Bytes that a process holds besides weights and cache: the program itself and the buffers of a forward pass.
-pub fn buffer_bytes(spec: &ModelSpec) -> u64 {
-    let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
-        .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
-        .max()
-        .unwrap_or(0);
-    let per_row = 12 * spec.hidden_size + widest;
-    (16 << 20) + 4 * (quorate_model::PREFILL_CHUNK * per_row + 2 * spec.vocab_size) as u64
-}
-
 /// Reads a plan file and makes the model ready: its experts loaded, its interventions prepared.
-pub fn load_plan(model: &mut Model, path: &Path) -> Result<(Plan, Interventions)> {
+pub fn load_plan(common: &Common, model: &mut Model, path: &Path) -> Result<(Plan, Interventions)> {
     let plan = Plan::read(path)?;
     let fingerprint = model.checkpoint().fingerprint().to_string();
     let kept = plan.kept(model.spec(), &fingerprint).with_context(|| path.display().to_string())?;
-    model.load_experts(&kept, plan.routing_mode).with_context(|| path.display().to_string())?;
+    common.load_experts(model, &kept, plan.routing_mode).with_context(|| path.display().to_string())?;
     let folder = path.parent().map(PathBuf::from).unwrap_or_default();
     let interventions = Interventions::prepare(&plan.intervene, model.spec(), &folder);
     let interventions = interventions.with_context(|| path.display().to_string())?;

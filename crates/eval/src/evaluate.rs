@@ -7,10 +7,30 @@ use crate::answer::exact_match;
 use crate::encode::{EncodedItem, batches, encode_text, is_language_modelling};
 use crate::tasks::TaskItem;
 
-/// Sequences that are answered at the same time.
-const PARALLEL: usize = 48;
 /// Tokens of one teacher-forced forward pass, about.
 const BATCH_TOKENS: usize = 512;
+
+/// How items are answered.
+#[derive(Clone, Copy, Debug)]
+pub struct EvalOptions {
+    /// Most tokens of an answer.
+    pub max_tokens: usize,
+    /// Sequences that are answered at the same time.
+    pub parallel: usize,
+}
+
+impl EvalOptions {
+    /// Tokens of plain text that one forward pass scores, about.
+    pub fn text_batch_tokens(&self) -> usize {
+        BATCH_TOKENS.min(64 * self.parallel)
+    }
+}
+
+impl Default for EvalOptions {
+    fn default() -> EvalOptions {
+        EvalOptions { max_tokens: 96, parallel: 48 }
+    }
+}
 
 /// How one item went.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,23 +105,24 @@ impl TaskScore {
 pub fn evaluate(
     model: &Model,
     items: &[&TaskItem],
-    max_tokens: usize,
+    options: &EvalOptions,
     lens: &mut dyn Lens,
     on_done: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Vec<Option<ItemScore>>, LensError> {
     let mut scores = vec![None; items.len()];
-    let (texts, questions): (Vec<usize>, Vec<usize>) =
-        (0..items.len()).partition(|&i| is_language_modelling(items[i]));
+    let (texts, questions): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|&i| is_language_modelling(items[i]));
     let mut done = 0;
-    if !score_texts(model, items, &texts, &mut scores, lens, &mut |n| {
+    let batch_tokens = options.text_batch_tokens();
+    if !score_texts(model, items, &texts, batch_tokens, &mut scores, lens, &mut |n| {
         done = n;
         on_done(n)
     })? {
         return Ok(scores);
     }
     let prompts = questions.iter().map(|&i| encode_text(model, &items[i].prompt)).collect::<Result<Vec<_>, _>>()?;
-    let options = GenerateOptions { max_tokens, keep_special: true, ..GenerateOptions::default() };
-    model.generate_many(&prompts, PARALLEL, &options, lens, &mut |index, answer| {
+    let max_tokens = options.max_tokens;
+    let generate = GenerateOptions { max_tokens, keep_special: true, ..GenerateOptions::default() };
+    model.generate_many(&prompts, options.parallel, &generate, lens, &mut |index, answer| {
         let item = questions[index];
         let ok = exact_match(&answer.text, &items[item].answer);
         scores[item] = Some(ItemScore::Exact { ok, text: answer.text });
@@ -115,12 +136,13 @@ fn score_texts(
     model: &Model,
     items: &[&TaskItem],
     texts: &[usize],
+    batch_tokens: usize,
     scores: &mut [Option<ItemScore>],
     lens: &mut dyn Lens,
     on_done: &mut dyn FnMut(usize) -> bool,
 ) -> Result<bool, ModelError> {
     let encoded = texts.iter().map(|&i| EncodedItem::new(model, items[i])).collect::<Result<Vec<_>, _>>()?;
-    for run in batches(&encoded, BATCH_TOKENS, PARALLEL) {
+    for run in batches(&encoded, batch_tokens, 64) {
         let forced = teacher_forced(model, &encoded[run.clone()], lens)?;
         for (&item, forced) in texts[run.clone()].iter().zip(forced) {
             scores[item] = Some(forced);
@@ -136,11 +158,7 @@ fn score_texts(
 ///
 /// # Errors
 /// As [`Model::forward`].
-pub fn teacher_forced(
-    model: &Model,
-    items: &[EncodedItem],
-    lens: &mut dyn Lens,
-) -> Result<Vec<ItemScore>, ModelError> {
+pub fn teacher_forced(model: &Model, items: &[EncodedItem], lens: &mut dyn Lens) -> Result<Vec<ItemScore>, ModelError> {
     let mut cache = KvCache::new(model.spec(), items.len());
     let segments: Vec<_> = items.iter().enumerate().map(|(slot, item)| item.segment(slot)).collect();
     let forward = model.forward(&segments, &mut cache, lens)?;

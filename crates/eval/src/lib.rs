@@ -4,6 +4,7 @@
 
 pub mod answer;
 pub mod compare;
+pub mod compare_tables;
 pub mod encode;
 pub mod evaluate;
 pub mod profile;

@@ -141,7 +141,7 @@ fn pattern(model: &Model, data: ProfileData) -> Pattern {
             values: pooled.sum(sum).to_vec(),
             counts: pooled.count.clone(),
         };
-        vec![table("gate", Sum::Gate), table("logit", Sum::Logit)]
+        vec![table("gate", Sum::Gate), table("norm", Sum::Norm)]
     })
 }
 

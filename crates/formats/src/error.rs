@@ -50,6 +50,12 @@ pub enum FormatError {
         /// The path.
         path: PathBuf,
     },
+    /// A file would take the place of a folder or device.
+    #[error("{} is no regular file; help: give the name of a file to write", path.display())]
+    NoFileToWrite {
+        /// The path.
+        path: PathBuf,
+    },
     /// A safetensors header cannot be what a writer wrote.
     #[error("{}: bad safetensors header: {problem}; help: download or convert the file again", path.display())]
     Header {

@@ -24,4 +24,4 @@ pub use families::{FAMILIES, Family};
 pub use hf_writer::write_pruned_hf;
 pub use role::Role;
 pub use safetensors::{SafetensorsFile, StoredDType, TensorLoc};
-pub use writer::{Sink, TensorOut, write_safetensors};
+pub use writer::{Sink, TensorOut, check_output, write_file, write_safetensors};

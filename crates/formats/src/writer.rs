@@ -109,6 +109,32 @@ impl Sink<'_> {
     }
 }
 
+/// Writes a file under a temporary name in the same folder, syncs and renames it: what was there before stays whole until
+/// then.
+///
+/// # Errors
+/// `path` is a folder or device, the disk is full, or the system cannot write.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    check_output(path)?;
+    let failed = |e| FormatError::write(path, bytes.len() as u64, e);
+    let temporary = Temporary::beside(path);
+    let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary.path).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    temporary.rename(path).map_err(failed)
+}
+
+/// Refuses to put a file in the place of a folder or device.
+///
+/// # Errors
+/// [`FormatError::NoFileToWrite`].
+pub fn check_output(path: &Path) -> Result<()> {
+    if path.exists() && !path.is_file() {
+        return Err(FormatError::NoFileToWrite { path: path.to_owned() });
+    }
+    Ok(())
+}
+
 /// Writes a safetensors file: under a temporary name in the same folder, synced, then renamed. An error leaves nothing
 /// behind, and a file of that name as it was. Wider element types go first, so that all are aligned; otherwise the
 /// order is kept.
@@ -120,6 +146,7 @@ pub fn write_safetensors<'a>(
     metadata: Option<HashMap<String, String>>,
     tensors: impl IntoIterator<Item = TensorOut<'a>>,
 ) -> Result<()> {
+    check_output(path)?;
     let mut tensors: Vec<TensorOut<'a>> = tensors.into_iter().collect();
     tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bits()));
     let (header, data_bytes) = header(path, metadata, &tensors)?;

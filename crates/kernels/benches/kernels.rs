@@ -140,13 +140,15 @@ impl Bench {
         let used = (0..experts.len()).filter(|e| ids.contains(&(*e as u32))).count();
         let (flops, bytes) = (2.0 * (n * k * i * d) as f64, (used * gate.data.len()) as f64);
         self.case(&format!("expert_hidden {of}"), 2.0 * flops, 2.0 * bytes, |pool| {
-            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden).expect("all experts are there");
+            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+                .expect("all experts are there");
         });
         self.case(&format!("expert_down {of}"), flops, bytes, |pool| {
             expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
         });
         self.case(&format!("experts {of}"), 3.0 * flops, 3.0 * bytes, |pool| {
-            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden).expect("all experts are there");
+            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+                .expect("all experts are there");
             expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
         });
         self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {

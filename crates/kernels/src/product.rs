@@ -206,7 +206,16 @@ pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias:
 /// # Panics
 /// If a slice or matrix has not the length of its shape.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-pub fn gated_hidden(pool: &Pool, pack: Pack, gate: MatRef<'_>, up: MatRef<'_>, x: &[f32], n: usize, act: Act, hidden: &mut [f32]) {
+pub fn gated_hidden(
+    pool: &Pool,
+    pack: Pack,
+    gate: MatRef<'_>,
+    up: MatRef<'_>,
+    x: &[f32],
+    n: usize,
+    act: Act,
+    hidden: &mut [f32],
+) {
     dense(pool, pack, gate, Some(up), x, n, Finish::Gated(act), hidden);
 }
 
@@ -223,5 +232,6 @@ fn dense(
 ) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols) = (w.rows, w.cols);
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack }.run(pool, |_| (w, other));
+    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack }
+        .run(pool, |_| (w, other));
 }

@@ -16,7 +16,10 @@ fn main() {
         let mut vector = || (0..d).map(|_| random()).collect::<Vec<f32>>();
         let keys = (0..patterns).map(|i| {
             let mean = PromptKey { hidden: vector(), router: Vec::new() };
-            (format!("task{i}"), Key { mean, prototypes: (0..8).map(|_| vector()).collect(), radius: 1.0, moe_layer: 0 })
+            (
+                format!("task{i}"),
+                Key { mean, prototypes: (0..8).map(|_| vector()).collect(), radius: 1.0, moe_layer: 0 },
+            )
         });
         let index = KeyIndex::new(keys.collect());
         let prompt = PromptKey { hidden: vector(), router: Vec::new() };

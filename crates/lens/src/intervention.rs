@@ -71,8 +71,11 @@ impl TryFrom<Written> for Intervention {
             "mix" => Op::Mix { value: value()?, share: w.share.ok_or_else(|| need("share"))? },
             other => {
                 let near = crate::nearest_name(other, OP_NAMES).map(|n| format!(", did you mean `{n}`?"));
-                return Err(format!("there is no operation `{other}`{}; help: the operations are {}",
-                    near.unwrap_or_default(), OP_NAMES.join(", ")));
+                return Err(format!(
+                    "there is no operation `{other}`{}; help: the operations are {}",
+                    near.unwrap_or_default(),
+                    OP_NAMES.join(", ")
+                ));
             }
         };
         let fits = [
@@ -301,7 +304,10 @@ fn check(i: &Intervention, spec: &ModelSpec) -> Result<(), LensError> {
         return Err(LensError::invalid(what, format!("not possible there; help: use it at {}", fitting.join(", "))));
     }
     if let Some(layer) = i.layers.max().filter(|&l| i.site.per_layer() && l >= spec.layers.len()) {
-        return Err(LensError::invalid(what, format!("layer {layer} does not exist, the model has {}", spec.layers.len())));
+        return Err(LensError::invalid(
+            what,
+            format!("layer {layer} does not exist, the model has {}", spec.layers.len()),
+        ));
     }
     let units = (0..spec.layers.len()).filter(|&l| i.layers.contains(l)).filter_map(|l| unit_count(i.site, spec, l));
     let Some(most) = units.max() else {

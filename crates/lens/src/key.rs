@@ -245,9 +245,8 @@ impl Lens for KeyProbe {
         let first = self.keys.len().saturating_sub(at.rows.spans.len());
         for (i, span) in at.rows.spans.iter().enumerate() {
             let rows = span.row0..span.row0 + span.len;
-            let prompt: Vec<&[f32]> = (rows.filter(|&r| at.rows.phase[r].is_prompt()))
-                .map(|r| &x[r * width..(r + 1) * width])
-                .collect();
+            let prompt: Vec<&[f32]> =
+                (rows.filter(|&r| at.rows.phase[r].is_prompt())).map(|r| &x[r * width..(r + 1) * width]).collect();
             if at.site == Site::FfnIn {
                 self.keys.push(PromptKey { hidden: sketch(mean_of(&prompt, width)), router: Vec::new() });
             } else {
@@ -288,7 +287,8 @@ fn sketch(values: Vec<f32>) -> Vec<f32> {
     }
     let mut out = vec![0f32; WIDTH];
     for (i, v) in values.iter().enumerate() {
-        let hash = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let hash =
+            (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let sign = if hash >> 63 == 0 { 1.0 } else { -1.0 };
         out[(hash >> 40) as usize % WIDTH] += sign * v;
     }

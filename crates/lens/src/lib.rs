@@ -24,10 +24,12 @@ pub use error::{LensError, nearest_name};
 pub use intervention::{Intervention, Interventions, Op, PhaseSelector, Value};
 pub use key::{Key, KeyIndex, KeyMetric, KeyProbe, Nearest, PromptKey, prompt_keys};
 pub use library::Library;
-pub use pattern::{PATTERN_VERSION, Pattern, PatternInfo};
+pub use pattern::{PATTERN_VERSION, Pattern, PatternInfo, safe_file_name};
 pub use plan::{KeepLayer, PLAN_VERSION, Plan};
 pub use recorder::{Recorded, Recorder};
 pub use score::{MetricInfo, ScoreTable};
 pub use select::{Keep, Scope, Selection};
 pub use select_text::Indices;
-pub use stats::{BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin};
+pub use stats::{
+    BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin,
+};

@@ -1,6 +1,7 @@
 //! A pattern: what is known of a task's experts and how its prompts look to the first router.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -195,6 +196,16 @@ impl Pattern {
         LensError::invalid(format!("pattern `{}`", self.info.name), problem.to_string())
     }
 
+    /// Writes the pattern's file into a folder, which is made if there is none; `part` (`""`, `.0-of-2`) follows the name.
+    ///
+    /// # Errors
+    /// A folder that cannot be made, a full disk.
+    pub fn write(&self, folder: &Path, part: &str) -> Result<(), LensError> {
+        std::fs::create_dir_all(folder).map_err(|source| LensError::Io { path: folder.into(), source })?;
+        let path = folder.join(safe_file_name(&format!("{}{part}.pattern", self.info.name)));
+        Ok(quorate_formats::write_file(&path, &self.to_bytes()?)?)
+    }
+
     /// Reads what [`Pattern::to_bytes`] wrote; `what` names the source in errors.
     ///
     /// # Errors
@@ -266,6 +277,15 @@ impl Pattern {
         }
         Ok(pattern)
     }
+}
+
+/// A task's name as the name of a file, which lies in no other folder whatever the task is called.
+pub fn safe_file_name(name: &str) -> String {
+    let plain = |(i, c): (usize, char)| {
+        let strange = c.is_control() || "/\\:%".contains(c) || (i == 0 && c == '.');
+        if strange { format!("%{:02X}", u32::from(c)) } else { c.to_string() }
+    };
+    name.chars().enumerate().map(plain).collect()
 }
 
 #[derive(Default)]

@@ -68,7 +68,10 @@ impl Plan {
     fn parse(text: &str) -> Result<Plan, String> {
         let plan: Plan = toml::from_str(text).map_err(|e| e.to_string())?;
         if plan.version != PLAN_VERSION {
-            return Err(format!("plan version {} is unknown; help: this program reads version {PLAN_VERSION}", plan.version));
+            return Err(format!(
+                "plan version {} is unknown; help: this program reads version {PLAN_VERSION}",
+                plan.version
+            ));
         }
         Ok(plan)
     }

@@ -1,5 +1,7 @@
 //! From scores to the experts that are kept.
 
+use quorate_formats::spec::ModelSpec;
+
 use crate::{LensError, ScoreTable};
 
 /// How many experts to keep.
@@ -9,6 +11,24 @@ pub enum Keep {
     PerLayer(usize),
     /// So many in all layers together.
     Total(usize),
+}
+
+impl Keep {
+    /// `k` experts in every layer, or as many on average if layers compete.
+    ///
+    /// # Errors
+    /// Fewer than a token uses, or more than a layer has.
+    pub fn per_layer(spec: &ModelSpec, scope: Scope, k: usize) -> Result<Keep, LensError> {
+        let layers: Vec<_> = spec.moe_layers().into_iter().filter_map(|l| spec.moe(l)).collect();
+        let least = layers.iter().map(|m| m.top_k).max().unwrap_or(0);
+        let most = layers.iter().map(|m| m.n_experts).min().unwrap_or(0);
+        if !(least..=most).contains(&k) {
+            return Err(LensError::Select(format!(
+                "cannot keep {k} experts per layer: a token uses {least} and a layer has {most}; help: --keep {least} to --keep {most}"
+            )));
+        }
+        Ok(if scope == Scope::Local { Keep::PerLayer(k) } else { Keep::Total(k * layers.len()) })
+    }
 }
 
 /// How the places are shared between layers.
@@ -21,6 +41,17 @@ pub enum Scope {
     Global,
     /// The best of the whole model, each score divided by the sum of its layer's positive scores.
     GlobalShare,
+}
+
+impl Scope {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scope::Local => "local",
+            Scope::Global => "global",
+            Scope::GlobalShare => "global-share",
+        }
+    }
 }
 
 /// What to keep besides the best.

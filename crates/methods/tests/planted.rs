@@ -53,7 +53,13 @@ fn planted(shift: f32) -> Vec<Vec<f32>> {
         .map(|t| {
             let mut z = vec![-4.0 + shift; EXPERTS];
             let decisive = t % 100 == 99;
-            let top = if decisive { 9.0 } else if t % 5 == 2 { 1.2 } else { 4.0 };
+            let top = if decisive {
+                9.0
+            } else if t % 5 == 2 {
+                1.2
+            } else {
+                4.0
+            };
             z[if decisive { 7 } else { t % 7 }] = top + shift;
             z[8] = 1.0 + shift;
             z[9 + t % 23] = 0.5 + shift;
@@ -121,7 +127,13 @@ fn scores_equal_their_closed_forms() {
         let per_use = matches!(*name, "reap" | "man" | "msan");
         let got = metric(name).unwrap().table(&stats, Phases::Prompt).values;
         for e in 0..EXPERTS {
-            let wanted = if !per_use { sums[e][i] / tokens } else if count[e] > 0.0 { sums[e][i] / count[e] } else { 0.0 };
+            let wanted = if !per_use {
+                sums[e][i] / tokens
+            } else if count[e] > 0.0 {
+                sums[e][i] / count[e]
+            } else {
+                0.0
+            };
             assert!((got[e] - wanted).abs() <= 1e-6 * wanted.max(1.0), "{name} expert {e}: {} {wanted}", got[e]);
         }
     }
@@ -152,7 +164,7 @@ fn the_worst_are_the_best_upside_down_and_random_differs_by_data() {
     let best = metric("peu").unwrap().table(&stats, Phases::Prompt).values;
     let worst = metric("bottom").unwrap().table(&stats, Phases::Prompt).values;
     assert!(best.iter().zip(&worst).all(|(b, w)| *b == -*w));
-    let other = observe(&planted(0.0)[..100].to_vec(), |_| 1.0);
+    let other = observe(&planted(0.0)[..100], |_| 1.0);
     let random = |s: &RouterStats| metric("random").unwrap().table(s, Phases::Prompt).values;
     assert_eq!(random(&stats), random(&stats));
     assert_ne!(random(&stats), random(&other));

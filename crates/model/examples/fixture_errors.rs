@@ -11,7 +11,9 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use quorate_formats::SafetensorsFile;
-use quorate_model::{At, Flow, GenerateOptions, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Segment, Site, SiteSet, ops};
+use quorate_model::{
+    At, Flow, GenerateOptions, KvCache, Lens, LogitRows, Model, ModelError, NoLens, Segment, Site, SiteSet, ops,
+};
 
 /// Keeps what passes by.
 #[derive(Default)]
@@ -32,7 +34,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut folders: Vec<_> = std::fs::read_dir(&root)?.flatten().map(|e| e.path()).collect();
     folders.retain(|f| f.join("reference.safetensors").exists());
     folders.sort();
-    println!("{:20} {:12} {:>9} {:>9} {:>9} {:>9}  greedy", "fixture", "family", "logits", "residual", "mlp_out", "router");
+    println!(
+        "{:20} {:12} {:>9} {:>9} {:>9} {:>9}  greedy",
+        "fixture", "family", "logits", "residual", "mlp_out", "router"
+    );
     for folder in folders {
         let reference = SafetensorsFile::open(&folder.join("reference.safetensors"))?;
         let ids: Vec<u32> = reference.read_i64("input_ids")?.iter().map(|&id| id as u32).collect();

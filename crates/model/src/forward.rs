@@ -1,9 +1,9 @@
-//! The one forward pass. It is driven by [`ModelSpec`](quorate_formats::spec::ModelSpec) and calls a lens at the sites
+//! The one forward pass. It is driven by [`ModelSpec`] and calls a lens at the sites
 //! that the lens has declared.
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, MoeSpec, QkNorm};
+use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm};
 use quorate_kernels::{self as kernels, Act, AttnSegment, AttnShape, ExpertRef, NO_EXPERT, Pack};
 
 use crate::ops::{self, values};
@@ -405,4 +405,15 @@ fn kernel_act(act: Activation) -> Act {
         Activation::GeluTanh => Act::GeluTanh,
         Activation::Gelu => Act::Gelu,
     }
+}
+
+/// Bytes that a process holds, about, besides weights and KV cache: the program itself and the buffers of a forward pass
+/// over [`PREFILL_CHUNK`](crate::PREFILL_CHUNK) tokens with logits of `logit_rows` of them.
+pub fn buffer_bytes(spec: &ModelSpec, logit_rows: usize) -> u64 {
+    let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
+        .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
+        .max()
+        .unwrap_or(0);
+    let rows = crate::PREFILL_CHUNK * (12 * spec.hidden_size + widest);
+    (16 << 20) + 4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
 }

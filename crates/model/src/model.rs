@@ -6,6 +6,7 @@ use std::sync::Arc;
 use quorate_formats::spec::ModelSpec;
 use quorate_formats::{Checkpoint, Role};
 use quorate_kernels::{ExpertRef, Pool};
+pub use quorate_residency::Progress as LoadProgress;
 use quorate_residency::{Matrix, Weights};
 
 use crate::text::Tokenizer;
@@ -35,10 +36,23 @@ impl Model {
     /// Whatever is wrong with the folder: missing or broken files, an unknown family, weights that are not numbers, or
     /// non-expert weights above the limit.
     pub fn open(path: &Path, threads: usize, memory_limit: Option<u64>) -> Result<Model, ModelError> {
+        Model::open_with(path, threads, memory_limit, &mut |_, _| true)
+    }
+
+    /// [`Model::open`] with a progress in bytes, `(done, total)`, that returns false to cancel.
+    ///
+    /// # Errors
+    /// As there, or a cancel.
+    pub fn open_with(
+        path: &Path,
+        threads: usize,
+        memory_limit: Option<u64>,
+        progress: &mut LoadProgress<'_>,
+    ) -> Result<Model, ModelError> {
         let checkpoint = Arc::new(Checkpoint::open(path)?);
         let tokenizer = Tokenizer::open(path)?;
         let mut weights = Weights::open(checkpoint.clone(), memory_limit);
-        weights.load_skeleton()?;
+        weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];
         Ok(Model { checkpoint, weights, tokenizer, pool: Pool::new(threads), kept, mode: RoutingMode::Mask })
     }
@@ -49,8 +63,21 @@ impl Model {
     /// A list that does not fit the model (wrong number of layers, an id out of range, or, with the modes that refill,
     /// fewer experts than `top_k`), a read error, or the memory limit.
     pub fn load_experts(&mut self, kept: &[KeptExperts], mode: RoutingMode) -> Result<(), ModelError> {
+        self.load_experts_with(kept, mode, &mut |_, _| true)
+    }
+
+    /// [`Model::load_experts`] with a progress in bytes that returns false to cancel.
+    ///
+    /// # Errors
+    /// As there, or a cancel.
+    pub fn load_experts_with(
+        &mut self,
+        kept: &[KeptExperts],
+        mode: RoutingMode,
+        progress: &mut LoadProgress<'_>,
+    ) -> Result<(), ModelError> {
         let flags = self.check_keep(kept, mode)?;
-        self.weights.load_experts(kept)?;
+        self.weights.load_experts_with(kept, progress)?;
         self.kept = flags;
         self.mode = mode;
         Ok(())

@@ -36,6 +36,10 @@ pub enum RoutingMode {
 }
 
 impl RoutingMode {
+    /// All of them.
+    pub const ALL: [RoutingMode; 4] =
+        [RoutingMode::Mask, RoutingMode::MaskFullGates, RoutingMode::Drop, RoutingMode::DropRenormalise];
+
     /// The name used in plans and on the command line.
     pub fn name(self) -> &'static str {
         match self {

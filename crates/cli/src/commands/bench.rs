@@ -12,7 +12,7 @@ use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
 use serde_json::{Value, json};
 
 use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, say};
-use crate::experts::{ExpertArgs, open};
+use crate::experts::{Beside, ExpertArgs, open};
 
 /// Arguments of `bench`.
 #[derive(Args)]
@@ -80,7 +80,8 @@ impl Bench {
             bail!("--prefill and --decode need {tokens} tokens, the context is {context}; help: ask for fewer");
         }
         let task = (self.task != "none").then_some(self.task.as_str());
-        self.experts.load(&mut model, &library, task, tokens)?;
+        let beside = Beside::sequence(model.spec(), tokens);
+        self.experts.load(common, &mut model, &library, task, beside)?;
         let load_s = start.elapsed().as_secs_f64();
         let disk_bytes = disk_read_bytes().zip(disk_before).map(|(after, before)| after - before);
         let mut runs: Vec<Run> = Vec::new();

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
 use crate::common::{Common, interrupted, say, wait_for};
-use crate::experts::{ExpertArgs, open};
+use crate::experts::{Beside, ExpertArgs, open};
 
 /// Arguments of `chat`.
 #[derive(Args)]
@@ -62,8 +62,9 @@ impl Chat {
             if task.is_none() || self.each_message {
                 let first = chat_prompt(&model, &[Message::new("user", line)])?;
                 let choice = choose_task(common, &mut model, &library, &first, &self.task, &self.experts)?;
+                let beside = Beside::sequence(model.spec(), usize::MAX);
                 // Loaded even for the same task: keys of a later layer need other experts for a moment.
-                self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
+                self.experts.load(common, &mut model, &library, choice.task.as_deref(), beside)?;
                 if task.as_ref() != Some(&choice.task) {
                     announce(common, &model, choice.task.as_deref(), choice.nearest.as_ref());
                     held.clear(); // other experts, other keys and values

@@ -7,14 +7,14 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
-use quorate_eval::evaluate::{TaskScore, evaluate};
+use quorate_eval::evaluate::{EvalOptions, TaskScore, evaluate};
 use quorate_eval::tasks::{TaskItem, load_tasks};
 use quorate_lens::{Interventions, Library, retrieve};
 use quorate_model::{Lens, Model, NoLens};
 use serde_json::{Value, json};
 
 use crate::common::{Common, interrupted, parse_count, say};
-use crate::experts::{ExpertArgs, load_plan, need_experts, open};
+use crate::experts::{Beside, ExpertArgs, load_plan, need_experts, open};
 
 /// Arguments of `eval`.
 #[derive(Args)]
@@ -77,7 +77,7 @@ impl Eval {
         let mut plan = json!({ "keep": null, "task": self.task, "metric": null, "mode": null });
         let groups = match &self.plan {
             Some(path) => {
-                let (read, prepared) = load_plan(&mut model, path)?;
+                let (read, prepared) = load_plan(common, &mut model, path)?;
                 interventions = prepared;
                 plan = json!({ "keep": null, "task": read.task, "metric": read.metric, "mode": read.routing_mode });
                 vec![Group { pattern: None, items: items.clone() }]
@@ -86,6 +86,12 @@ impl Eval {
         };
         let mut none = NoLens;
         let lens: &mut dyn Lens = if interventions.is_empty() { &mut none } else { &mut interventions };
+        let mut options = EvalOptions { max_tokens: self.max_tokens, ..EvalOptions::default() };
+        if experts.memory.is_some() {
+            options.parallel = 4;
+        }
+        let cache_tokens = options.parallel * model.spec().max_position_embeddings;
+        let beside = Beside { cache_tokens, logit_rows: options.text_batch_tokens() };
         let mut scores = vec![TaskScore::default(); tasks.len()];
         let mut used = vec![BTreeMap::<String, usize>::new(); tasks.len()];
         let mut resident = 0;
@@ -93,8 +99,7 @@ impl Eval {
         let mut done = 0;
         for group in &groups {
             if self.plan.is_none() {
-                let context = model.spec().max_position_embeddings;
-                let loaded = experts.load(&mut model, &library, group.pattern.as_deref(), context)?;
+                let loaded = experts.load(common, &mut model, &library, group.pattern.as_deref(), beside)?;
                 if let Some(loaded) = loaded {
                     plan["keep"] = json!(
                         model.weights().experts_resident() as f64 / model.spec().moe_layers().len().max(1) as f64
@@ -105,7 +110,7 @@ impl Eval {
             }
             resident = resident.max(model.weights().resident_bytes());
             let refs: Vec<&TaskItem> = group.items.iter().map(|(_, item)| *item).collect();
-            let answers = evaluate(&model, &refs, self.max_tokens, lens, &mut |n| {
+            let answers = evaluate(&model, &refs, &options, lens, &mut |n| {
                 progress.set((done + n) as u64);
                 !interrupted()
             })?;

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use quorate_lens::{Library, Pattern};
+use quorate_methods::patterns::{common_phases, merged, summary};
 use quorate_model::Model;
 use serde_json::json;
 
-use super::profile::{check_name, file_name, merged, patterns_of, phases_of, print_summary, summary, write_pattern};
+use super::profile::{check_name, patterns_of, print_summary};
 use crate::common::{Common, say};
 
 /// Arguments of `library`.
@@ -138,7 +139,7 @@ fn show(common: &Common, library: &Library, name: &str, metric: &str) -> Result<
     let pattern = library.get(fingerprint, name)?;
     let names: Vec<String> = library.list(Some(fingerprint))?.into_iter().map(|i| i.name).collect();
     let all = patterns_of(library, fingerprint, &names)?;
-    let summary = summary(&model, &pattern, &all)?;
+    let summary = summary(model.spec(), &pattern, &all)?;
     let scores = pattern.scores(metric)?;
     let rankings: Vec<(usize, Vec<usize>)> =
         scores.map.layers.iter().enumerate().map(|(moe, &layer)| (layer, scores.ranking(moe))).collect();
@@ -197,7 +198,7 @@ fn merge(common: &Common, library: &mut Library, sources: &[String], into: Optio
     }
     let mut results = Vec::with_capacity(groups.len());
     for (name, group) in &groups {
-        results.push(merged(name, group, phases_of(group)?)?);
+        results.push(merged(name, group, common_phases(group)?)?);
     }
     library.put(&results)?;
     done(common, "merged", &results.into_iter().map(|p| p.info.name).collect::<Vec<_>>())
@@ -214,7 +215,7 @@ fn export(common: &Common, library: &Library, names: &[String], output: &PathBuf
         if compact {
             pattern.data = None;
         }
-        write_pattern(&pattern, &output.join(file_name(&format!("{}.pattern", pattern.info.name))))?;
+        pattern.write(output, "")?;
     }
     done(common, "exported", &names)
 }

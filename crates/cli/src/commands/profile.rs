@@ -1,6 +1,6 @@
 //! `quorate profile`: which experts each task needs.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -8,14 +8,14 @@ use clap::{Args, ValueEnum};
 use quorate_eval::encode::EncodedItem;
 use quorate_eval::profile::{ProfileRun, Split};
 use quorate_eval::tasks::{Task, load_tasks};
-use quorate_lens::{
-    ExpertMap, GENERALIST, Library, Pattern, PatternInfo, ProfileData, Scope, Selection, coverage, overlap,
-};
+use quorate_formats::write_file;
+use quorate_lens::{ExpertMap, GENERALIST, Library, Pattern, PatternInfo, ProfileData, safe_file_name};
+use quorate_methods::patterns::{Summary, merged, summary};
 use quorate_methods::{DEFAULT_METRIC, Phases, all_tables};
 use quorate_model::Model;
 use serde_json::json;
 
-use crate::common::{Common, interrupted, parse_count, say, write_file};
+use crate::common::{Common, Fnv, interrupted, parse_count, say};
 use crate::embedded;
 use crate::experts::need_experts;
 
@@ -129,7 +129,7 @@ impl Profile {
                 None
             }
         };
-        model.load_all_experts()?;
+        common.load_all_experts(&mut model)?;
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
         for task in &tasks {
@@ -145,12 +145,12 @@ impl Profile {
             library.put(&patterns)?;
         }
         if let Some(folder) = &self.output {
+            let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
             for pattern in &mut patterns {
                 if self.compact {
                     pattern.data = None;
                 }
-                let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
-                write_pattern(pattern, &folder.join(file_name(&format!("{}{shard}.pattern", pattern.info.name))))?;
+                pattern.write(folder, &shard)?;
             }
         }
         for task in &tasks {
@@ -183,8 +183,14 @@ impl Profile {
             key_layer: self.key_layer,
             ..PatternInfo::default()
         };
-        let save =
-            |data: &ProfileData| write_pattern(&Pattern::build(info.clone(), data.clone(), |_| Vec::new()), &partial);
+        let save = |data: &ProfileData| -> Result<()> {
+            if let Some(folder) = partial.parent() {
+                std::fs::create_dir_all(folder)
+                    .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+            }
+            let unfinished = Pattern::build(info.clone(), data.clone(), |_| Vec::new());
+            Ok(write_file(&partial, &unfinished.to_bytes()?)?)
+        };
         let mut run = ProfileRun::new(model, &items, split, data);
         if run.done_tokens() > 0 {
             common.note(&format!("{}: going on at {} of {} tokens", task.name, run.done_tokens(), run.total_tokens()));
@@ -230,12 +236,11 @@ impl Profile {
 
     /// Where the unfinished profile of a task is kept: its name tells model, data and settings.
     fn partial_path(&self, model: &Model, task: &Task) -> Result<PathBuf> {
-        let mut hash = 0xcbf2_9ce4_8422_2325u64; // FNV-1a
-        let mut mix =
-            |text: &str| text.bytes().for_each(|b| hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
-        task.items.iter().for_each(|i| mix(&format!("{}\0{}\0", i.prompt, i.answer)));
-        let name = file_name(&format!("{}-{}-{hash:016x}.partial", model.checkpoint().fingerprint(), task.name));
+        let mut hash = Fnv::default();
+        hash.mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
+        task.items.iter().for_each(|i| hash.mix(&format!("{}\0{}\0", i.prompt, i.answer)));
+        let name = format!("{}-{}-{}.partial", model.checkpoint().fingerprint(), task.name, hash.hex());
+        let name = safe_file_name(&name);
         Ok(embedded::home()?.join("profiles").join(name))
     }
 }
@@ -248,53 +253,9 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A task's name as the name of a file, which lies in no other folder whatever the task is called.
-pub fn file_name(name: &str) -> String {
-    let plain = |(i, c): (usize, char)| {
-        let strange = c.is_control() || "/\\:%".contains(c) || (i == 0 && c == '.');
-        if strange { format!("%{:02X}", u32::from(c)) } else { c.to_string() }
-    };
-    name.chars().enumerate().map(plain).collect()
-}
-
-/// Writes a pattern file, and its folder if there is none.
-pub fn write_pattern(pattern: &Pattern, path: &Path) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    }
-    write_file(path, &pattern.to_bytes()?)
-}
-
-/// One pattern of several: their tokens pooled. Compact patterns have only scores; then those are averaged by tokens.
-pub fn merged(name: &str, patterns: &[&Pattern], phases: Phases) -> Result<Pattern> {
-    let first = patterns.first().context("nothing to merge")?;
-    patterns.iter().try_for_each(|p| p.check_model(&first.info.fingerprint))?;
-    let mut files: Vec<String> = patterns.iter().flat_map(|p| p.info.data.iter().cloned()).collect();
-    files.dedup();
-    let same = patterns.iter().all(|p| p.info.name == first.info.name);
-    let merged_from = if same { Vec::new() } else { patterns.iter().map(|p| p.info.name.clone()).collect() };
-    let info = PatternInfo {
-        name: name.to_string(),
-        fingerprint: first.info.fingerprint.clone(),
-        data: files,
-        phases: phases.name().to_string(),
-        merged_from,
-        key_layer: first.info.key_layer,
-        ..PatternInfo::default()
-    };
-    let Some(parts) = patterns.iter().map(|p| p.data.as_ref()).collect::<Option<Vec<&ProfileData>>>() else {
-        return Ok(Pattern::averaged(info, patterns)?);
-    };
-    let mut data = ProfileData::new(&first.map);
-    parts.iter().for_each(|part| data.merge(part));
-    let domains = if same { vec![&data.stats] } else { parts.iter().map(|p| &p.stats).collect() };
-    let tables = all_tables(&data.stats, &domains, phases);
-    Ok(Pattern::build(info, data, |_| tables))
-}
-
 /// Held-out coverage at several numbers of kept experts, and the overlap with the other patterns.
 fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
-    let summaries = patterns.iter().map(|p| summary(model, p, patterns)).collect::<Result<Vec<_>>>()?;
+    let summaries = patterns.iter().map(|p| summary(model.spec(), p, patterns)).collect::<Result<Vec<_>, _>>()?;
     if common.json {
         return common.print_json(&json!({ "fingerprint": model.checkpoint().fingerprint(), "patterns": summaries }));
     }
@@ -304,71 +265,21 @@ fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
     summaries.iter().try_for_each(print_summary)
 }
 
-/// What a profile is never shown without.
-pub fn summary(model: &Model, pattern: &Pattern, others: &[Pattern]) -> Result<serde_json::Value> {
-    let scores = pattern.scores(DEFAULT_METRIC)?;
-    let floor: Vec<usize> = pattern.map.layers.iter().map(|&l| model.spec().moe(l).map_or(0, |m| m.top_k)).collect();
-    let selection = Selection { scope: Scope::Global, floor, ..Selection::default() };
-    let experts = pattern.map.experts.iter().min().copied().unwrap_or(0);
-    let top_k = selection.floor.iter().max().copied().unwrap_or(1);
-    let keep = |k: usize| quorate_lens::Keep::Total(k * pattern.map.n_layers());
-    let mut covered = Vec::new();
-    for k in
-        [experts / 2, experts * 3 / 8, experts / 4, experts * 3 / 16, experts / 8].into_iter().filter(|&k| k >= top_k)
-    {
-        let kept = selection.select(scores, keep(k))?;
-        let found = coverage(&pattern.map, &pattern.heldout_count, &pattern.heldout_gate, &kept);
-        covered.push(json!({ "keep": k, "coverage": found }));
-    }
-    let quarter = (experts / 4).max(top_k);
-    let own = selection.select(scores, keep(quarter))?;
-    let mut overlaps = Vec::new();
-    for other in others.iter().filter(|o| o.info.name != pattern.info.name && o.info.merged_from.is_empty()) {
-        let theirs = selection.select(other.scores(DEFAULT_METRIC)?, keep(quarter))?;
-        overlaps.push((overlap(&own, &theirs), other.info.name.clone()));
-    }
-    overlaps.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let mean = (!overlaps.is_empty()).then(|| overlaps.iter().map(|o| o.0).sum::<f64>() / overlaps.len() as f64);
-    Ok(json!({
-        "name": pattern.info.name, "items": pattern.info.items, "prompt_tokens": pattern.info.tokens[0],
-        "answer_tokens": pattern.info.tokens[1], "heldout_items": pattern.info.heldout_items,
-        "phases": pattern.info.phases, "metric": DEFAULT_METRIC, "heldout_coverage": covered,
-        "overlap": { "keep": quarter, "mean": mean, "chance": quarter as f64 / experts.max(1) as f64,
-            "nearest": overlaps.first().map(|o| json!({ "name": o.1, "overlap": o.0 })) },
-    }))
-}
-
-/// Prints what [`summary`] gave, on one line.
-pub fn print_summary(summary: &serde_json::Value) -> Result<()> {
-    let percent = |v: &serde_json::Value| v.as_f64().map_or("  -".to_string(), |v| format!("{:3.0}", 100.0 * v));
-    let list = summary["heldout_coverage"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let covered: Vec<String> = (list.iter())
-        .map(|c| {
-            let found = &c["coverage"];
-            format!("{}: {}/{} %", c["keep"], percent(&found["selections"]), percent(&found["gate_mass"]).trim_start())
-        })
-        .collect();
-    let overlap = &summary["overlap"];
-    let nearest = overlap["nearest"]["name"].as_str().map_or(String::new(), |name| {
-        let share = percent(&overlap["nearest"]["overlap"]);
-        format!("; overlap {} %, most with {name} ({} %)", percent(&overlap["mean"]).trim(), share.trim())
+/// Prints a summary on one line.
+pub fn print_summary(summary: &Summary) -> Result<()> {
+    let percent = |share: f64| format!("{:.0}", 100.0 * share);
+    let covered = summary.heldout_coverage.iter().map(|c| match c.coverage {
+        Some(found) => format!("{:>2}: {:>3}/{} %", c.keep, percent(found.selections), percent(found.gate_mass)),
+        None => format!("{:>2}: -", c.keep),
     });
-    Ok(say!("{:14} {}{nearest}", summary["name"].as_str().unwrap_or_default(), covered.join("  "))?)
-}
-
-/// The phases of stored patterns, if they agree.
-pub fn phases_of(patterns: &[&Pattern]) -> Result<Phases> {
-    let first = patterns.first().context("nothing to merge")?;
-    if let Some(other) = patterns.iter().find(|p| p.info.phases != first.info.phases) {
-        bail!(
-            "patterns `{}` and `{}` count different tokens ({} and {}); help: profile them alike",
-            first.info.name,
-            other.info.name,
-            first.info.phases,
-            other.info.phases
-        );
-    }
-    Phases::of_name(&first.info.phases).with_context(|| format!("unknown phases `{}`", first.info.phases))
+    let overlap = &summary.overlap;
+    let nearest = match (&overlap.nearest, overlap.mean) {
+        (Some(most), Some(mean)) => {
+            format!("; overlap {} %, most with {} ({} %)", percent(mean), most.name, percent(most.overlap))
+        }
+        _ => String::new(),
+    };
+    Ok(say!("{:14} {}{nearest}", summary.name, covered.collect::<Vec<_>>().join("  "))?)
 }
 
 /// Patterns by name, from the library.

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use quorate_formats::write_pruned_hf;
+use quorate_formats::{check_output, write_file, write_pruned_hf};
 use quorate_lens::{ExpertMap, Pattern, Plan, interchange};
+use quorate_methods::patterns::{common_phases, merged};
 use quorate_model::RoutingMode;
 use serde_json::json;
 
-use super::profile::{merged, patterns_of, phases_of};
-use crate::common::{Common, check_output, human_bytes, interrupted, parse_bytes, say, write_file};
-use crate::experts::{ExpertArgs, ModeArg, ScopeArg, need_experts, open};
+use super::profile::patterns_of;
+use crate::common::{Common, human_bytes, interrupted, parse_bytes, say};
+use crate::experts::{Beside, ExpertArgs, ModeArg, ScopeArg, need_experts, open};
 
 /// Arguments of `prune`.
 #[derive(Args)]
@@ -79,10 +80,10 @@ impl Prune {
             [one] => one.clone(),
             several => {
                 let refs: Vec<&Pattern> = several.iter().collect();
-                merged(&self.task.join("+"), &refs, phases_of(&refs)?)?
+                merged(&self.task.join("+"), &refs, common_phases(&refs)?)?
             }
         };
-        let choice = experts.choice(&model, model.spec().max_position_embeddings)?;
+        let choice = experts.choice(&model, Beside::sequence(model.spec(), usize::MAX))?;
         let plan = choice.plan(&pattern, model.spec(), fingerprint)?;
         let map = ExpertMap::of(model.spec());
         let kept: Vec<Vec<usize>> =

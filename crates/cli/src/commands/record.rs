@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
-use quorate_formats::{StoredDType, TensorOut, write_safetensors};
+use quorate_formats::{StoredDType, TensorOut, check_output, write_safetensors};
 use quorate_lens::{Indices, Interventions, Recorder};
 use quorate_model::{Chain, KvCache, LogitRows, ModelError, Segment, Site};
 use serde_json::json;
 
-use crate::common::{Common, check_output, say};
+use crate::common::{Common, say};
 use crate::experts::load_plan;
 
 /// Arguments of `record`.
@@ -70,8 +70,8 @@ impl Record {
         }
         let mut interventions = Interventions::default();
         match &self.plan {
-            Some(path) => interventions = load_plan(&mut model, path)?.1,
-            None => model.load_all_experts()?,
+            Some(path) => interventions = load_plan(common, &mut model, path)?.1,
+            None => common.load_all_experts(&mut model)?,
         }
         let mut recorder = Recorder::new(&sites, layers.list());
         let segment = Segment { logits: LogitRows::All, ..Segment::prompt(0, tokens.clone()) };

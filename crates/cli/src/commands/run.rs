@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -14,7 +14,7 @@ use quorate_model::{Event, GenerateOptions, KvCache, Lens, Model, NoLens};
 use serde_json::json;
 
 use crate::common::{Common, human_bytes, interrupted, say, wait_for};
-use crate::experts::{ExpertArgs, kept_per_layer, load_plan, open};
+use crate::experts::{Beside, ExpertArgs, kept_per_layer, load_plan, open};
 
 /// Arguments of `run`.
 #[derive(Args)]
@@ -99,15 +99,16 @@ impl Run {
         let mut interventions = Interventions::default();
         let task = match &self.plan {
             Some(path) => {
-                let (plan, prepared) = load_plan(&mut model, path)?;
+                let (plan, prepared) = load_plan(common, &mut model, path)?;
                 interventions = prepared;
                 plan.task
             }
             None => {
                 let choice = choose_task(common, &mut model, &library, &prompt, &self.task, &self.experts)?;
                 found = choice.nearest;
-                let context = prompt.len().saturating_add(self.sampling.max_tokens);
-                self.experts.load(&mut model, &library, choice.task.as_deref(), context)?;
+                let tokens = prompt.len().saturating_add(self.sampling.max_tokens);
+                let beside = Beside::sequence(model.spec(), tokens);
+                self.experts.load(common, &mut model, &library, choice.task.as_deref(), beside)?;
                 choice.task
             }
         };
@@ -206,7 +207,8 @@ impl Shown {
 
 /// Tokens of a conversation in the model's chat template, ready for the answer.
 pub fn chat_prompt(model: &Model, messages: &[Message]) -> Result<Vec<u32>> {
-    let template = model.tokenizer().chat_template(false)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let template = model.tokenizer().chat_template(false)?.with_time(i64::try_from(now).unwrap_or(0));
     let text = template.render(messages, None, &serde_json::Map::new(), true)?;
     Ok(model.tokenizer().encode(&text, false)?)
 }

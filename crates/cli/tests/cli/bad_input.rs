@@ -431,7 +431,7 @@ fn a_really_full_disk() {
         .fails(3, &["no space left for", "help: free"]);
     quorate!["prune", "--task", "bios", "--as", "hf", "-o", &disk.at("h"), "-q"]
         .fails(3, &["no space left for", "help: free"]);
-    quorate!["library", "export", "-o", &disk.at("e")].fails(3, &["cannot write", "No space left", "help: free"]);
+    quorate!["library", "export", "-o", &disk.at("e")].fails(3, &["no space left for", "No space left", "help: free"]);
     assert_eq!(list(), before);
     assert!(names_in(disk.0.path()).iter().all(|n| !n.contains("tmp") && n != "h" && n != "r"));
     fs::remove_file(disk.at("ballast")).unwrap();

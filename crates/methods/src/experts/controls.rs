@@ -28,12 +28,8 @@ pub const RANDOM: Metric = Metric {
 };
 
 /// PEU upside down.
-pub const BOTTOM: Metric = Metric {
-    name: "bottom",
-    about: "the worst experts by PEU",
-    gauge_dependent: true,
-    score: bottom,
-};
+pub const BOTTOM: Metric =
+    Metric { name: "bottom", about: "the worst experts by PEU", gauge_dependent: true, score: bottom };
 
 fn bottom(stats: &PhaseStats, map: &ExpertMap) -> Vec<f64> {
     (premoe::PEU.score)(stats, map).iter().map(|s| -s).collect()

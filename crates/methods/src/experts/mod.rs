@@ -91,9 +91,12 @@ impl Phases {
         }
     }
 
+    /// All of them.
+    pub const ALL: [Phases; 4] = [Phases::Prompt, Phases::Answer, Phases::Both, Phases::Balanced];
+
     /// The phases of that name.
     pub fn of_name(name: &str) -> Option<Phases> {
-        [Phases::Prompt, Phases::Answer, Phases::Both, Phases::Balanced].into_iter().find(|p| p.name() == name)
+        Phases::ALL.into_iter().find(|p| p.name() == name)
     }
 }
 
