@@ -100,8 +100,11 @@ impl Compare {
         };
         let mode = RoutingMode::from(self.mode).name();
         let (split, limit, scope) = (&self.split, self.limit, scope.name());
+        let routing = if self.routing { " --routing" } else { "" };
         let text = format!(
-            "Model `{fingerprint}`, split `{split}`, up to {limit} items per task, scope `{scope}`, routing mode `{mode}`.\n\n{}",
+            "# Answers with few experts\n\nMade by `quorate compare{routing} -o {}`: model `{fingerprint}`, split `{split}`, up to {limit} items per \
+             task, scope `{scope}`, routing mode `{mode}`.\n\n{}",
+            self.output.display(),
             tables.markdown()
         );
         write_file(&self.file("md"), text.as_bytes())?;
