@@ -131,7 +131,13 @@ impl Bench {
             self.decode,
             self.repeat
         )?;
-        say!("{:10} {:>12} {:>12}   ratio to {:?}", "lens", "prefill/s", "decode/s", self.lens[0])?;
+        say!(
+            "{:10} {:>12} {:>12}   ratio to {}",
+            "lens",
+            "prefill/s",
+            "decode/s",
+            document["lenses"][0]["lens"].as_str().unwrap_or_default()
+        )?;
         for row in &lenses {
             let n = |name: &str| row[name].as_f64().unwrap_or(0.0);
             say!(
