@@ -5,11 +5,13 @@ mod commands;
 mod common;
 mod embedded;
 mod experts;
+mod method;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::Parser;
+use anyhow::Context as _;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
 use crate::commands::Command;
 use crate::common::Common;
@@ -37,19 +39,45 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let work = match parse() {
+        Ok(work) => work,
         Err(error) => {
             let _ = error.print(); // nowhere left to report that stderr is closed
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    match common::catch_interrupts().and_then(|()| cli.command.run(&cli.common)) {
+    match common::catch_interrupts().and_then(|()| work.run()) {
         Ok(outcome) => outcome,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "quorate: {}", chain(&error)); // nowhere left to report a closed stderr
             ExitCode::from(3)
+        }
+    }
+}
+
+/// What was asked for: a command of the program's own, or a method's.
+enum Work {
+    Command(Box<Cli>),
+    Method(Box<Common>, ArgMatches),
+}
+
+fn parse() -> Result<Work, clap::Error> {
+    let matches = method::with_methods(Cli::command()).try_get_matches()?;
+    match method::chosen(&matches) {
+        Some((.., own)) => Ok(Work::Method(Box::new(Common::from_arg_matches(own)?), matches)),
+        None => Ok(Work::Command(Box::new(Cli::from_arg_matches(&matches)?))),
+    }
+}
+
+impl Work {
+    fn run(&self) -> anyhow::Result<ExitCode> {
+        match self {
+            Work::Command(cli) => cli.command.run(&cli.common),
+            Work::Method(common, matches) => {
+                let (method, runner, own) = method::chosen(matches).context("no method was chosen")?;
+                method::run(common, method, runner, own).map(|()| ExitCode::SUCCESS)
+            }
         }
     }
 }

@@ -8,4 +8,5 @@ pub mod compare_tables;
 pub mod encode;
 pub mod evaluate;
 pub mod profile;
+pub mod statistics;
 pub mod tasks;

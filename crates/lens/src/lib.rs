@@ -4,6 +4,7 @@
 //! This crate must never know a paper, open a socket, or print.
 
 mod choose;
+mod controls;
 mod coverage;
 mod error;
 pub mod interchange;
@@ -17,8 +18,11 @@ mod score;
 mod select;
 mod select_text;
 mod stats;
+mod trace;
+mod unit;
 
 pub use choose::{Choice, GENERALIST, Retrieved, retrieve};
+pub use controls::matched_sets;
 pub use coverage::{Coverage, coverage, overlap, uses};
 pub use error::{LensError, nearest_name};
 pub use intervention::{Intervention, Interventions, Op, PhaseSelector, Value};
@@ -33,3 +37,5 @@ pub use select_text::Indices;
 pub use stats::{
     BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin,
 };
+pub use trace::{ItemTrace, LayerTrace, RoutingTrace, TraceRecorder};
+pub use unit::{ExpertId, on_experts};

@@ -1,4 +1,4 @@
-//! What a method is, as data: the source of `quorate methods` and of the documentation.
+//! What a method is, as data: the source of `quorate methods`, of the sub-commands and of the documentation.
 
 use serde::Serialize;
 
@@ -8,6 +8,14 @@ use serde::Serialize;
 pub enum Kind {
     /// Scores units.
     Score,
+    /// Measures and reports.
+    Analysis,
+    /// Changes what a model does while it runs.
+    Steer,
+    /// Changes weights.
+    Edit,
+    /// Trains a part of a model.
+    Train,
     /// A whole system: scores, selects, stores and retrieves.
     System,
     /// A control that real methods must beat.
@@ -17,7 +25,7 @@ pub enum Kind {
 /// A method's card.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Card {
-    /// Short name.
+    /// Short name; of a method with a command, the command's.
     pub id: &'static str,
     /// Title of the paper, or what it is.
     pub title: &'static str,

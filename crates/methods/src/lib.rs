@@ -1,15 +1,29 @@
 //! One file per paper: what it records, how it scores, what it keeps or changes.
 //!
 //! Nothing here opens files, starts threads or prints. A method declares itself by a [`Card`] in [`METHODS`]; expert
-//! scores are entries of [`METRICS`].
+//! scores are entries of [`METRICS`]; a method with a command implements [`Run`] on its arguments and works in a [`Lab`].
 
 mod card;
+pub mod contrast;
+mod error;
 pub mod experts;
+mod lab;
+mod method;
 pub mod patterns;
+mod report;
 
 pub use card::{Card, Kind};
+pub use error::MethodError;
 pub use experts::{DEFAULT_METRIC, METRICS, Metric, Phases, all_tables, metric};
+pub use lab::{Lab, World};
+pub use method::{Method, Run, Runner};
+pub use report::{HeatMap, OutputFile, Report, Table};
 
 /// Every method, in the order in which `quorate methods` lists them.
-pub const METHODS: &[&Card] =
-    &[&experts::premoe::CARD, &experts::unified::CARD, &experts::easy_ep::CARD, &experts::controls::CARD];
+pub const METHODS: &[Method] = &[
+    Method::score(&experts::premoe::CARD),
+    Method::score(&experts::unified::CARD),
+    Method::score(&experts::easy_ep::CARD),
+    Method::score(&experts::controls::CARD),
+    Method::command::<experts::mote::Mote>(&experts::mote::CARD),
+];

@@ -23,6 +23,12 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A layer without routed experts.
+    #[error("layer {layer} has no routed experts; help: choose a MoE layer (`quorate inspect` lists them)")]
+    NoExperts {
+        /// Decoder layer.
+        layer: usize,
+    },
     /// A name that is no site.
     #[error("there is no site `{name}`; help: the sites are {}", site_names())]
     UnknownSite {

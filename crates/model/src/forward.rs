@@ -399,7 +399,7 @@ fn check_routing(routing: &Routing, layer: usize, n: usize, moe: &MoeSpec) -> Re
     Ok(())
 }
 
-fn kernel_act(act: Activation) -> Act {
+pub(crate) fn kernel_act(act: Activation) -> Act {
     match act {
         Activation::Silu => Act::Silu,
         Activation::GeluTanh => Act::GeluTanh,

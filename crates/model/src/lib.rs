@@ -3,6 +3,7 @@
 //!
 //! This crate must never read a clock, print, or know a paper.
 
+mod access;
 mod batch;
 mod cache;
 mod error;

@@ -165,6 +165,10 @@ impl Model {
         self.kept[layer].as_deref()
     }
 
+    pub(crate) fn weights_mut(&mut self) -> &mut Weights {
+        &mut self.weights
+    }
+
     pub(crate) fn matrix(&self, role: Role) -> Result<&Matrix, ModelError> {
         Ok(self.weights.matrix(role)?)
     }

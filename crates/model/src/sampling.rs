@@ -83,11 +83,18 @@ impl SamplingParams {
 
 /// Random numbers: `SplitMix64` of Steele, Lea and Flood (2014). Its state is a counter in steps of the golden ratio;
 /// each output is the state, mixed.
-#[derive(Debug, Clone)]
-struct SplitMix64(u64);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SplitMix64(u64);
 
 impl SplitMix64 {
-    fn next(&mut self) -> u64 {
+    /// The numbers that a seed gives.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 64 random bits.
+    #[allow(clippy::should_implement_trait, reason = "a generator never ends")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -96,8 +103,20 @@ impl SplitMix64 {
     }
 
     /// At least 0, below 1, in steps of 2^-53.
-    fn unit(&mut self) -> f64 {
+    pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// A whole number below `n`, which is above 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        ((u128::from(self.next()) * n as u128) >> 64) as usize
+    }
+
+    /// Puts values in a random order.
+    pub fn shuffle<T>(&mut self, values: &mut [T]) {
+        for last in (1..values.len()).rev() {
+            values.swap(last, self.below(last + 1));
+        }
     }
 }
 
@@ -130,7 +149,7 @@ impl Sampler {
     /// As [`SamplingParams::check`].
     pub fn new(params: SamplingParams) -> Result<Self, SamplingError> {
         params.check()?;
-        let random = SplitMix64(params.seed);
+        let random = SplitMix64::new(params.seed);
         Ok(Self { params, random, candidates: Vec::new(), penalised: Vec::new() })
     }
 

@@ -37,6 +37,16 @@ pub enum ResidencyError {
         /// `matrix` or `vector`.
         form: &'static str,
     },
+    /// A weight of another shape was to take a place.
+    #[error("{role} is {} x {}, the weight to put there is {} x {}; help: give one of the same shape", old.0, old.1, new.0, new.1)]
+    OtherShape {
+        /// The weight.
+        role: Role,
+        /// Rows and columns of the place.
+        old: (usize, usize),
+        /// Rows and columns of what was given.
+        new: (usize, usize),
+    },
     /// Experts to keep that the model does not have.
     #[error("cannot load these experts: {problem}; help: {help}")]
     Kept {

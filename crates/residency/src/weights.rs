@@ -189,6 +189,29 @@ impl Weights {
         self.experts.get(layer)?.get(expert)?.as_ref()
     }
 
+    /// Puts another expert in the place of one in memory; returns that one.
+    ///
+    /// # Errors
+    /// It is not in memory, or the shapes differ.
+    pub fn replace_expert(&mut self, layer: usize, expert: usize, new: Expert) -> Result<Expert> {
+        let slot = self.experts.get_mut(layer).and_then(|l| l.get_mut(expert)).and_then(Option::as_mut);
+        let role = Role::ExpertGate(layer, expert);
+        let old = slot.ok_or(ResidencyError::NotResident { role, form: "expert" })?;
+        let pairs = [(&old.gate, &new.gate), (&old.up, &new.up), (&old.down, &new.down)];
+        pairs.iter().try_for_each(|(old, new)| same_shape(role, old, new))?;
+        Ok(std::mem::replace(old, new))
+    }
+
+    /// Puts another matrix in the place of one outside the routed experts; returns that one.
+    ///
+    /// # Errors
+    /// It is not in memory, or the shapes differ.
+    pub fn replace_matrix(&mut self, role: Role, new: Matrix) -> Result<Matrix> {
+        let old = self.matrices.get_mut(&role).ok_or(ResidencyError::NotResident { role, form: "matrix" })?;
+        same_shape(role, old, &new)?;
+        Ok(std::mem::replace(old, new))
+    }
+
     /// A matrix outside the routed experts, the router (in f32) among them. The output matrix of a model with tied
     /// embeddings is the embedding.
     ///
@@ -254,4 +277,9 @@ impl Weights {
     pub fn memory_plan(&self, budget_bytes: u64, kv_bytes: u64, overhead_bytes: u64) -> Result<MemoryPlan> {
         plan::memory_plan(&self.checkpoint, budget_bytes, kv_bytes, overhead_bytes)
     }
+}
+
+fn same_shape(role: Role, old: &Matrix, new: &Matrix) -> Result<()> {
+    let (old, new) = ((old.rows, old.cols), (new.rows, new.cols));
+    if old == new { Ok(()) } else { Err(ResidencyError::OtherShape { role, old, new }) }
 }

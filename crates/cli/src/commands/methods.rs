@@ -1,5 +1,7 @@
 //! `quorate methods`: what there is and how to run it.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Args;
 use quorate_lens::LensError;
@@ -14,19 +16,25 @@ use crate::common::{Common, say};
 pub struct Methods {
     /// Show one method, by its own name or that of a metric
     name: Option<String>,
+    /// Write a page for each method into this folder; what was written below the generated part stays
+    #[arg(long, value_name = "DIR")]
+    docs: Option<PathBuf>,
 }
 
 impl Methods {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if let Some(folder) = &self.docs {
+            return crate::method::write_pages(common, folder);
+        }
         let chosen: Vec<&Card> = match &self.name {
-            None => METHODS.to_vec(),
+            None => METHODS.iter().map(|m| m.card).collect(),
             Some(name) => {
-                let card = METHODS.iter().find(|m| m.id == name || m.metrics.contains(&name.as_str()));
+                let card = METHODS.iter().map(|m| m.card).find(|m| m.id == name || m.metrics.contains(&name.as_str()));
                 vec![card.ok_or_else(|| {
                     LensError::unknown(
                         "method",
                         name,
-                        METHODS.iter().map(|m| m.id).chain(METRICS.iter().map(|m| m.name)),
+                        METHODS.iter().map(|m| m.card.id).chain(METRICS.iter().map(|m| m.name)),
                     )
                 })?]
             }

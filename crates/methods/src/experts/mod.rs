@@ -2,6 +2,7 @@
 
 pub mod controls;
 pub mod easy_ep;
+pub mod mote;
 pub mod premoe;
 pub mod unified;
 

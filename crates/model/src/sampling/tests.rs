@@ -36,7 +36,7 @@ fn chi_square(counts: &[usize], probabilities: &[f64]) -> f64 {
 
 #[test]
 fn random_numbers_are_the_published_ones() {
-    let mut random = SplitMix64(1_234_567);
+    let mut random = SplitMix64::new(1_234_567);
     let first = [(); 3].map(|()| random.next());
     assert_eq!(first, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
 }
@@ -84,7 +84,7 @@ fn filters_keep_the_tokens_of_hand_examples() {
 
 #[test]
 fn the_shortcut_of_top_p_changes_nothing() {
-    let mut random = SplitMix64(3);
+    let mut random = SplitMix64::new(3);
     for _ in 0..200 {
         let values: Vec<f32> = (0..50).map(|_| (random.unit() * 12.0) as f32).collect();
         let p = 0.02 + random.unit() as f32 * 0.97;
@@ -214,7 +214,7 @@ fn stop_strings_hold_back_no_more_than_needed() {
 /// Any split of a text gives what the whole text gives.
 #[test]
 fn stop_strings_do_not_depend_on_the_pieces() {
-    let mut random = SplitMix64(8);
+    let mut random = SplitMix64::new(8);
     for _ in 0..3000 {
         let text: String = (0..12).map(|_| ['a', 'b', 'é'][(random.next() % 3) as usize]).collect();
         let stops = ["abé", "bb", "ééa"];

@@ -1,0 +1,65 @@
+//! Weights from outside the forward pass: experts applied to any input, weights exchanged.
+
+use candle_core::Tensor;
+use quorate_formats::Role;
+use quorate_kernels::{self as kernels, ExpertRef, Pack};
+use quorate_residency::{Expert, Matrix};
+
+use crate::forward::kernel_act;
+use crate::ops::{tensor, values};
+use crate::{Model, ModelError};
+
+impl Model {
+    /// Outputs, before any gate, of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
+    /// `ffn_in`): `[n, E, d]`, each expert applied to each row whatever the router would choose.
+    ///
+    /// # Errors
+    /// A layer without experts, or experts that are not in memory.
+    pub fn all_expert_outputs(&self, layer: usize, x: &Tensor) -> Result<Tensor, ModelError> {
+        let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        let (n, d) = x.dims2()?;
+        let (e, width) = (moe.n_experts, moe.intermediate_size);
+        let weights: Vec<Option<ExpertRef<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
+        let ids: Vec<u32> = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
+        let (mut hidden, mut out) = (vec![0.0; n * e * width], vec![0.0; n * e * d]);
+        let (x, act) = (values(x)?, kernel_act(moe.act));
+        kernels::expert_hidden(self.pool(), Pack::Always, &weights, &x, n, e, &ids, act, &mut hidden)?;
+        kernels::expert_down(self.pool(), Pack::Always, &weights, &hidden, n, e, &ids, &mut out)?;
+        tensor(out, &[n, e, d])
+    }
+
+    /// The weights of a routed expert in memory.
+    ///
+    /// # Errors
+    /// It is not in memory, or there is none.
+    pub fn expert_weights(&self, layer: usize, expert: usize) -> Result<&Expert, ModelError> {
+        let id = u32::try_from(expert).unwrap_or(u32::MAX);
+        self.weights().expert(layer, expert).ok_or(ModelError::ExpertNotLoaded { layer, expert: id })
+    }
+
+    /// The router's rows of a MoE layer, `[E, d]`, in f32.
+    ///
+    /// # Errors
+    /// A layer without experts.
+    pub fn router_weight(&self, layer: usize) -> Result<&Matrix, ModelError> {
+        self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        self.matrix(Role::Router(layer))
+    }
+
+    /// Puts another expert in the place of one that is in memory, until its experts are loaded anew. The files stay as
+    /// they are.
+    ///
+    /// # Errors
+    /// It is not in memory, or its matrices have other shapes.
+    pub fn replace_expert(&mut self, layer: usize, expert: usize, new: Expert) -> Result<Expert, ModelError> {
+        Ok(self.weights_mut().replace_expert(layer, expert, new)?)
+    }
+
+    /// Puts another matrix in the place of one outside the routed experts. The files stay as they are.
+    ///
+    /// # Errors
+    /// It is not in memory, or has another shape.
+    pub fn replace_matrix(&mut self, role: Role, new: Matrix) -> Result<Matrix, ModelError> {
+        Ok(self.weights_mut().replace_matrix(role, new)?)
+    }
+}
