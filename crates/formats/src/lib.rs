@@ -13,6 +13,7 @@ pub mod hf_writer;
 pub mod role;
 pub mod rope;
 pub mod safetensors;
+mod source;
 pub mod spec;
 pub mod writer;
 

@@ -83,6 +83,8 @@ pub fn from_config(config: &Config, head_dim: usize, default_theta: f64) -> Resu
             RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
             _ => 1.0,
         },
+        interleaved: false,
+        long: None,
     })
 }
 

@@ -14,6 +14,6 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let bias = config.flag("attention_bias", false)?;
     let attn = AttnSpec { qkv_bias: bias, o_bias: bias, ..attention(config, &DEFAULTS)? };
     let ffn = dense(config)?;
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -14,6 +14,6 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     // The first release came without the key and meant 4096.
     let attn = AttnSpec { sliding_window: window(config, Some(4096))?, ..attention(config, &DEFAULTS)? };
     let ffn = dense(config)?;
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

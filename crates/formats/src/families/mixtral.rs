@@ -25,6 +25,6 @@ const DEFAULTS: Defaults = Defaults { rope_theta: 1_000_000.0, norm_eps: 1e-5 };
 fn spec(config: &Config) -> Result<ModelSpec> {
     let attn = AttnSpec { sliding_window: window(config, None)?, ..attention(config, &DEFAULTS)? };
     let ffn = FfnSpec::Moe(moe(config, "intermediate_size", true)?);
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -21,6 +21,6 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     };
     // `intermediate_size` is the width of one expert.
     let ffn = FfnSpec::Moe(moe(config, "intermediate_size", config.flag("norm_topk_prob", false)?)?);
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -19,7 +19,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let ffn = dense(config)?;
     let layers = layers(config, |l| {
         let attn = AttnSpec { sliding_window: window.filter(|_| slides(l)), ..attn.clone() };
-        Ok(LayerSpec { attn, ffn: ffn.clone() })
+        Ok(LayerSpec::new(attn, ffn.clone()))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

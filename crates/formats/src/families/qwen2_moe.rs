@@ -34,7 +34,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let layers = layers(config, |l| {
         let attn = AttnSpec { sliding_window: window.filter(|_| slides(l)), ..attn.clone() };
         let ffn = if sparse(l) { FfnSpec::Moe(moe.clone()) } else { dense(config)? };
-        Ok(LayerSpec { attn, ffn })
+        Ok(LayerSpec::new(attn, ffn))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -30,7 +30,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let sparse = sparse_layers(config)?;
     let layers = layers(config, |l| {
         let ffn = if sparse(l) { FfnSpec::Moe(moe.clone()) } else { dense(config)? };
-        Ok(LayerSpec { attn: attn.clone(), ffn })
+        Ok(LayerSpec::new(attn.clone(), ffn))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }
