@@ -3,6 +3,7 @@
 //! Knows safetensors, Hugging Face folders and the families' names. It computes nothing with weights and keeps none
 //! in memory: a [`Checkpoint`] is an index of checked byte ranges, `residency` reads them.
 
+mod bind;
 pub mod checkpoint;
 pub mod config;
 pub mod datafile;
@@ -13,7 +14,7 @@ pub mod hf_writer;
 pub mod role;
 pub mod rope;
 pub mod safetensors;
-mod source;
+pub mod source;
 pub mod spec;
 pub mod writer;
 
@@ -25,4 +26,5 @@ pub use families::{FAMILIES, Family};
 pub use hf_writer::write_pruned_hf;
 pub use role::Role;
 pub use safetensors::{SafetensorsFile, StoredDType, TensorLoc};
+pub use source::Recipe;
 pub use writer::{Sink, TensorOut, check_output, write_file, write_safetensors};

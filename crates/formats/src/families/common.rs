@@ -3,8 +3,8 @@
 use crate::config::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, POSITIONS_MAX, VOCAB_MAX, WIDTH_MAX};
 use crate::role::TensorNames;
 use crate::spec::{
-    Activation, AttnExtra, AttnSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormKind, QkNorm, RouterExtra, RouterScore,
-    RouterSpec, Scales,
+    Activation, AttnExtra, AttnSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormKind, QkNorm, RouterExtra,
+    RouterScore, RouterSpec, Scales,
 };
 use crate::{Config, FormatError, Result, rope};
 
@@ -175,7 +175,13 @@ pub fn moe(config: &Config, width_key: &str, norm_topk_prob: bool) -> Result<Moe
     let count = |key: &&&str| config.get(key).is_some();
     let key = EXPERT_COUNT_KEYS.iter().find(count).ok_or_else(|| config.missing(EXPERT_COUNT_KEYS[0]))?;
     let n_experts = config.count(key, EXPERTS_MAX)?;
-    mixture(config, n_experts, config.count("num_experts_per_tok", EXPERTS_MAX)?, config.count(width_key, WIDTH_MAX)?, norm_topk_prob)
+    mixture(
+        config,
+        n_experts,
+        config.count("num_experts_per_tok", EXPERTS_MAX)?,
+        config.count(width_key, WIDTH_MAX)?,
+        norm_topk_prob,
+    )
 }
 
 /// A mixture of experts with softmax over all.
@@ -195,7 +201,12 @@ pub fn mixture(
         top_k,
         intermediate_size,
         act: activation(config)?,
-        router: RouterSpec { score: RouterScore::SoftmaxAll, norm_topk_prob, routed_scaling_factor: 1.0, extra: RouterExtra::default() },
+        router: RouterSpec {
+            score: RouterScore::SoftmaxAll,
+            norm_topk_prob,
+            routed_scaling_factor: 1.0,
+            extra: RouterExtra::default(),
+        },
         shared: None,
         expert_bias: false,
     })
@@ -207,6 +218,14 @@ pub fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool> {
     let dense = config.opt_indices("mlp_only_layers")?.unwrap_or_default();
     let step = config.opt_count("decoder_sparse_step", LAYERS_MAX)?.unwrap_or(1);
     Ok(move |l: usize| !dense.contains(&l) && (l + 1).is_multiple_of(step))
+}
+
+/// The rule of DeepSeek's mixtures: the first `first_key` layers are dense, and of the others those whose number is a
+/// multiple of `step_key` are mixtures.
+pub fn sparse_from(config: &Config, first_key: &str, step_key: &str) -> Result<impl Fn(usize) -> bool> {
+    let first = config.opt_index(first_key, LAYERS_MAX)?.unwrap_or(0);
+    let step = config.opt_count(step_key, LAYERS_MAX)?.unwrap_or(1);
+    Ok(move |l: usize| l >= first && l.is_multiple_of(step))
 }
 
 /// The window of families in which all layers have it, or none: absent is `default`, null is none.

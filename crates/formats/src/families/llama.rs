@@ -6,7 +6,7 @@ use crate::spec::{AttnSpec, LayerSpec, ModelSpec};
 use crate::{Config, Result};
 
 pub static FAMILY: Family =
-    Family { name: "llama", model_types: &["llama"], spec, names: LLAMA_NAMES, expert_count_keys: &[] };
+    Family { name: "llama", model_types: &["llama"], spec, names: LLAMA_NAMES, expert_count_keys: &[], fused: None };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
 

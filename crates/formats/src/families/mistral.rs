@@ -5,8 +5,14 @@ use super::common::{Defaults, LLAMA_NAMES, attention, dense, layers, model, wind
 use crate::spec::{AttnSpec, LayerSpec, ModelSpec};
 use crate::{Config, Result};
 
-pub static FAMILY: Family =
-    Family { name: "mistral", model_types: &["mistral"], spec, names: LLAMA_NAMES, expert_count_keys: &[] };
+pub static FAMILY: Family = Family {
+    name: "mistral",
+    model_types: &["mistral"],
+    spec,
+    names: LLAMA_NAMES,
+    expert_count_keys: &[],
+    fused: None,
+};
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
 

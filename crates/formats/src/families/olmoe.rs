@@ -5,8 +5,14 @@ use super::common::{Defaults, EXPERT_COUNT_KEYS, LLAMA_NAMES, attention, layers,
 use crate::spec::{AttnSpec, FfnSpec, LayerSpec, ModelSpec, QkNorm};
 use crate::{Config, Result};
 
-pub static FAMILY: Family =
-    Family { name: "olmoe", model_types: &["olmoe"], spec, names: LLAMA_NAMES, expert_count_keys: EXPERT_COUNT_KEYS };
+pub static FAMILY: Family = Family {
+    name: "olmoe",
+    model_types: &["olmoe"],
+    spec,
+    names: LLAMA_NAMES,
+    expert_count_keys: EXPERT_COUNT_KEYS,
+    fused: None,
+};
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-5 };
 

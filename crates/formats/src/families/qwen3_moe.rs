@@ -13,6 +13,7 @@ pub static FAMILY: Family = Family {
     spec,
     names: LLAMA_NAMES,
     expert_count_keys: EXPERT_COUNT_KEYS,
+    fused: None,
 };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
