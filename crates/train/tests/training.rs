@@ -3,7 +3,7 @@
 #[path = "../../model/tests/support/mod.rs"]
 mod support;
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use quorate_formats::Role;
 use quorate_model::{Model, Overlay, Patch};
@@ -118,7 +118,7 @@ fn only_what_was_selected_changes() {
 }
 
 /// Runs with an evaluation whose scores are 1 2 3 2 1 ..., and a checkpoint at each fourth step.
-fn evaluated(trainer: &mut Trainer, model: &mut Model, path: &PathBuf, until: u64) -> (Vec<StepReport>, Outcome) {
+fn evaluated(trainer: &mut Trainer, model: &mut Model, path: &Path, until: u64) -> (Vec<StepReport>, Outcome) {
     let (mut reports, mut scores) = (Vec::new(), trainer.steps() / 2);
     let mut on_step = |report: &StepReport| {
         reports.push(*report);
@@ -133,7 +133,7 @@ fn evaluated(trainer: &mut Trainer, model: &mut Model, path: &PathBuf, until: u6
         scores += 1;
         Ok(3.0 - (3.0 - scores as f64).abs())
     };
-    let mut hooks = Hooks { on_step: &mut on_step, evaluate: Some(&mut evaluate), checkpoint: Some(path.clone()) };
+    let mut hooks = Hooks { on_step: &mut on_step, evaluate: Some(&mut evaluate), checkpoint: Some(path.to_owned()) };
     let outcome = trainer.run(model, &examples(), &mut AnswerLoss::new(), &mut hooks).unwrap();
     (reports, outcome)
 }

@@ -105,7 +105,8 @@ impl AdapterConfig {
     }
 }
 
-/// The value of the first pattern that matches the whole name, or what stands behind a dot in it.
+/// The value of the first pattern that matches the whole name, or what stands behind a dot in it; the name of the module, or
+/// of its weight (which is what PEFT looks for where the parameter is targeted).
 fn first<T: Copy>(path: &Path, patterns: &[(String, T)], module: &str) -> Result<Option<T>, TrainError> {
     for (pattern, value) in patterns {
         let refuse = |error: fancy_regex::Error| {
@@ -113,8 +114,10 @@ fn first<T: Copy>(path: &Path, patterns: &[(String, T)], module: &str) -> Result
             TrainError::Adapter { path: path.to_owned(), problem }
         };
         let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).map_err(refuse)?;
-        if regex.is_match(module).map_err(refuse)? {
-            return Ok(Some(*value));
+        for name in [module, &format!("{module}.weight")] {
+            if regex.is_match(name).map_err(refuse)? {
+                return Ok(Some(*value));
+            }
         }
     }
     Ok(None)
@@ -134,7 +137,7 @@ mod tests {
     fn scales_follow_defaults_patterns_and_rslora() {
         let config = parse(json!({
             "peft_type": "LORA", "r": 4, "lora_alpha": 8, "some_new_key": {"a": 1}, "layer_replication": null,
-            "rank_pattern": {"q_proj": 16, r"layers\.[01]\..*v_proj": 2}, "alpha_pattern": {r".*\.q_proj": 4.0},
+            "rank_pattern": {"gate.weight": 1, "q_proj": 16, r"layers\.[01]\..*v_proj": 2}, "alpha_pattern": {r".*\.q_proj": 4.0},
         }))
         .unwrap();
         let of = |module: &str| config.of(Path::new("adapter"), module).unwrap();
@@ -143,6 +146,7 @@ mod tests {
         assert_eq!(of("model.layers.1.self_attn.v_proj"), (2, 4.0));
         assert_eq!(of("model.layers.2.self_attn.v_proj"), (4, 2.0));
         assert_eq!(of("model.layers.0.self_attn.xq_proj"), (4, 2.0));
+        assert_eq!(of("model.layers.0.mlp.gate"), (1, 8.0));
         let config = parse(json!({"peft_type": "LORA", "r": 16, "lora_alpha": 8, "use_rslora": true})).unwrap();
         assert_eq!(config.of(Path::new("adapter"), "x").unwrap(), (16, 2.0));
     }

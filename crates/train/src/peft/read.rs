@@ -161,9 +161,10 @@ fn stacked(
     let ([rows, inner], [out, columns]) = (&a.shape[..], &b.shape[..]) else {
         return Err(refuse(format!("the factors of {module} are no matrices")));
     };
-    let (parameter, parts): (_, Vec<fn(usize, usize) -> Role>) = match (*inner, *out) {
-        shape if shape == (d, 2 * width) => ("gate_up_proj", vec![Role::ExpertGate, Role::ExpertUp]),
-        shape if shape == (width, d) => ("down_proj", vec![Role::ExpertDown]),
+    // Of each expert's gate, up and down, those that the parameter holds.
+    let (parameter, parts) = match (*inner, *out) {
+        shape if shape == (d, 2 * width) => ("gate_up_proj", 0..2),
+        shape if shape == (width, d) => ("down_proj", 2..3),
         _ => return Err(refuse(format!("{module} has factors {:?} and {:?}, which fit no experts", a.shape, b.shape))),
     };
     let (r, scale) = config.of(folder, &format!("{module}.{parameter}"))?;
@@ -174,11 +175,11 @@ fn stacked(
     let each = out / parts.len();
     let mut patches = Vec::new();
     for e in 0..experts {
-        for (i, role) in parts.iter().enumerate() {
+        for (i, role) in Role::of_expert(l, e)[parts.clone()].iter().enumerate() {
             let own_a = a.values[e * r * inner..(e + 1) * r * inner].to_vec();
             let row = |o: usize| (0..r).map(move |j| o * columns + j * experts + e);
             let own_b = (i * each..(i + 1) * each).flat_map(row).map(|at| b.values[at]).collect();
-            patches.push((role(l, e), Patch::LowRank(term(own_a, own_b, each, *inner, r, scale)?)));
+            patches.push((*role, Patch::LowRank(term(own_a, own_b, each, *inner, r, scale)?)));
         }
     }
     Ok(patches)

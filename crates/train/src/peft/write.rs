@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Tensor;
-use quorate_formats::{Checkpoint, TensorOut, write_file, write_safetensors};
+use quorate_formats::{Checkpoint, Role, TensorOut, write_file, write_safetensors};
 use quorate_model::{LowRank, Overlay, Patch, ops};
 use serde_json::{Map, Value, json};
 
@@ -31,7 +31,7 @@ pub fn write(checkpoint: &Checkpoint, overlay: &Overlay, folder: &Path, base: &s
             Patch::LowRank(LowRank { a, b, scale }) => {
                 tensors.push(out(format!("{PREFIX}{module}.lora_A.weight"), a)?);
                 tensors.push(out(format!("{PREFIX}{module}.lora_B.weight"), b)?);
-                terms.push((module, a.dim(0)?, f64::from(*scale) * a.dim(0)? as f64));
+                terms.push(Term { role, module, rank: a.dim(0)?, alpha: f64::from(*scale) * a.dim(0)? as f64 });
             }
             Patch::Replace(_) if role.is_expert() => {
                 let help = "help: train it as a low-rank term, or write a whole model instead";
@@ -55,15 +55,28 @@ fn out(name: String, tensor: &Tensor) -> Result<TensorOut<'static>, TrainError> 
     Ok(TensorOut::f32(name, tensor.dims(), ops::values(tensor)?.to_vec()))
 }
 
-/// The configuration of LoRA terms `(module, rank, alpha)` and modules saved in full.
-fn config(terms: &[(String, usize, f64)], whole: &[String], base: &str) -> Value {
-    let (rank, alpha) = terms.first().map_or((8, 8.0), |(_, rank, alpha)| (*rank, *alpha));
+/// What the configuration says of a low-rank term.
+struct Term {
+    role: Role,
+    module: String,
+    rank: usize,
+    alpha: f64,
+}
+
+/// The configuration of LoRA terms and modules saved in full.
+///
+/// Rank and alpha of experts are the defaults, if there are any: where transformers stacks experts, PEFT takes no others.
+fn config(terms: &[Term], whole: &[String], base: &str) -> Value {
+    let usual = terms.iter().find(|term| term.role.is_expert()).or(terms.first());
+    let (rank, alpha) = usual.map_or((8, 8.0), |term| (term.rank, term.alpha));
     // PEFT calls alpha an integer, and takes any number.
     let number =
         |alpha: f64| if alpha.fract() == 0.0 && alpha.abs() < 1e9 { json!(alpha as i64) } else { json!(alpha) };
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
-    for (module, r, a) in terms {
-        let pattern = module.replace('.', r"\.");
+    for Term { role, module, rank: r, alpha: a } in terms {
+        // A router is a module or, in transformers 5, a parameter.
+        let end = if matches!(role, Role::Router(_)) { r"(\.weight)?" } else { "" };
+        let pattern = module.replace('.', r"\.") + end;
         if *r != rank {
             ranks.insert(pattern.clone(), json!(r));
         }
@@ -71,7 +84,7 @@ fn config(terms: &[(String, usize, f64)], whole: &[String], base: &str) -> Value
             alphas.insert(pattern, number(*a));
         }
     }
-    let targets: Vec<&String> = terms.iter().map(|(module, ..)| module).collect();
+    let targets: Vec<&String> = terms.iter().map(|term| &term.module).collect();
     json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
