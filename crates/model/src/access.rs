@@ -2,12 +2,12 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_kernels::{self as kernels, ExpertRef, Pack};
+use quorate_kernels::Pack;
 use quorate_residency::{Expert, Matrix};
 
-use crate::forward::kernel_act;
-use crate::ops::{tensor, values};
-use crate::{Model, ModelError};
+use crate::ffn::{self, Gated};
+use crate::ops::tensor;
+use crate::{Model, ModelError, Routing};
 
 impl Model {
     /// Outputs, before any gate, of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
@@ -18,14 +18,13 @@ impl Model {
     pub fn all_expert_outputs(&self, layer: usize, x: &Tensor) -> Result<Tensor, ModelError> {
         let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
         let (n, d) = x.dims2()?;
-        let (e, width) = (moe.n_experts, moe.intermediate_size);
-        let weights: Vec<Option<ExpertRef<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
-        let ids: Vec<u32> = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
-        let (mut hidden, mut out) = (vec![0.0; n * e * width], vec![0.0; n * e * d]);
-        let (x, act) = (values(x)?, kernel_act(moe.act));
-        kernels::expert_hidden(self.pool(), Pack::Always, &weights, &x, n, e, &ids, act, &mut hidden)?;
-        kernels::expert_down(self.pool(), Pack::Always, &weights, &hidden, n, e, &ids, &mut out)?;
-        tensor(out, &[n, e, d])
+        let e = moe.n_experts;
+        let experts: Vec<Option<Gated<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
+        let ids = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
+        let routing = Routing { k: e, ids, gates: tensor(vec![1.0; n * e], &[n, e])? };
+        let (pool, pack) = (self.pool(), Pack::Always);
+        let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, &routing)?;
+        ffn::expert_down(pool, pack, &experts, d, &hidden, &routing)
     }
 
     /// The weights of a routed expert in memory.
@@ -43,7 +42,7 @@ impl Model {
     /// A layer without experts.
     pub fn router_weight(&self, layer: usize) -> Result<&Matrix, ModelError> {
         self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
-        self.matrix(Role::Router(layer))
+        Ok(self.weights().matrix(Role::Router(layer))?)
     }
 
     /// Puts another expert in the place of one that is in memory, until its experts are loaded anew. The files stay as
