@@ -141,12 +141,12 @@ pub struct Found {
 ///
 /// # Errors
 /// As `error`.
-pub fn best_subset(
+pub fn best_subset<E>(
     experts: usize,
     keep: usize,
     exhaustive_max: usize,
-    mut error: impl FnMut(&[usize]) -> Result<f64, MethodError>,
-) -> Result<Found, MethodError> {
+    mut error: impl FnMut(&[usize]) -> Result<f64, E>,
+) -> Result<Found, E> {
     let mut tried = 0;
     let mut try_one = |kept: &[usize]| {
         tried += 1;
@@ -163,14 +163,14 @@ pub fn best_subset(
     Ok(Found { kept, error: least, tried, exhaustive })
 }
 
-type Try<'a> = dyn FnMut(&[usize]) -> Result<f64, MethodError> + 'a;
+type Try<'a, E> = dyn FnMut(&[usize]) -> Result<f64, E> + 'a;
 
 /// Number of subsets, `C(n, k)`; `usize::MAX` if it is larger.
 fn subsets(n: usize, k: usize) -> usize {
     (0..k.min(n)).try_fold(1usize, |c, i| Some(c.checked_mul(n - i)? / (i + 1))).unwrap_or(usize::MAX)
 }
 
-fn try_all(experts: usize, keep: usize, error: &mut Try<'_>) -> Result<(Vec<usize>, f64), MethodError> {
+fn try_all<E>(experts: usize, keep: usize, error: &mut Try<'_, E>) -> Result<(Vec<usize>, f64), E> {
     let mut kept: Vec<usize> = (0..keep).collect();
     let mut best = (kept.clone(), error(&kept)?);
     // The next subset in lexical order: the last place that can move does, the later ones follow it.
@@ -185,7 +185,7 @@ fn try_all(experts: usize, keep: usize, error: &mut Try<'_>) -> Result<(Vec<usiz
     Ok(best)
 }
 
-fn remove_greedily(experts: usize, keep: usize, error: &mut Try<'_>) -> Result<Vec<usize>, MethodError> {
+fn remove_greedily<E>(experts: usize, keep: usize, error: &mut Try<'_, E>) -> Result<Vec<usize>, E> {
     let mut kept: Vec<usize> = (0..experts).collect();
     while kept.len() > keep {
         let mut cheapest = (0, f64::INFINITY);
@@ -202,7 +202,7 @@ fn remove_greedily(experts: usize, keep: usize, error: &mut Try<'_>) -> Result<V
     Ok(kept)
 }
 
-fn swap_greedily(experts: usize, mut kept: Vec<usize>, error: &mut Try<'_>) -> Result<(Vec<usize>, f64), MethodError> {
+fn swap_greedily<E>(experts: usize, mut kept: Vec<usize>, error: &mut Try<'_, E>) -> Result<(Vec<usize>, f64), E> {
     let mut least = error(&kept)?;
     loop {
         let mut best = None;
@@ -238,7 +238,9 @@ mod tests {
             let gone = (0..6).filter(|e| !kept.contains(e));
             let lone: f64 = gone.clone().map(|e| cost[e]).sum();
             let both = |a, b| gone.clone().any(|e| e == a) && gone.clone().any(|e| e == b);
-            Ok(lone + if both(4, 5) { 9.0 } else { 0.0 } + if both(2, 4) { 7.0 } else { 0.0 })
+            Ok::<_, std::convert::Infallible>(
+                lone + if both(4, 5) { 9.0 } else { 0.0 } + if both(2, 4) { 7.0 } else { 0.0 },
+            )
         };
         for keep in 1..6 {
             let all = best_subset(6, keep, 100, error).unwrap();
