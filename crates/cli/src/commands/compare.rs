@@ -70,9 +70,6 @@ impl Compare {
         tasks.iter_mut().for_each(|task| task.items.truncate(self.limit));
         let model = common.open_model(None)?;
         need_experts(&model)?;
-        if let Some(&k) = self.keep.iter().find(|_| self.relatives.is_some()) {
-            Keep::per_layer(model.spec(), Scope::Local, k)?;
-        }
         let scope: Scope = self.scope.into();
         self.keep.iter().try_for_each(|&k| Keep::per_layer(model.spec(), scope, k).map(|_| ()))?;
         let library = common.open_library()?;
@@ -184,8 +181,13 @@ impl Compare {
         let calibration = load_tasks(&paths, Some(CALIBRATION_SPLIT))?;
         let inputs = inputs(&tests, &inputs(&calibration, ""));
         let comparison = RelativesComparison::new(self.keep.clone(), self.mode.into());
-        if known.as_ref().is_none_or(|k| k.inputs != inputs) {
-            *known = Some(Relatives { inputs, limit, cells: Vec::new() });
+        let earlier = known.get_or_insert_with(|| Relatives { inputs: inputs.clone(), limit, cells: Vec::new() });
+        if earlier.inputs != inputs {
+            bail!(
+                "{} has relatives on {} questions per task, or other texts; help: give --relatives {1}, remove it or give another -o",
+                self.file("json").display(),
+                earlier.limit
+            );
         }
         let mut model = common.open_model(None)?;
         common.load_all_experts(&mut model)?;

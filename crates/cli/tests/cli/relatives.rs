@@ -95,7 +95,22 @@ fn relatives_are_compared_and_known_cells_kept() {
     for part in ["| naee | least error", "| aimer | weights only |", "over 1 tasks, the first 3 questions"] {
         assert!(table.contains(part), "{table}");
     }
-    assert_eq!(run("2").as_array().map(Vec::len), Some(12), "other questions are answered anew");
+    quorate![
+        "compare",
+        "--relatives",
+        "2",
+        "--keep",
+        "8",
+        "--metrics",
+        "peu",
+        "--limit",
+        "1",
+        "--tasks",
+        &tasks,
+        "-o",
+        &out
+    ]
+    .fails(3, &["relatives on 3 questions", "help: give --relatives 3"]);
 }
 
 #[test]
