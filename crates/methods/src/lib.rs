@@ -10,6 +10,7 @@ pub mod experts;
 mod lab;
 mod method;
 pub mod patterns;
+pub mod relatives;
 mod report;
 
 pub use card::{Card, Kind};
@@ -26,4 +27,9 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
+    Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
+    Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
+    Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),
+    Method::command::<relatives::aimer::Aimer>(&relatives::aimer::CARD),
+    Method::score(&relatives::esft::CARD),
 ];

@@ -25,6 +25,9 @@ pub struct Report {
     /// Files to keep: plans, lists, adapters. Not part of the JSON document.
     #[serde(skip)]
     pub files: Vec<OutputFile>,
+    /// Experts with changed weights, to be written as a model folder. Not part of the JSON document.
+    #[serde(skip)]
+    pub experts: Vec<(quorate_lens::ExpertId, quorate_residency::Expert)>,
 }
 
 /// A table.

@@ -7,7 +7,8 @@ use quorate_residency::{Expert, Matrix};
 
 use crate::ffn::{self, Gated};
 use crate::ops::tensor;
-use crate::{Model, ModelError, Routing};
+use crate::routing::{Keep, route};
+use crate::{Model, ModelError, Routing, RoutingMode};
 
 impl Model {
     /// Outputs, before any gate, of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
@@ -25,6 +26,31 @@ impl Model {
         let (pool, pack) = (self.pool(), Pack::Always);
         let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, &routing)?;
         ffn::expert_down(pool, pack, &experts, d, &hidden, &routing)
+    }
+
+    /// How tokens with router logits `logits [n, E]` (values of the site `router_logits`) would be routed in decoder layer
+    /// `layer` with the experts that `kept [E]` flags, `None` for all, whatever the model keeps now.
+    ///
+    /// # Errors
+    /// A layer without experts, flags or logits of another number of experts, or logits that are NaN.
+    pub fn route(
+        &self,
+        layer: usize,
+        logits: &[f32],
+        kept: Option<&[bool]>,
+        mode: RoutingMode,
+    ) -> Result<Routing, ModelError> {
+        let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        if !logits.len().is_multiple_of(moe.n_experts) || kept.is_some_and(|k| k.len() != moe.n_experts) {
+            let (experts, flags) = (moe.n_experts, kept.map_or(0, <[bool]>::len));
+            let message = format!(
+                "layer {layer} has {experts} experts; {} logits and {flags} flags do not fit them",
+                logits.len()
+            );
+            return Err(ModelError::Keep(message));
+        }
+        let logits = tensor(logits.to_vec(), &[logits.len() / moe.n_experts, moe.n_experts])?;
+        route(moe, layer, &logits, None, kept.map(|kept| Keep { kept, mode }))
     }
 
     /// The weights of a routed expert in memory.
