@@ -26,7 +26,7 @@ use quorate_eval::encode::EncodedItem;
 use quorate_kernels::{dot, norm_sq};
 use quorate_lens::{ExpertMap, Recorder};
 use quorate_model::sampling::SplitMix64;
-use quorate_model::{Model, Site, ops};
+use quorate_model::{Model, ModelError, Site, ops};
 use serde::Serialize;
 
 use self::tables::{gate_rows, norm_tables, output_tables, weight_tables};
@@ -85,6 +85,20 @@ struct Inputs<'a> {
     logits: &'a [f32],
 }
 
+impl<'a> Inputs<'a> {
+    /// The first `tokens` rows recorded of a layer.
+    fn of(model: &Model, recorder: &'a Recorder, layer: usize, tokens: usize) -> Result<Inputs<'a>, MethodError> {
+        let moe = model.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        let values = |site: Site| {
+            let found = recorder.floats().get(&format!("{site}.{layer}"));
+            let found = found.ok_or_else(|| ModelError::Lens(format!("{site} of layer {layer} was not visited")))?;
+            Ok::<_, ModelError>(&found.values[..tokens * found.shape[1]])
+        };
+        let (x, logits) = (values(Site::FfnIn)?, values(Site::RouterLogits)?);
+        Ok(Inputs { layer, experts: moe.n_experts, top_k: moe.top_k, x, logits })
+    }
+}
+
 /// What running all experts of a layer shows.
 struct Outputs {
     /// Places by norm and by score.
@@ -117,26 +131,22 @@ impl Run for CloserLook {
         let (items, tokens) = self.texts(lab)?;
         let mut recorder = Recorder::new(&[Site::FfnIn, Site::RouterLogits], Some(layers.clone()));
         lab.observe("recording the inputs of the experts", &items, &mut recorder, |_, _| {})?;
-        let recorded = |site: Site, layer: usize, tokens: usize| {
-            let found = recorder.floats().get(&format!("{site}.{layer}"));
-            found.map_or(&[][..], |r| &r.values[..tokens * r.shape[1]])
-        };
-        let mut report = Report::default();
-        report.headline("texts", items.len());
-        report.headline("tokens", tokens);
         let (mut outputs, mut weights) = (Vec::new(), Vec::new());
         for (i, &layer) in layers.iter().enumerate() {
-            let Some(moe) = lab.model.spec().moe(layer) else { continue };
-            let (experts, top_k) = (moe.n_experts, moe.top_k);
-            let (x, logits) = (recorded(Site::FfnIn, layer, tokens), recorded(Site::RouterLogits, layer, tokens));
-            let inputs = Inputs { layer, experts, top_k, x, logits };
             lab.part = (i, layers.len());
-            outputs.push((layer, top_k, self.outputs(lab, &inputs)?));
-            let averages = averages(&lab.model, layer, experts)?;
-            let compared = self.compare_weights(lab, layer, experts, &averages)?;
+            let inputs = Inputs::of(&lab.model, &recorder, layer, tokens)?;
+            outputs.push((layer, inputs.top_k, self.outputs(lab, &inputs)?));
+        }
+        for (i, &layer) in layers.iter().enumerate() {
+            lab.part = (i, layers.len());
+            let averages = averages(&lab.model, layer)?;
+            let compared = self.compare_weights(lab, layer, &averages)?;
             weights.push((layer, averages, compared));
         }
         lab.part = (0, 1);
+        let mut report = Report::default();
+        report.headline("texts", items.len());
+        report.headline("tokens", tokens);
         norm_tables(&outputs, &mut report);
         output_tables(&map, &outputs, self.threshold, &mut report);
         weight_tables(&weights, &mut report);
@@ -229,9 +239,9 @@ impl CloserLook {
         &self,
         lab: &mut Lab<'_>,
         layer: usize,
-        experts: usize,
         averages: &[Vec<f32>; 3],
     ) -> Result<Vec<Likeness>, MethodError> {
+        let experts = lab.model.router_weight(layer)?.rows;
         let mut random = SplitMix64::new(lab.seed ^ layer as u64);
         let mut pairs: Vec<_> = (0..experts).flat_map(|i| (0..i).map(move |j| (i, j))).collect();
         random.shuffle(&mut pairs);
@@ -278,9 +288,9 @@ impl CloserLook {
 type LayerWeights = (usize, [Vec<f32>; 3], Vec<Likeness>);
 
 /// Means over the neurons of each expert, `[E, d]` for each matrix.
-fn averages(model: &Model, layer: usize, experts: usize) -> Result<[Vec<f32>; 3], MethodError> {
+fn averages(model: &Model, layer: usize) -> Result<[Vec<f32>; 3], MethodError> {
     let mut averages = [Vec::new(), Vec::new(), Vec::new()];
-    for e in 0..experts {
+    for e in 0..model.router_weight(layer)?.rows {
         let expert = model.expert_weights(layer, e)?;
         for (to, matrix) in averages.iter_mut().zip(neurons(expert)) {
             to.extend(mean_row(&matrix, expert.down.rows));

@@ -108,10 +108,8 @@ impl RoutingMetrics {
             used.push(used_share(&counts));
             loads.push(load(&counts));
             let random = load(&blind.layers[moe].counts());
-            let cells = [layer as f64, entropies[moe], full, used[moe], loads[moe], random];
-            let mut cells = cells.map(|v| json!(v));
-            cells[0] = json!(layer);
-            table.row(cells);
+            let numbers = [entropies[moe], full, used[moe], loads[moe], random];
+            table.row([&[json!(layer)][..], &numbers.map(|v| json!(v))].concat());
         }
         report.headline("entropy_over_ln_experts", mean(&flat));
         report.headline("used_share", mean(&used));
