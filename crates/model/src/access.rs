@@ -2,11 +2,11 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_kernels::Pack;
+use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
-use crate::ffn::{self, Gated};
-use crate::ops::tensor;
+use crate::ffn::{self, Gated, kernel_act};
+use crate::ops::{tensor, values};
 use crate::routing::{Keep, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
 
@@ -51,6 +51,28 @@ impl Model {
         }
         let logits = tensor(logits.to_vec(), &[logits.len() / moe.n_experts, moe.n_experts])?;
         route(moe, layer, &logits, None, kept.map(|kept| Keep { kept, mode }))
+    }
+
+    /// Activations `act(gate x)` of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
+    /// `ffn_in`): `[n, E, I]`, before they meet `up x`.
+    ///
+    /// # Errors
+    /// A layer without experts, or experts that are not in memory.
+    pub fn all_expert_activations(&self, layer: usize, x: &Tensor) -> Result<Tensor, ModelError> {
+        let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        let (n, _) = x.dims2()?;
+        let (e, width) = (moe.n_experts, moe.intermediate_size);
+        let x = values(x)?;
+        let (mut out, mut one) = (vec![0.0; n * e * width], vec![0.0; n * width]);
+        for expert in 0..e {
+            let gate = self.expert_weights(layer, expert)?.gate.as_ref();
+            kernels::matmul(self.pool(), Pack::Always, gate, &x, n, None, &mut one);
+            for (t, row) in one.chunks_exact(width).enumerate() {
+                out[(t * e + expert) * width..][..width].copy_from_slice(row);
+            }
+        }
+        kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
+        tensor(out, &[n, e, width])
     }
 
     /// The weights of a routed expert in memory.

@@ -286,7 +286,7 @@ fn slope(act: Act, x: f32, y: f32) -> f32 {
     }
 }
 
-fn kernel_act(act: Activation) -> Act {
+pub(crate) fn kernel_act(act: Activation) -> Act {
     match act {
         Activation::Silu => Act::Silu,
         Activation::GeluTanh => Act::GeluTanh,
