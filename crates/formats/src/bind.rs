@@ -12,7 +12,7 @@ use crate::{Config, DataFile, FormatError, Result, StoredDType, TensorLoc};
 /// The weights of a model, found.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    /// Where the bytes of each weight lie; of a packed one, its values.
+    /// Where the bytes of each weight lie; of one with a recipe, type and size are those in memory.
     pub roles: HashMap<Role, TensorLoc>,
     /// How packed ones are unpacked.
     pub recipes: HashMap<Role, Recipe>,
@@ -49,7 +49,6 @@ struct Binder<'a> {
     path: &'a Path,
     files: &'a [DataFile],
     by_name: HashMap<&'a str, &'a TensorLoc>,
-    prefix: Prefix,
     fp8_block: Option<[usize; 2]>,
     used: HashSet<String>,
 }
@@ -68,13 +67,21 @@ pub(crate) fn bind(
     let prefixes = [Prefix::None, Prefix::Outer, Prefix::Inner];
     let prefix = prefixes.into_iter().find(|p| by_name.contains_key(p.name(&embed).as_str())).unwrap_or_default();
     let fp8_block = fp8_block(config)?;
-    let mut binder = Binder { path, files, by_name, prefix, fp8_block, used: HashSet::new() };
+    let mut binder = Binder { path, files, by_name, fp8_block, used: HashSet::new() };
     let (mut roles, mut recipes) = (HashMap::new(), HashMap::new());
     for role in role::roles(spec) {
         let expected = role::expected_shape(spec, role).expect("`roles` lists what the model has");
         let (loc, recipe) = match family.fused.and_then(|fused| fused(spec, role)) {
             Some(fused) => binder.part(&prefix_fused(prefix, fused), &expected)?,
             None => binder.whole(&prefix.name(&family.names.of(role)), &expected)?,
+        };
+        let loc = match &recipe {
+            // What it takes in memory is what counts.
+            Some(recipe) => {
+                let (dtype, elements) = (recipe.dtype(), loc.elements());
+                TensorLoc { dtype, len: elements * dtype.bits() / 8, ..loc }
+            }
+            None => loc,
         };
         recipes.extend(recipe.map(|recipe| (role, recipe)));
         roles.insert(role, loc);
@@ -155,12 +162,11 @@ impl<'a> Binder<'a> {
             Part::Rows { first, rows: count } => (rows(&whole, first, count, expected), None),
             Part::Columns { index, first, step, count } => {
                 let matrix = if whole.shape.len() == 3 { stacked(&whole, index) } else { whole };
-                let share = matrix.len / matrix.shape[1].max(1) as u64 * count as u64;
-                let loc = TensorLoc { shape: expected.to_vec(), len: share, ..matrix.clone() };
+                let loc = TensorLoc { shape: expected.to_vec(), ..matrix.clone() };
                 (loc, Some(Recipe::Columns { matrix, first, step, count }))
             }
             Part::EverySecond { first } => {
-                let loc = TensorLoc { shape: expected.to_vec(), len: whole.len / 2, ..whole.clone() };
+                let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
                 (loc, Some(Recipe::EverySecond { matrix: whole, first }))
             }
         })
@@ -187,8 +193,7 @@ impl<'a> Binder<'a> {
         let scales = self.get(&format!("{}_scales", fused.tensor), &[e, all, n])?;
         self.need(scales, scales.dtype == StoredDType::U8, "U8")?;
         let scales = stacked(&TensorLoc { shape: vec![e, all, n], ..scales.clone() }, index);
-        let len = (expected[0] * n * 17) as u64;
-        let loc = TensorLoc { shape: expected.to_vec(), len, ..blocks.clone() };
+        let loc = TensorLoc { shape: expected.to_vec(), ..blocks.clone() };
         Ok((loc, Some(Recipe::Mxfp4 { blocks, scales, first, step })))
     }
 }

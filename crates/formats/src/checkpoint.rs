@@ -13,7 +13,7 @@ use crate::role::{self, Role};
 use crate::safetensors::HEADER_BYTES_MAX;
 use crate::source::Recipe;
 use crate::spec::ModelSpec;
-use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, StoredDType, TensorLoc, fingerprint};
+use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -117,7 +117,7 @@ impl Checkpoint {
         &self.bound.unused
     }
 
-    /// Where a weight lies.
+    /// Where a weight lies; of one with a [`Checkpoint::recipe`], where its parts begin, and type and size in memory.
     ///
     /// # Errors
     /// The model has no such weight.
@@ -128,14 +128,6 @@ impl Checkpoint {
     /// How a weight's values come out of stored bytes that are not the weight as it is; `None` if they are.
     pub fn recipe(&self, role: Role) -> Option<&Recipe> {
         self.bound.recipes.get(&role)
-    }
-
-    /// The type in which a weight is kept in memory.
-    ///
-    /// # Errors
-    /// The model has no such weight.
-    pub fn dtype(&self, role: Role) -> Result<StoredDType> {
-        Ok(self.recipe(role).map_or(self.tensor(role)?.dtype, Recipe::dtype))
     }
 
     /// The name of a weight's tensor in this model's files, were it a tensor of its own.

@@ -194,6 +194,20 @@ impl Role {
         [Self::ExpertGate(layer, expert), Self::ExpertUp(layer, expert), Self::ExpertDown(layer, expert)]
     }
 
+    /// Whether a matrix is kept in f32 in memory, whatever its type in the file: routers, and small ones that are not
+    /// multiplied with.
+    pub fn kept_as_f32(self) -> bool {
+        matches!(
+            self,
+            Self::Router(_)
+                | Self::ExpertGateBias(_)
+                | Self::ExpertUpBias(_)
+                | Self::ExpertDownBias(_)
+                | Self::DeltaConv(_)
+                | Self::PositionEmbed
+        )
+    }
+
     /// Whether the weight is a vector (norm or bias); all others are matrices.
     pub fn is_vector(self) -> bool {
         matches!(
