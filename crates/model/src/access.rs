@@ -2,12 +2,13 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
+use quorate_formats::spec::MoeSpec;
 use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
 use crate::ffn::{self, Gated, kernel_act};
 use crate::ops::{tensor, values};
-use crate::routing::{Keep, route};
+use crate::routing::{Keep, Learned, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
 
 impl Model {
@@ -50,7 +51,8 @@ impl Model {
             return Err(ModelError::Keep(message));
         }
         let logits = tensor(logits.to_vec(), &[logits.len() / moe.n_experts, moe.n_experts])?;
-        route(moe, layer, &logits, None, kept.map(|kept| Keep { kept, mode }))
+        let learned = self.learned(layer, moe)?;
+        route(moe, layer, &logits, learned, None, kept.map(|kept| Keep { kept, mode }))
     }
 
     /// Activations `act(gate x)` of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
@@ -73,6 +75,16 @@ impl Model {
         }
         kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
         tensor(out, &[n, e, width])
+    }
+
+    /// A router's learned vectors.
+    pub(crate) fn learned(&self, layer: usize, moe: &MoeSpec) -> Result<Learned<'_>, ModelError> {
+        let extra = &moe.router.extra;
+        let vector = |there: bool, role: Role| if there { Some(self.weights().vector(role)).transpose() } else { Ok(None) };
+        Ok(Learned {
+            selection_bias: vector(extra.selection_bias, Role::SelectionBias(layer))?,
+            expert_scale: vector(extra.expert_scale, Role::ExpertScale(layer))?,
+        })
     }
 
     /// The weights of a routed expert in memory.
