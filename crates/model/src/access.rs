@@ -6,7 +6,7 @@ use quorate_formats::spec::MoeSpec;
 use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
-use crate::ffn::{self, Gated, kernel_act};
+use crate::ffn::{self, Experts, kernel_act};
 use crate::ops::{tensor, values};
 use crate::routing::{Keep, Learned, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
@@ -21,7 +21,7 @@ impl Model {
         let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
         let (n, d) = x.dims2()?;
         let e = moe.n_experts;
-        let experts: Vec<Option<Gated<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
+        let experts = Experts::of(self, layer, e);
         let ids = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
         let routing = Routing { k: e, ids, gates: tensor(vec![1.0; n * e], &[n, e])? };
         let (pool, pack) = (self.pool(), Pack::Always);

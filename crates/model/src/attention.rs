@@ -116,9 +116,10 @@ impl Attention<'_> {
                 None => crate::routing::softmax(pattern),
             }
         }
-        attach(&[scores], pattern.clone(), scores.dims(), || {
+        let kept = if scores.track_op() { pattern.clone() } else { Vec::new() };
+        attach(&[scores], pattern, scores.dims(), || {
             move |node| {
-                let rows = pattern.chunks_exact(longest).zip(node.dy.chunks_exact(longest));
+                let rows = kept.chunks_exact(longest).zip(node.dy.chunks_exact(longest));
                 Ok(vec![Some(rows.flat_map(|(p, dp)| softmax_backward(p, dp)).collect())])
             }
         })

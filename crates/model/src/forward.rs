@@ -9,7 +9,7 @@ use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, 
 use quorate_kernels::{self as kernels, NO_EXPERT, Pack};
 
 use crate::attention::Attention;
-use crate::ffn::{self, Gated};
+use crate::ffn::{self, Experts, Gated};
 use crate::ops::{self, Angles, values};
 use crate::overlay::Weight;
 use crate::routing::{Keep, route};
@@ -264,8 +264,8 @@ impl Pass<'_> {
     /// The chosen experts on `x [N, d]`, gated and summed, `[N, d]`.
     fn experts(&mut self, here: Here, moe: &MoeSpec, x: &Tensor, routing: &Routing) -> Result<Tensor, Exit> {
         let (model, l, d) = (self.model, here.layer, self.model.spec().hidden_size);
-        let experts: Vec<Option<Gated<'_>>> = (0..moe.n_experts).map(|e| model.expert(l, e)).collect();
-        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && experts[id as usize].is_none()) {
+        let experts = Experts::of(model, l, moe.n_experts);
+        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && !experts.has(id)) {
             return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
         }
         let (pool, pack) = (model.pool(), self.pack);
