@@ -194,21 +194,23 @@ impl Role {
         [Self::ExpertGate(layer, expert), Self::ExpertUp(layer, expert), Self::ExpertDown(layer, expert)]
     }
 
-    /// Whether a matrix is kept in f32 in memory, whatever its type in the file: routers, and small ones that are not
-    /// multiplied with.
-    pub fn kept_as_f32(self) -> bool {
+    /// Whether the weight is that of an RMSNorm of the residual stream or of queries and keys: one that
+    /// [`NormKind::RmsPlusOne`] stores around zero.
+    pub fn is_plain_norm(self) -> bool {
         matches!(
             self,
-            Self::Router(_)
-                | Self::ExpertGateBias(_)
-                | Self::ExpertUpBias(_)
-                | Self::ExpertDownBias(_)
-                | Self::DeltaConv(_)
-                | Self::PositionEmbed
+            Self::FinalNorm
+                | Self::AttnNorm(_)
+                | Self::FfnNorm(_)
+                | Self::AttnPostNorm(_)
+                | Self::FfnPostNorm(_)
+                | Self::QNorm(_)
+                | Self::KNorm(_)
         )
     }
 
-    /// Whether the weight is a vector (norm or bias); all others are matrices.
+    /// Whether the weight is a vector (norm or bias), or small numbers that are kept like one, row after row; all others are
+    /// matrices.
     pub fn is_vector(self) -> bool {
         matches!(
             self,
@@ -232,6 +234,11 @@ impl Role {
                 | Self::KvANorm(_)
                 | Self::RouterBias(_)
                 | Self::SelectionBias(_)
+                | Self::ExpertGateBias(_)
+                | Self::ExpertUpBias(_)
+                | Self::ExpertDownBias(_)
+                | Self::DeltaConv(_)
+                | Self::PositionEmbed
                 | Self::ExpertScale(_)
                 | Self::DenseUpBias(_)
                 | Self::DenseDownBias(_)

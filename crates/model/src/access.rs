@@ -6,7 +6,7 @@ use quorate_formats::spec::MoeSpec;
 use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
-use crate::ffn::{self, Experts, kernel_act};
+use crate::ffn::{self, Experts};
 use crate::ops::{tensor, values};
 use crate::routing::{Keep, Learned, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
@@ -73,14 +73,14 @@ impl Model {
                 out[(t * e + expert) * width..][..width].copy_from_slice(row);
             }
         }
-        kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
-        tensor(out, &[n, e, width])
+        ffn::activated(self.pool(), &tensor(out, &[n, e, width])?, moe.act)
     }
 
     /// A router's learned vectors.
     pub(crate) fn learned(&self, layer: usize, moe: &MoeSpec) -> Result<Learned<'_>, ModelError> {
         let extra = &moe.router.extra;
-        let vector = |there: bool, role: Role| if there { Some(self.weights().vector(role)).transpose() } else { Ok(None) };
+        let vector =
+            |there: bool, role: Role| if there { Some(self.weights().vector(role)).transpose() } else { Ok(None) };
         Ok(Learned {
             selection_bias: vector(extra.selection_bias, Role::SelectionBias(layer))?,
             expert_scale: vector(extra.expert_scale, Role::ExpertScale(layer))?,

@@ -13,7 +13,7 @@ use quorate_residency::Matrix;
 
 use crate::grad::{Grads, Node, attach};
 use crate::ops::{self, linear, values};
-use crate::overlay::{Linear, Weight};
+use crate::overlay::{Linear, Vector, Weight};
 use crate::{Model, ModelError, Routing};
 
 /// The weights of one expert, or of a dense block.
@@ -22,6 +22,10 @@ pub(crate) struct Gated<'a> {
     pub gate: Linear<'a>,
     pub up: Linear<'a>,
     pub down: Linear<'a>,
+    /// Biases of the three.
+    pub biases: Option<[&'a [f32]; 3]>,
+    /// Whether the activation takes gate and up together.
+    pub clamped: bool,
 }
 
 /// A product of grouped slots.
@@ -35,6 +39,7 @@ impl<'a> Gated<'a> {
     /// Whether the kernels can take these weights as they are.
     fn plain(&self, half: Half) -> bool {
         match half {
+            _ if self.biases.is_some() || self.clamped => false,
             Half::Hidden => self.gate.stored().is_some() && self.up.stored().is_some(),
             Half::Down => self.down.stored().is_some(),
         }
@@ -72,13 +77,19 @@ impl<'a> Experts<'a> {
         self.refs.get(id as usize).is_some_and(Option::is_some)
     }
 
+    /// Whether the kernels can take all experts as they are.
+    fn all_plain(&self) -> bool {
+        let biased = self.model.spec().moe(self.layer).is_some_and(|moe| moe.expert_bias || is_clamped(moe.act));
+        !biased && self.model.overlay().is_empty()
+    }
+
     fn get(&self, id: u32) -> Option<Gated<'a>> {
         if id == NO_EXPERT { None } else { self.model.expert(self.layer, id as usize) }
     }
 
     /// The ids without those of experts that cannot be computed at once.
     fn together<'i>(&self, half: Half, ids: &'i [u32]) -> Cow<'i, [u32]> {
-        if self.model.overlay().is_empty() {
+        if self.all_plain() {
             return Cow::Borrowed(ids);
         }
         let open = |id: u32| self.get(id).is_some_and(|e| !e.plain(half));
@@ -105,7 +116,7 @@ impl<'a> Experts<'a> {
         together: Tensor,
         compute: impl Fn(&Gated<'a>, &[u32]) -> Result<Tensor, ModelError>,
     ) -> Result<Tensor, ModelError> {
-        if self.model.overlay().is_empty() {
+        if self.all_plain() {
             return Ok(together);
         }
         let mut slots_of = vec![Vec::new(); self.refs.len()];
@@ -138,10 +149,20 @@ pub(crate) fn hidden(
     act: Activation,
     x: &Tensor,
 ) -> Result<Tensor, ModelError> {
-    let act = kernel_act(act);
-    let (Some(gate), Some(up)) = (ffn.gate.stored(), ffn.up.stored()) else {
-        let gate = linear(pool, pack, x, &ffn.gate, None)?;
-        return gated(&gate, &linear(pool, pack, x, &ffn.up, None)?, pool, act);
+    let bias = |i: usize| ffn.biases.map(|b| Vector::Stored(b[i]));
+    let apart = || -> Result<[Tensor; 2], ModelError> {
+        Ok([linear(pool, pack, x, &ffn.gate, bias(0))?, linear(pool, pack, x, &ffn.up, bias(1))?])
+    };
+    let act = match kernel_act(act) {
+        KernelAct::One(act) => act,
+        KernelAct::ClampedSwiglu { limit, alpha } => {
+            let [gate, up] = apart()?;
+            return ops::clamped_swiglu(&gate, &up, limit, alpha);
+        }
+    };
+    let (Some(gate), Some(up), None) = (ffn.gate.stored(), ffn.up.stored(), ffn.biases) else {
+        let [gate, up] = apart()?;
+        return gated(&gate, &up, pool, act);
     };
     let v = values(x)?;
     let n = v.len() / gate.cols;
@@ -151,6 +172,15 @@ pub(crate) fn hidden(
         let (pool, matrices) = (pool.clone(), vec![Some(vec![gate.clone(), up.clone()])]);
         move |node| hidden_backward(&pool, &matrices, &vec![0; n], 1, act, node)
     })
+}
+
+/// `act(x)`, value by value.
+pub(crate) fn activated(pool: &Arc<Pool>, x: &Tensor, act: Activation) -> Result<Tensor, ModelError> {
+    match kernel_act(act) {
+        KernelAct::One(act) => gated(x, &x.ones_like()?, pool, act),
+        // Without an `up`, its one is zero: `(0 + 1) g sigmoid(alpha g)`.
+        KernelAct::ClampedSwiglu { limit, alpha } => ops::clamped_swiglu(x, &x.zeros_like()?, limit, alpha),
+    }
 }
 
 /// `act(gate) * up`, value by value.
@@ -177,7 +207,12 @@ pub(crate) fn expert_hidden(
     x: &Tensor,
     routing: &Routing,
 ) -> Result<Tensor, ModelError> {
-    let (k, n, kernel) = (routing.k, x.dim(0)?, kernel_act(act));
+    let (k, n) = (routing.k, x.dim(0)?);
+    // Experts with another activation are computed one by one, and the kernel has nothing to do.
+    let kernel = match kernel_act(act) {
+        KernelAct::One(kernel) => kernel,
+        KernelAct::ClampedSwiglu { .. } => Act::Silu,
+    };
     let ids = experts.together(Half::Hidden, &routing.ids);
     let mut y = vec![0.0; n * k * width];
     kernels::expert_hidden(pool, pack, &experts.refs, &values(x)?, n, k, &ids, kernel, &mut y)?;
@@ -214,7 +249,8 @@ pub(crate) fn expert_down(
     })?;
     let all = experts.one_by_one(Half::Down, &routing.ids, together, |expert, slots| {
         let rows: Vec<usize> = slots.iter().map(|&s| s as usize).collect();
-        linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, None)
+        let bias = expert.biases.map(|b| Vector::Stored(b[2]));
+        linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, bias)
     })?;
     Ok(all.reshape((n, k, d))?)
 }
@@ -311,12 +347,26 @@ fn slope(act: Act, x: f32, y: f32) -> f32 {
     }
 }
 
-pub(crate) fn kernel_act(act: Activation) -> Act {
-    match act {
+/// Whether an activation takes gate and up together.
+pub(crate) fn is_clamped(act: Activation) -> bool {
+    matches!(act, Activation::ClampedSwiglu { .. })
+}
+
+/// How the kernels compute an activation.
+pub(crate) enum KernelAct {
+    /// On the gate, value by value.
+    One(Act),
+    /// On gate and up together.
+    ClampedSwiglu { limit: f32, alpha: f32 },
+}
+
+pub(crate) fn kernel_act(act: Activation) -> KernelAct {
+    KernelAct::One(match act {
         Activation::Silu => Act::Silu,
         Activation::GeluTanh => Act::GeluTanh,
         Activation::Gelu => Act::Gelu,
-    }
+        Activation::ClampedSwiglu { limit, alpha } => return KernelAct::ClampedSwiglu { limit, alpha },
+    })
 }
 
 #[cfg(test)]

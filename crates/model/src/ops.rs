@@ -317,18 +317,6 @@ pub(crate) fn softcap(x: Tensor, c: f32) -> Result<Tensor, ModelError> {
     })
 }
 
-/// `act(x)`, value by value.
-pub(crate) fn activated(pool: &Arc<Pool>, x: &Tensor, act: kernels::Act) -> Result<Tensor, ModelError> {
-    let mut y = values(x)?.to_vec();
-    kernels::act_inplace(pool, act, &mut y);
-    attach(&[x], y, x.dims(), || {
-        move |node| {
-            let x = values(node.args[0])?;
-            Ok(vec![Some(x.iter().zip(node.dy).map(|(x, dy)| act.slope(*x) * dy).collect())])
-        }
-    })
-}
-
 /// `x * sigmoid(gate)`, value by value.
 pub(crate) fn gated_by_sigmoid(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelError> {
     let sigmoid = |g: f32| 1.0 / (1.0 + (-g).exp());

@@ -317,7 +317,12 @@ mod tests {
             top_k: 2,
             intermediate_size: 1,
             act: Activation::Silu,
-            router: RouterSpec { score, norm_topk_prob: norm, routed_scaling_factor: 1.0, extra: RouterExtra::default() },
+            router: RouterSpec {
+                score,
+                norm_topk_prob: norm,
+                routed_scaling_factor: 1.0,
+                extra: RouterExtra::default(),
+            },
             shared: None,
             expert_bias: false,
         }

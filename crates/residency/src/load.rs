@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
+use quorate_formats::spec::NormKind;
 use quorate_formats::{Checkpoint, Role, TensorLoc};
 use quorate_kernels::{DType, dequantize};
 
@@ -35,9 +36,11 @@ pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded>
         dequantize(dtype, &bytes, &mut values);
         values
     };
+    let around_zero = checkpoint.spec().norm == NormKind::RmsPlusOne && role.is_plain_norm();
     Ok(match loc.shape[..] {
+        _ if around_zero => Loaded::Vector(values().into_iter().map(|w| 1.0 + w).collect()),
         _ if role.is_vector() => Loaded::Vector(values()),
-        [rows, cols] if role.kept_as_f32() && dtype != DType::F32 => {
+        [rows, cols] if matches!(role, Role::Router(_)) && dtype != DType::F32 => {
             Loaded::Matrix(Matrix::from_f32(rows, cols, &values())?)
         }
         [rows, cols] => Loaded::Matrix(Matrix::new(dtype, rows, cols, bytes)),

@@ -52,7 +52,7 @@ pub struct MemoryPlan {
 
 /// Bytes in memory of a weight outside the routed experts: vectors and routers are held as f32, all else as stored.
 pub(crate) fn resident_size(role: Role, loc: &TensorLoc) -> u64 {
-    if role.is_vector() || role.kept_as_f32() { 4 * loc.elements() } else { loc.len }
+    if role.is_vector() || matches!(role, Role::Router(_)) { 4 * loc.elements() } else { loc.len }
 }
 
 /// Bytes in memory of all weights outside the routed experts.

@@ -151,9 +151,18 @@ mod tests {
         modes.push(None);
         for score in [RouterScore::SoftmaxAll, RouterScore::TopkThenSoftmax, RouterScore::Sigmoid] {
             for (norm_topk_prob, mode) in [false, true].into_iter().flat_map(|n| modes.iter().map(move |m| (n, *m))) {
-                let router = RouterSpec { score, norm_topk_prob, routed_scaling_factor: 2.5, extra: RouterExtra::default() };
+                let router =
+                    RouterSpec { score, norm_topk_prob, routed_scaling_factor: 2.5, extra: RouterExtra::default() };
                 let act = Activation::Silu;
-                let moe = MoeSpec { n_experts: 6, top_k: 3, intermediate_size: 1, act, router, shared: None, expert_bias: false };
+                let moe = MoeSpec {
+                    n_experts: 6,
+                    top_k: 3,
+                    intermediate_size: 1,
+                    act,
+                    router,
+                    shared: None,
+                    expert_bias: false,
+                };
                 let gates = |z: &Tensor| {
                     let keep = mode.map(|mode| Keep { kept: &kept, mode });
                     route(&moe, 0, z, Learned::default(), None, keep).unwrap().gates
