@@ -61,7 +61,8 @@ impl Checkpoint {
             Weights::Index(index) => open_shards(&folder, &index)?,
         };
         let bound = bind(path, &config, &spec, family, &files, &tensors)?;
-        let by_role = bound.roles.iter().map(|(&role, loc)| (role, loc));
+        let stored = |role: &Role| bound.recipes.get(role).and_then(|r| r.stored().first().copied());
+        let by_role = bound.roles.iter().map(|(role, loc)| (*role, stored(role).unwrap_or(loc)));
         let fingerprint = fingerprint::fingerprint(&spec, &tensors, by_role, &files)?;
         let path = path.to_owned();
         Ok(Self { path, folder, config, spec, family, files, tensors, bound, fingerprint })

@@ -4,7 +4,8 @@
 use super::Family;
 use super::common::{Defaults, LLAMA_NAMES, activation, attention, dense, layers, mixture, model, sparse_from};
 use crate::config::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, WIDTH_MAX};
-use crate::role::TensorNames;
+use crate::role::{Role, TensorNames};
+use crate::source::{Fused, Part};
 use crate::spec::{
     AttnExtra, AttnSpec, FfnSpec, GroupRule, GroupSpec, LayerSpec, MlaSpec, ModelSpec, MoeSpec, QkNorm, RouterExtra,
     RouterScore, RouterSpec, SharedSpec,
@@ -37,7 +38,7 @@ pub static V2: Family = Family {
     spec: |config| spec(config, "deepseek_v2", latent_attention(config)?),
     names: NAMES,
     expert_count_keys: COUNT_KEYS,
-    fused: None,
+    fused: Some(fused),
 };
 
 pub static V3: Family = Family {
@@ -46,7 +47,7 @@ pub static V3: Family = Family {
     spec: |config| spec(config, "deepseek_v3", latent_attention(config)?),
     names: NAMES,
     expert_count_keys: COUNT_KEYS,
-    fused: None,
+    fused: Some(fused),
 };
 
 /// Attention through a latent vector.
@@ -137,4 +138,14 @@ fn groups(config: &Config, n_experts: usize, sigmoid: bool) -> Result<Option<Gro
     }
     let rule = if sigmoid { GroupRule::Top2Sum } else { GroupRule::Max };
     Ok((n_group > 1).then_some(GroupSpec { n_group, topk_group, rule }))
+}
+
+/// With a latent vector of the queries, what makes queries of it has another name.
+fn fused(spec: &ModelSpec, role: Role) -> Option<Fused> {
+    let Role::Q(l) = role else { return None };
+    let attn = &spec.layers.get(l)?.attn;
+    let rank = attn.mla.as_ref()?.q_lora_rank?;
+    let rows = attn.n_heads * attn.head_dim;
+    let tensor = format!("model.layers.{l}.self_attn.q_b_proj.weight");
+    Some(Fused { tensor, shape: vec![rows, rank], part: Part::Rows { first: 0, rows } })
 }
