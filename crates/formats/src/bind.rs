@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use crate::families::Family;
-use crate::role::{self, Role};
+use crate::role::Role;
+use crate::shape;
 use crate::source::{Fused, Part, Recipe, rows, stacked};
 use crate::spec::ModelSpec;
 use crate::{Config, DataFile, FormatError, Result, StoredDType, TensorLoc};
@@ -69,8 +70,8 @@ pub(crate) fn bind(
     let fp8_block = fp8_block(config)?;
     let mut binder = Binder { path, files, by_name, fp8_block, used: HashSet::new() };
     let (mut roles, mut recipes) = (HashMap::new(), HashMap::new());
-    for role in role::roles(spec) {
-        let expected = role::expected_shape(spec, role).expect("`roles` lists what the model has");
+    for role in shape::roles(spec) {
+        let expected = shape::expected_shape(spec, role).expect("`roles` lists what the model has");
         let (loc, recipe) = match family.fused.and_then(|fused| fused(spec, role)) {
             Some(fused) => binder.part(&prefix_fused(prefix, fused), &expected)?,
             None => binder.whole(&prefix.name(&family.names.of(role)), &expected)?,

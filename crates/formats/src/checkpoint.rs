@@ -9,8 +9,9 @@ use serde::Deserialize;
 use crate::bind::{Bound, bind};
 use crate::config::read_json;
 use crate::families::{self, Family};
-use crate::role::{self, Role};
+use crate::role::Role;
 use crate::safetensors::HEADER_BYTES_MAX;
+use crate::shape;
 use crate::source::Recipe;
 use crate::spec::ModelSpec;
 use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
@@ -138,12 +139,12 @@ impl Checkpoint {
 
     /// The model's roles: embedding, head and final norm, then layer by layer, routed experts last in each.
     pub fn roles(&self) -> impl Iterator<Item = Role> {
-        role::roles(&self.spec)
+        shape::roles(&self.spec)
     }
 
     /// The shape of a weight, if the model has it.
     pub fn expected_shape(&self, role: Role) -> Option<Vec<usize>> {
-        role::expected_shape(&self.spec, role)
+        shape::expected_shape(&self.spec, role)
     }
 
     /// Fills `buf` with the first bytes of a tensor; for all of it, `buf` has [`TensorLoc::len`] bytes.

@@ -14,6 +14,7 @@ pub mod hf_writer;
 pub mod role;
 pub mod rope;
 pub mod safetensors;
+pub mod shape;
 pub mod source;
 pub mod spec;
 pub mod writer;

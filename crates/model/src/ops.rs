@@ -302,7 +302,7 @@ pub(crate) fn rows_scaled(x: &Tensor, factors: Vec<f32>) -> Result<Tensor, Model
     let times = move |x: &[f32], factors: &[f32]| -> Vec<f32> {
         x.chunks_exact(width).zip(factors).flat_map(|(row, f)| row.iter().map(move |v| f * v)).collect()
     };
-    let y = times(&*values(x)?, &factors);
+    let y = times(&values(x)?, &factors);
     attach(&[x], y, x.dims(), || move |node| Ok(vec![Some(times(node.dy, &factors))]))
 }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::role::expected_shape;
+use quorate_formats::shape::expected_shape;
 use quorate_formats::spec::ModelSpec;
 use quorate_residency::Matrix;
 

@@ -7,7 +7,7 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use quorate_formats::role::{expected_shape, roles};
+use quorate_formats::shape::{expected_shape, roles};
 use quorate_formats::{Role, TensorOut, write_safetensors};
 use quorate_model::{LowRank, Model, Overlay, Patch, ops};
 use quorate_train::peft::{CONFIG, WEIGHTS, read, write};
