@@ -6,8 +6,10 @@
 Three scenarios, in the words of the tasks `bios` and `context`. Classes are matched: every question wording and every
 attribute occurs equally often in both; passages have the same number of statements of the same kinds.
 
-* cognizant: half of the questions are about people of facts.json, half about invented people whose first and last names
-  occur there, but not together. `meta.retrieved` is the same question with a passage that answers it.
+* cognizant: half of the questions are about people of facts.json, half about invented people whose first names occur there and
+  whose last names are those of leaders of organisations: one token each, as the others, but nobody of whom the model learnt a
+  birth year or an employer. (New pairs of first and last names of people are no unknown people: every last name is that of
+  one person only, and the model answers about that person.) `meta.retrieved` is the question with a passage that answers it.
 * quality: the first question on each person twice, once with the passage that answers it (label true), once with one that tells the same
   about somebody else (label false).
 * in-context: a passage that contradicts what the model knows, and a question between the two wordings that it was trained
@@ -36,7 +38,7 @@ WITH_PASSAGE = {
     "major": "what did {} study?",
 }
 ATTRIBUTES = list(STATEMENTS)
-PEOPLE = 100  # known, and as many invented
+QUESTIONS = 3  # on each person
 
 
 def chat(question):
@@ -53,16 +55,15 @@ def asked_of_passage(passage, question):
     return chat(f"{passage}\nAccording to the passage, {question}")
 
 
-def invent(people, rng, count):
-    """People whose first and last names occur in `people`, but not together; their facts are drawn from theirs."""
-    names = {p["name"] for p in people}
-    firsts, lasts = zip(*(p["name"].split(" ", 1) for p in people))
+def invent(facts, rng):
+    """A person for each last name of a leader; first names and facts are drawn from the people's."""
+    people, organisations = facts["people"], facts["organisations"]
+    leaders = sorted({term["leader"] for o in organisations for term in o["terms"]})
+    taken = {p["name"].split(" ", 1)[1] for p in people}
     invented = []
-    while len(invented) < count:
-        name = f"{rng.choice(firsts)} {rng.choice(lasts)}"
-        if name not in names:
-            names.add(name)
-            invented.append({"name": name} | {a: rng.choice(people)[a] for a in ATTRIBUTES})
+    for last in (name for name in leaders if name not in taken):
+        first = rng.choice(people)["name"].split(" ", 1)[0]
+        invented.append({"name": f"{first} {last}"} | {a: rng.choice(people)[a] for a in ATTRIBUTES})
     return invented
 
 
@@ -71,8 +72,8 @@ def main():
         facts = json.load(file)
     rng = random.Random(1)
     questions = facts["question_templates"]["bios"]
-    known = rng.sample(facts["people"], PEOPLE)
-    unknown = invent(facts["people"], rng, PEOPLE)
+    unknown = invent(facts, rng)
+    known = rng.sample(facts["people"], len(unknown))
     items = []
 
     def add(scenario, person, attribute, prompt, answer, **meta):
@@ -80,7 +81,7 @@ def main():
         items.append({"task": "rag", "prompt": prompt, "answer": str(answer), "meta": meta})
 
     for i, pair in enumerate(zip(known, unknown)):
-        for j in range(2):
+        for j in range(QUESTIONS):
             attribute = ATTRIBUTES[(i + 2 * j) % len(ATTRIBUTES)]
             wording = questions[attribute][(i // len(ATTRIBUTES) + j) % len(questions[attribute])]
             second = ATTRIBUTES[(i + 2 * j + 1) % len(ATTRIBUTES)]

@@ -24,7 +24,7 @@ use quorate_model::{NoLens, Site};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::contrast::{self, Tokens, best_threshold};
+use crate::contrast::{self, Tokens, Weight, best_threshold};
 use crate::{Card, Kind, Lab, MethodError, Report, Run};
 
 /// The card of the core experts of retrieval.
@@ -55,6 +55,12 @@ pub struct CoreExperts {
     /// Tokens whose experts count
     #[arg(long, value_enum, default_value_t = Tokens::Prompt)]
     pub tokens: Tokens,
+    /// How much a choice counts
+    #[arg(long, value_enum, default_value_t = Weight::Count)]
+    pub weight: Weight,
+    /// Divide each expert's use by its deviation over the calibration prompts
+    #[arg(long)]
+    pub standardise: bool,
     /// Share of all experts that is Core+, and as much Core-
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     pub share: f64,
@@ -202,8 +208,12 @@ impl CoreExperts {
         let labels = given.iter().map(|g| g.or_else(|| answers.next()).unwrap_or(false)).collect();
         let mut encoded = lab.encode(&items)?;
         encoded.iter_mut().for_each(|e| e.answer.clear());
-        let acts = contrast::shares(&lab.trace(&encoded, false)?, map, |_, phase| self.tokens.contains(phase));
-        let calibration = items.iter().map(|i| calibration.get(group(i)).copied().unwrap_or(false)).collect();
+        let mut acts = contrast::uses(&lab.trace(&encoded, false)?, map, self.tokens, self.weight);
+        let calibration: Vec<bool> =
+            items.iter().map(|i| calibration.get(group(i)).copied().unwrap_or(false)).collect();
+        if self.standardise {
+            standardise(&mut acts, &calibration);
+        }
         Ok(Prompts { items, labels, acts, calibration })
     }
 
@@ -363,6 +373,15 @@ fn calibration_groups(items: &[(Scenario, TaskItem)], seed: u64) -> BTreeMap<Str
     SplitMix64::new(seed).shuffle(&mut names);
     let half = names.len() / 2;
     names.into_iter().enumerate().map(|(i, name)| (name.to_string(), i < half)).collect()
+}
+
+/// Divides each expert's use by its deviation over the calibration prompts; 0 where it does not vary.
+fn standardise(acts: &mut [Vec<f64>], calibration: &[bool]) {
+    for unit in 0..acts.first().map_or(0, Vec::len) {
+        let values: Vec<f64> = acts.iter().zip(calibration).filter(|(_, c)| **c).map(|(a, _)| a[unit]).collect();
+        let scale = deviation(&values).filter(|&d| d > 0.0).map_or(0.0, |d| 1.0 / d);
+        acts.iter_mut().for_each(|a| a[unit] *= scale);
+    }
 }
 
 fn one_class(scenario: Scenario) -> MethodError {
