@@ -4,7 +4,8 @@
 //! `delta_e = mean of act_e over D+ - mean over D-`; Core+ are the `n` largest, Core- the `n` smallest of all layers. A prompt's
 //! score is `z(q) = sum over Core+ of act_e(q) - sum over Core- of act_e(q)`, its threshold that of the best balanced accuracy.
 //! Scenarios: *cognizant* (answered right without a passage or not), *quality* (the passage answers the question or not),
-//! *in-context* (the answer follows the passage or not). Half of the subjects set experts and thresholds, the others are judged.
+//! *in-context* (the answer follows the passage or not). Half of the subjects set experts and thresholds,
+//! the others are judged; means over several random halves, since one half may be lucky.
 //! *What it changes.* Below the cognizant threshold a question is asked with its passage; in-context experts' gates are
 //! multiplied by `beta` in the prompt.
 //! *Agreement with the paper.* Sets and flow are the paper's; `z`, the thresholds and the boost are reconstructed. Random experts
@@ -58,17 +59,17 @@ pub struct CoreExperts {
     /// How much a choice counts
     #[arg(long, value_enum, default_value_t = Weight::Count)]
     pub weight: Weight,
-    /// Divide each expert's use by its deviation over the calibration prompts
-    #[arg(long)]
-    pub standardise: bool,
     /// Share of all experts that is Core+, and as much Core-
     #[arg(long, default_value_t = 0.05, value_name = "SHARE")]
     pub share: f64,
     /// What the gates of in-context experts are multiplied by while the prompt is read
     #[arg(long, default_value_t = 1.6)]
     pub beta: f32,
-    /// Random orders of the calibration labels to compare with
-    #[arg(long, default_value_t = 200, value_name = "N")]
+    /// Random halves of the subjects over which scores are averaged; lists, thresholds and the boost are those of the first
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub splits: u32,
+    /// Random orders of the calibration labels of each half to compare with
+    #[arg(long, default_value_t = 50, value_name = "N")]
     pub permutations: usize,
     /// Random sets of experts to compare the boost with
     #[arg(long, default_value_t = 20, value_name = "N")]
@@ -104,8 +105,8 @@ struct Prompts {
     labels: Vec<bool>,
     /// Share of tokens that choose each expert, `[prompt][expert]`.
     acts: Vec<Vec<f64>>,
-    /// Whether the prompt sets experts and threshold; the others are judged.
-    calibration: Vec<bool>,
+    /// Whether the prompt sets experts and threshold (the others are judged), `[split][prompt]`.
+    splits: Vec<Vec<bool>>,
 }
 
 /// Experts and threshold of a scenario.
@@ -145,11 +146,14 @@ impl Run for CoreExperts {
         let map = lab.experts()?;
         let n = ((self.share * map.total() as f64).round() as usize).clamp(1, map.total() / 2);
         let items = self.items(lab)?;
-        let calibration = calibration_groups(&items, lab.seed);
+        let seed = lab.seed;
+        let splits: Vec<_> =
+            (0..u64::from(self.splits)).map(|i| calibration_groups(&items, seed.wrapping_add(i))).collect();
         let mut report = Report::default();
         let columns =
-            ["scenario", "prompts", "positive", "held out", "auc", "permuted", "+-", "threshold", "balanced accuracy"];
-        report.table("scenarios", "experts and thresholds from half of the subjects, judged on the others", &columns);
+            ["scenario", "prompts", "positive", "auc", "+-", "permuted", "permuted +-", "balanced accuracy", "threshold"];
+        let about = "experts and thresholds from half of the subjects, judged on the others; mean and deviation over halves";
+        report.table("scenarios", about, &columns);
         let mut found = BTreeMap::new();
         for scenario in Scenario::ALL {
             let of: Vec<TaskItem> = items.iter().filter(|(s, _)| *s == scenario).map(|(_, i)| i.clone()).collect();
@@ -157,8 +161,9 @@ impl Run for CoreExperts {
                 report.note(format!("no prompts of the scenario {}", scenario.name()));
                 continue;
             }
-            let prompts = self.prompts(lab, &map, of, &calibration)?;
-            let judged = self.judge(&prompts, scenario, n, lab.seed)?;
+            let prompts = self.prompts(lab, &map, of, &splits)?;
+            let judge = |split| self.judge(&prompts, scenario, n, split, seed);
+            let judged: Vec<Judged> = (0..splits.len()).map(judge).collect::<Result<_, _>>()?;
             describe(&mut report, &map, scenario, &prompts, &judged);
             found.insert(scenario, (prompts, judged));
         }
@@ -167,10 +172,10 @@ impl Run for CoreExperts {
         }
         if let Some((prompts, judged)) = found.get(&Scenario::InContext) {
             let reading = found.get(&Scenario::Quality).map(|(p, _)| p);
-            self.boost(lab, &map, (prompts, reading), &judged.core.plus, &mut report)?;
+            self.boost(lab, &map, (prompts, reading), &judged[0].core.plus, &mut report)?;
         }
         let lists: BTreeMap<&str, Value> =
-            found.iter().map(|(s, (_, judged))| (s.name(), list_of(&map, judged))).collect();
+            found.iter().map(|(s, (_, judged))| (s.name(), list_of(&map, &judged[0]))).collect();
         report.file("core.json", "core experts and thresholds of each scenario", format!("{:#}\n", json!(lists)));
         Ok(report)
     }
@@ -199,7 +204,7 @@ impl CoreExperts {
         lab: &mut Lab<'_>,
         map: &ExpertMap,
         items: Vec<TaskItem>,
-        calibration: &BTreeMap<String, bool>,
+        splits: &[BTreeMap<String, bool>],
     ) -> Result<Prompts, MethodError> {
         let given: Vec<Option<bool>> = items.iter().map(|i| i.meta.get("label").and_then(Value::as_bool)).collect();
         let unlabelled: Vec<&TaskItem> =
@@ -208,13 +213,12 @@ impl CoreExperts {
         let labels = given.iter().map(|g| g.or_else(|| answers.next()).unwrap_or(false)).collect();
         let mut encoded = lab.encode(&items)?;
         encoded.iter_mut().for_each(|e| e.answer.clear());
-        let mut acts = contrast::uses(&lab.trace(&encoded, false)?, map, self.tokens, self.weight);
-        let calibration: Vec<bool> =
-            items.iter().map(|i| calibration.get(group(i)).copied().unwrap_or(false)).collect();
-        if self.standardise {
-            standardise(&mut acts, &calibration);
-        }
-        Ok(Prompts { items, labels, acts, calibration })
+        let acts = contrast::uses(&lab.trace(&encoded, false)?, map, self.tokens, self.weight);
+        let of = |split: &BTreeMap<String, bool>| {
+            items.iter().map(|i| split.get(group(i)).copied().unwrap_or(false)).collect()
+        };
+        let splits = splits.iter().map(of).collect();
+        Ok(Prompts { items, labels, acts, splits })
     }
 
     /// Whether each item is answered rightly, with the gates of `experts` boosted while the prompt is read.
@@ -234,9 +238,17 @@ impl CoreExperts {
         Ok(scores.iter().map(|s| matches!(s, ItemScore::Exact { ok: true, .. })).collect())
     }
 
-    fn judge(&self, prompts: &Prompts, scenario: Scenario, n: usize, seed: u64) -> Result<Judged, MethodError> {
-        let (acts, mut labels) = prompts.part(true);
-        let (held_acts, held_labels) = prompts.part(false);
+    /// Experts and threshold from one half of a split, judged on the other.
+    fn judge(
+        &self,
+        prompts: &Prompts,
+        scenario: Scenario,
+        n: usize,
+        split: usize,
+        seed: u64,
+    ) -> Result<Judged, MethodError> {
+        let (acts, mut labels) = prompts.part(split, true);
+        let (held_acts, held_labels) = prompts.part(split, false);
         let auc_of = |core: &Core| auc_of(core, &held_acts, &held_labels).ok_or_else(|| one_class(scenario));
         let core = Core::of(&acts, &labels, n)?;
         let (high, low) = split_scores(&core, &acts, &labels);
@@ -246,7 +258,7 @@ impl CoreExperts {
             |z: &[f64], above: bool| mean(&z.iter().map(|&z| f64::from((z > threshold) == above)).collect::<Vec<_>>());
         let balanced_accuracy =
             mean(&[share(&high, true), share(&low, false)].into_iter().flatten().collect::<Vec<_>>());
-        let mut random = SplitMix64::new(seed);
+        let mut random = SplitMix64::new(seed.wrapping_add(split as u64));
         let mut permuted = Vec::with_capacity(self.permutations);
         for _ in 0..self.permutations {
             random.shuffle(&mut labels);
@@ -261,52 +273,44 @@ impl CoreExperts {
         &self,
         lab: &mut Lab<'_>,
         prompts: &Prompts,
-        judged: &Judged,
+        judged: &[Judged],
         report: &mut Report,
     ) -> Result<(), MethodError> {
-        let with_passage = |i: &usize| {
-            let item = &prompts.items[*i];
+        let with_passage = |i: usize| {
+            let item = &prompts.items[i];
             let prompt = item.meta.get("retrieved").and_then(Value::as_str)?;
-            Some((*i, TaskItem { prompt: prompt.to_string(), ..item.clone() }))
+            Some((i, TaskItem { prompt: prompt.to_string(), ..item.clone() }))
         };
-        let held = (0..prompts.items.len()).filter(|&i| !prompts.calibration[i]);
-        let asked: Vec<(usize, TaskItem)> = held.collect::<Vec<_>>().iter().filter_map(with_passage).collect();
+        let asked: Vec<(usize, TaskItem)> = (0..prompts.items.len()).filter_map(with_passage).collect();
         if asked.is_empty() {
             report.note(
                 "no cognizant prompt has `meta.retrieved`, the prompt with its passage: retrieval is not measured",
             );
             return Ok(());
         }
-        let closed: Vec<TaskItem> = asked.iter().map(|(i, _)| prompts.items[*i].clone()).collect();
-        let without = self.right(lab, "answering without passages", &closed.iter().collect::<Vec<_>>(), &[])?;
-        let with =
-            self.right(lab, "answering with passages", &asked.iter().map(|(_, t)| t).collect::<Vec<_>>(), &[])?;
-        let z: Vec<f64> = asked.iter().map(|(i, _)| judged.core.score(&prompts.acts[*i])).collect();
-        let curve = adaptive(&z, &without, &with);
-        let (never, always) = (curve[0], curve[z.len()]);
-        let random = |calls: usize| never + (always - never) * calls as f64 / z.len() as f64;
-        let about = "accuracy when the questions of the lowest scores, or random ones, are asked with their passages";
-        let table = report.table("retrieval", about, &["calls", "share of calls", "adaptive", "random"]);
-        for tenth in 0..=10 {
-            let calls = z.len() * tenth / 10;
-            table.row([json!(calls), json!(tenth as f64 / 10.0), json!(curve[calls]), json!(random(calls))]);
+        let closed: Vec<&TaskItem> = asked.iter().map(|(i, _)| &prompts.items[*i]).collect();
+        let open: Vec<&TaskItem> = asked.iter().map(|(_, item)| item).collect();
+        let without = self.right(lab, "answering without passages", &closed, &[])?;
+        let with = self.right(lab, "answering with passages", &open, &[])?;
+        let mut decisions = Vec::new();
+        for (split, judged) in judged.iter().enumerate() {
+            let held: Vec<usize> = (0..asked.len()).filter(|&k| !prompts.splits[split][asked[k].0]).collect();
+            if held.is_empty() {
+                continue;
+            }
+            decisions.push(Decisions {
+                z: held.iter().map(|&k| judged.core.score(&prompts.acts[asked[k].0])).collect(),
+                without: held.iter().map(|&k| without[k]).collect(),
+                with: held.iter().map(|&k| with[k]).collect(),
+                threshold: judged.threshold,
+                held,
+            });
         }
-        let (half, calls) = (z.len() / 2, z.iter().filter(|&&z| z <= judged.threshold).count());
-        report.headline("accuracy_never_retrieving", never);
-        report.headline("accuracy_always_retrieving", always);
-        report.headline("accuracy_at_half_of_the_calls", json!({ "adaptive": curve[half], "random": random(half) }));
-        let saved = 1.0 - calls as f64 / z.len() as f64;
-        report.headline("at_the_threshold", json!({ "accuracy": curve[calls], "calls_saved": saved }));
-        let line = |k: usize| {
-            let retrieved = z[k] <= judged.threshold;
-            let right = if retrieved { with[k] } else { without[k] };
-            json!({ "prompt": closed[k].prompt, "z": z[k], "retrieved": retrieved, "right": right }).to_string() + "\n"
-        };
-        report.file(
-            "retrieval.jsonl",
-            "each question: score, decision, outcome",
-            (0..z.len()).map(line).collect::<String>(),
-        );
+        if let Some(first) = decisions.first() {
+            let lines = first.lines(&closed);
+            report.file("retrieval.jsonl", "each question of the first half judged: score, decision, outcome", lines);
+        }
+        retrieval_of(&decisions, report);
         Ok(())
     }
 
@@ -321,7 +325,7 @@ impl CoreExperts {
         report: &mut Report,
     ) -> Result<(), MethodError> {
         let held = |p: &'_ Prompts, of: &dyn Fn(usize) -> bool| -> Vec<TaskItem> {
-            let chosen = (0..p.items.len()).filter(|&i| !p.calibration[i] && of(i));
+            let chosen = (0..p.items.len()).filter(|&i| !p.splits[0][i] && of(i));
             chosen.map(|i| p.items[i].clone()).collect()
         };
         let items = held(prompts, &|_| true);
@@ -353,9 +357,9 @@ impl CoreExperts {
 }
 
 impl Prompts {
-    /// Acts and labels of the prompts that are, or are not, of the calibration half.
-    fn part(&self, calibration: bool) -> (Vec<Vec<f64>>, Vec<bool>) {
-        let chosen = (0..self.items.len()).filter(|&i| self.calibration[i] == calibration);
+    /// Acts and labels of the prompts that are, or are not, of the calibration half of a split.
+    fn part(&self, split: usize, calibration: bool) -> (Vec<Vec<f64>>, Vec<bool>) {
+        let chosen = (0..self.items.len()).filter(|&i| self.splits[split][i] == calibration);
         chosen.map(|i| (self.acts[i].clone(), self.labels[i])).unzip()
     }
 }
@@ -373,15 +377,6 @@ fn calibration_groups(items: &[(Scenario, TaskItem)], seed: u64) -> BTreeMap<Str
     SplitMix64::new(seed).shuffle(&mut names);
     let half = names.len() / 2;
     names.into_iter().enumerate().map(|(i, name)| (name.to_string(), i < half)).collect()
-}
-
-/// Divides each expert's use by its deviation over the calibration prompts; 0 where it does not vary.
-fn standardise(acts: &mut [Vec<f64>], calibration: &[bool]) {
-    for unit in 0..acts.first().map_or(0, Vec::len) {
-        let values: Vec<f64> = acts.iter().zip(calibration).filter(|(_, c)| **c).map(|(a, _)| a[unit]).collect();
-        let scale = deviation(&values).filter(|&d| d > 0.0).map_or(0.0, |d| 1.0 / d);
-        acts.iter_mut().for_each(|a| a[unit] *= scale);
-    }
 }
 
 fn one_class(scenario: Scenario) -> MethodError {
@@ -402,6 +397,48 @@ fn auc_of(core: &Core, acts: &[Vec<f64>], labels: &[bool]) -> Option<f64> {
     auc(&high, &low)
 }
 
+/// The held-out questions of a split: scores, and whether they are answered right without and with their passages.
+struct Decisions {
+    held: Vec<usize>,
+    z: Vec<f64>,
+    without: Vec<bool>,
+    with: Vec<bool>,
+    threshold: f64,
+}
+
+impl Decisions {
+    fn lines(&self, asked: &[&TaskItem]) -> String {
+        let line = |(k, &i): (usize, &usize)| {
+            let retrieved = self.z[k] <= self.threshold;
+            let right = if retrieved { self.with[k] } else { self.without[k] };
+            let prompt = &asked[i].prompt;
+            json!({ "prompt": prompt, "z": self.z[k], "retrieved": retrieved, "right": right }).to_string() + "\n"
+        };
+        self.held.iter().enumerate().map(line).collect()
+    }
+}
+
+/// Accuracy by share of calls, mean over splits.
+fn retrieval_of(decisions: &[Decisions], report: &mut Report) {
+    let curves: Vec<Vec<f64>> = decisions.iter().map(|d| adaptive(&d.z, &d.without, &d.with)).collect();
+    let over = |of: &dyn Fn(usize) -> f64| mean(&(0..curves.len()).map(of).collect::<Vec<_>>());
+    let at = |share: f64| over(&|s| curves[s][((curves[s].len() - 1) as f64 * share) as usize]);
+    let random = |share: f64| over(&|s| curves[s][0] + (curves[s][curves[s].len() - 1] - curves[s][0]) * share);
+    let about = "accuracy when the questions of the lowest scores, or random ones, are asked with their passages";
+    let table = report.table("retrieval", about, &["share of calls", "adaptive", "random"]);
+    for tenth in 0..=10 {
+        let share = f64::from(tenth) / 10.0;
+        table.row([json!(share), json!(at(share)), json!(random(share))]);
+    }
+    let calls = |s: usize| decisions[s].z.iter().filter(|&&z| z <= decisions[s].threshold).count();
+    let saved = over(&|s| 1.0 - calls(s) as f64 / decisions[s].z.len() as f64);
+    report.headline("accuracy_never_retrieving", at(0.0));
+    report.headline("accuracy_always_retrieving", at(1.0));
+    report.headline("accuracy_at_half_of_the_calls", json!({ "adaptive": at(0.5), "random": random(0.5) }));
+    let accuracy = over(&|s| curves[s][calls(s)]);
+    report.headline("at_the_threshold", json!({ "accuracy": accuracy, "calls_saved": saved }));
+}
+
 /// Accuracy with 0, 1, .. passages, given to the questions of the lowest scores first; ties in the order given.
 fn adaptive(z: &[f64], without: &[bool], with: &[bool]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..z.len()).collect();
@@ -420,27 +457,28 @@ fn list_of(map: &ExpertMap, judged: &Judged) -> Value {
     json!({ "plus": names(&judged.core.plus), "minus": names(&judged.core.minus), "threshold": judged.threshold })
 }
 
-fn describe(report: &mut Report, map: &ExpertMap, scenario: Scenario, prompts: &Prompts, judged: &Judged) {
+fn describe(report: &mut Report, map: &ExpertMap, scenario: Scenario, prompts: &Prompts, judged: &[Judged]) {
     let positive = prompts.labels.iter().filter(|&&l| l).count();
-    let held = prompts.calibration.iter().filter(|&&c| !c).count();
-    let permuted = mean(&judged.permuted);
+    let aucs: Vec<f64> = judged.iter().map(|j| j.auc).collect();
+    let balanced: Vec<f64> = judged.iter().map(|j| j.balanced_accuracy).collect();
+    let permuted: Vec<f64> = judged.iter().flat_map(|j| j.permuted.iter().copied()).collect();
     report.headline(
         &format!("auc_{}", scenario.name().replace('-', "_")),
-        json!({ "held_out": judged.auc, "permuted": permuted }),
+        json!({ "held_out": mean(&aucs), "deviation": deviation(&aucs), "permuted": mean(&permuted) }),
     );
     report.tables[0].row([
         json!(scenario.name()),
         json!(prompts.items.len()),
         json!(positive),
-        json!(held),
-        json!(judged.auc),
-        json!(permuted),
-        json!(deviation(&judged.permuted)),
-        json!(judged.threshold),
-        json!(judged.balanced_accuracy),
+        json!(mean(&aucs)),
+        json!(deviation(&aucs)),
+        json!(mean(&permuted)),
+        json!(deviation(&permuted)),
+        json!(mean(&balanced)),
+        json!(judged[0].threshold),
     ]);
     let about = "share of the tokens that choose the expert, prompts of the first kind minus prompts of the second";
-    report.map(&format!("delta {}", scenario.name()), about, map, &judged.core.delta, true);
+    report.map(&format!("delta {}", scenario.name()), about, map, &judged[0].core.delta, true);
 }
 
 #[cfg(test)]
