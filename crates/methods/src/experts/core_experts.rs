@@ -150,9 +150,19 @@ impl Run for CoreExperts {
         let splits: Vec<_> =
             (0..u64::from(self.splits)).map(|i| calibration_groups(&items, seed.wrapping_add(i))).collect();
         let mut report = Report::default();
-        let columns =
-            ["scenario", "prompts", "positive", "auc", "+-", "permuted", "permuted +-", "balanced accuracy", "threshold"];
-        let about = "experts and thresholds from half of the subjects, judged on the others; mean and deviation over halves";
+        let columns = [
+            "scenario",
+            "prompts",
+            "positive",
+            "auc",
+            "+-",
+            "permuted",
+            "permuted +-",
+            "balanced accuracy",
+            "threshold",
+        ];
+        let about =
+            "experts and thresholds from half of the subjects, judged on the others; mean and deviation over halves";
         report.table("scenarios", about, &columns);
         let mut found = BTreeMap::new();
         for scenario in Scenario::ALL {
