@@ -6,7 +6,7 @@ mod engine;
 use std::path::Path;
 
 use clap::{ArgMatches, Command};
-use engine::{Capture, embedded, noise, open};
+use engine::{Capture, embedded, open};
 use quorate_eval::encode::EncodedItem;
 use quorate_eval::tasks::{Task, TaskItem};
 use quorate_formats::Role;
@@ -81,8 +81,9 @@ fn planted(items: &[TaskItem]) -> Model {
     let reads: Vec<f64> = difference.iter().zip(&middle).map(|(d, m)| d - shared * m).collect();
     let scale = 20.0 / dot(&reads, &difference);
 
-    let mut weights = noise(3, 32 * d);
-    weights.iter_mut().for_each(|w| *w *= 0.01);
+    // The others are ordered alike for both kinds.
+    let common = 0.01 / dot(&middle, &middle);
+    let mut weights: Vec<f32> = (0..32 * d).map(|i| ((i / d) as f64 * common * middle[i % d]) as f32).collect();
     for (k, r) in reads.iter().enumerate() {
         weights[5 * d + k] = (scale * r) as f32;
         weights[9 * d + k] = -(scale * r) as f32;
@@ -115,7 +116,7 @@ fn mote_says_what_it_lacks() {
     let unlabelled = error(|_, _| json!({}));
     assert!(unlabelled.contains("no `meta.refuse`") && unlabelled.contains("label each prompt"), "{unlabelled}");
     let one_class = error(|_, _| json!({ "refuse": true }));
-    assert!(one_class.contains("no answer is given to prompts of the class only"), "{one_class}");
+    assert!(one_class.contains("80 texts are of the class and 0 are not"), "{one_class}");
     let few = run(open(&embedded()), prompts(|i, _| json!({ "refuse": i < 3 })), &format!("{line} --marker x"));
     assert!(few.unwrap_err().contains("3 texts are of the class"));
 }
