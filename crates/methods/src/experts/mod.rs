@@ -1,6 +1,7 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
 pub mod controls;
+pub mod core_experts;
 pub mod easy_ep;
 pub mod mote;
 pub mod premoe;
