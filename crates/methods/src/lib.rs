@@ -26,4 +26,5 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
+    Method::command::<experts::rice::Rice>(&experts::rice::CARD),
 ];
