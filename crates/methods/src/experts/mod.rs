@@ -3,11 +3,8 @@
 pub mod controls;
 pub mod easy_ep;
 pub mod mote;
-mod norm_ratio;
-pub mod npmi;
 pub mod premoe;
 pub mod rice;
-mod thinking;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};

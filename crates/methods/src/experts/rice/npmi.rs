@@ -103,14 +103,7 @@ pub fn best(scores: &[Option<f64>], n: usize) -> Vec<usize> {
 }
 
 /// Share of `times` resamples of the texts (with replacement) in which each expert is among the best `n`.
-pub fn bootstrap(
-    texts: &[Joint],
-    coefficients: &[f64],
-    least: u64,
-    n: usize,
-    times: usize,
-    seed: u64,
-) -> Vec<f64> {
+pub fn bootstrap(texts: &[Joint], coefficients: &[f64], least: u64, n: usize, times: usize, seed: u64) -> Vec<f64> {
     let mut random = SplitMix64::new(seed);
     let mut shares = vec![0.0; texts.first().map_or(0, |t| t.experts.len())];
     for _ in 0..times {

@@ -18,18 +18,20 @@
 //! *Reference.* arXiv 2505.14681.
 
 use clap::{Args, ValueEnum};
-use quorate_eval::encode::{EncodedItem, encode_text};
+use quorate_eval::encode::EncodedItem;
 use quorate_eval::evaluate::ItemScore;
-use quorate_eval::statistics::{mean, quantile};
-use quorate_eval::tasks::TaskItem;
-use quorate_lens::{ExpertMap, Intervention, ItemTrace, Op, PhaseSelector, matched_sets, on_experts};
-use quorate_model::{Chain, ModelError, NoLens, Phase, Site};
+use quorate_lens::{ExpertMap, ItemTrace};
+use quorate_model::{ModelError, NoLens, Phase};
 use serde::Serialize;
 use serde_json::json;
 
-use super::norm_ratio::NormRatio;
-use super::npmi::{Joint, best, bootstrap};
-use super::thinking::{Bounds, Change, Thought, one_token};
+mod norm_ratio;
+pub mod npmi;
+mod steering;
+mod thinking;
+
+use self::npmi::{Joint, best, bootstrap};
+use self::thinking::{Bounds, one_token};
 use crate::{Card, Kind, Lab, MethodError, Report, Run};
 
 /// The card of RICE.
@@ -51,9 +53,6 @@ pub const CARD: Card = Card {
 /// Fewest transcripts with thinking, and fewest test prompts, from which something is concluded.
 const TEXTS_MIN: usize = 10;
 
-/// Texts on which the norm of the steered output is measured.
-const NORM_TEXTS: usize = 64;
-
 /// Parameters of RICE.
 #[derive(Args, Clone, Debug, Serialize)]
 pub struct Rice {
@@ -63,9 +62,9 @@ pub struct Rice {
     /// Task on which the steering is measured
     #[arg(long, value_name = "NAME", default_value = "wordproblem")]
     pub task: String,
-    /// The paper's form: --marker "<think>=1" --marker "</think>=-1" --at token --texts thinking --prompts thinking, and the
-    /// test prompts as they are
-    #[arg(long, conflicts_with_all = ["markers", "at", "texts", "prompts", "replace"])]
+    /// The paper's form: --marker "<think>=1" --marker "</think>=-1" --at token --among all --texts thinking --prompts
+    /// thinking, and the test prompts as they are
+    #[arg(long, conflicts_with_all = ["markers", "at", "among", "texts", "prompts", "replace"])]
     pub paper: bool,
     /// A marker token and its coefficient; can be repeated
     #[arg(long = "marker", value_name = "TOKEN=COEFFICIENT", value_parser = marker, default_value = "<think>=1")]
@@ -97,13 +96,13 @@ pub struct Rice {
     /// How many of the best experts are strengthened
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub experts: usize,
-    /// Factors on their gates, each compared with random experts; the plan has the last
-    #[arg(long, value_name = "BETA,..", value_delimiter = ',', default_value = "4,16")]
-    pub betas: Vec<f32>,
+    /// Factor on their gates, compared with random experts; the plan has it
+    #[arg(long, default_value_t = 16.0)]
+    pub beta: f32,
     /// More factors, without random experts
-    #[arg(long, value_name = "BETA,..", value_delimiter = ',', default_value = "2,64,256")]
+    #[arg(long, value_name = "BETA,..", value_delimiter = ',', default_value = "2,4,64,256")]
     pub scan_betas: Vec<f32>,
-    /// Other numbers of experts, with the last of --betas, without random experts
+    /// Other numbers of experts, with --beta, without random experts
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1,3,5")]
     pub scan_experts: Vec<usize>,
     /// Steer the answer's tokens only, not the prompt's
@@ -188,12 +187,6 @@ struct Found {
     transcripts: Vec<EncodedItem>,
 }
 
-/// The test prompts and how the model answers them unsteered.
-struct Before {
-    items: Vec<TaskItem>,
-    thoughts: Vec<Thought>,
-}
-
 impl Rice {
     /// With the paper's choices in place if they are asked for.
     fn in_form(&self) -> Rice {
@@ -201,8 +194,8 @@ impl Rice {
             return self.clone();
         }
         let markers = vec![(self.begin.clone(), 1.0), (self.end.clone(), -1.0)];
-        let (at, texts, prompts) = (Place::Token, Which::Thinking, Which::Thinking);
-        Rice { markers, at, texts, prompts, replace: Vec::new(), ..self.clone() }
+        let (at, among, texts, prompts) = (Place::Token, Among::All, Which::Thinking, Which::Thinking);
+        Rice { markers, at, among, texts, prompts, replace: Vec::new(), ..self.clone() }
     }
 
     fn find_and_steer(&self, lab: &mut Lab<'_>) -> Result<Report, MethodError> {
@@ -232,13 +225,9 @@ impl Rice {
         let found = Found { bounds, scores, counts: trace.counts(&map), transcripts, map };
         let before = self.before(lab, bounds)?;
         self.steer(lab, &found, &before, &mut report)?;
-        let list = self.change(&found.map, &best, self.last_beta());
+        let list = self.change(&found.map, &best, self.beta);
         report.file("plan.toml", "the steering, as a plan", lab.plan(list)?);
         Ok(report)
-    }
-
-    fn last_beta(&self) -> f32 {
-        self.betas.last().copied().unwrap_or(1.0)
     }
 
     /// The model's own answers, or those given.
@@ -322,160 +311,6 @@ impl Rice {
         }
         let values: Vec<f64> = scores.iter().map(|s| s.unwrap_or(0.0)).collect();
         report.map("score", "sum of coefficient times nPMI; 0 where too few were counted", map, &values, true);
-    }
-
-    fn change(&self, map: &ExpertMap, experts: &[usize], beta: f32) -> Vec<Intervention> {
-        let phase = if self.answer_only { PhaseSelector::Decode } else { PhaseSelector::All };
-        on_experts(&map.ids(experts), Site::Routing, phase, &Op::Scale { by: beta })
-    }
-
-    fn before(&self, lab: &mut Lab<'_>, bounds: Bounds) -> Result<Before, MethodError> {
-        let mut items = lab.task("test", &self.task)?.items;
-        for (old, new) in &self.replace {
-            items.iter_mut().for_each(|i| i.prompt = i.prompt.replace(old, new));
-        }
-        let thoughts = self.thoughts(lab, "answering the test prompts", &items, &[], bounds)?;
-        let measured = |t: &Thought| self.prompts == Which::All || t.begun;
-        let (items, thoughts): (Vec<_>, Vec<_>) = items.into_iter().zip(thoughts).filter(|(_, t)| measured(t)).unzip();
-        if items.len() < TEXTS_MIN {
-            return Err(MethodError::needs(
-                format!("{} test prompts of `{}` can be used, {TEXTS_MIN} are needed", items.len(), self.task),
-                "give more prompts, another --task, or --prompts all",
-            ));
-        }
-        Ok(Before { items, thoughts })
-    }
-
-    fn steer(
-        &self,
-        lab: &mut Lab<'_>,
-        found: &Found,
-        before: &Before,
-        report: &mut Report,
-    ) -> Result<(), MethodError> {
-        let base = Change::between(&before.thoughts, &before.thoughts);
-        report.headline("prompts", before.items.len());
-        report.headline("before", json!({ "length": base.length, "thinking": base.begun, "accuracy": base.right }));
-        let target = best(&found.scores, self.experts);
-        let sets = matched_sets(&found.map, &found.counts, &target, 8, self.sets, lab.seed)?;
-        let mut rows = Vec::new();
-        for &beta in &self.betas {
-            let own = self.changed(lab, "with the found experts", found, before, (&target, beta))?;
-            let mut random = Vec::with_capacity(sets.len());
-            for (i, set) in sets.iter().enumerate() {
-                lab.part = (i, sets.len());
-                random.push(self.changed(lab, "with random experts", found, before, (set, beta))?);
-            }
-            lab.part = (0, 1);
-            let sizes: Vec<f64> = random.iter().map(|c| c.change.abs()).collect();
-            let random = json!({
-                "mean_size": mean(&sizes), "p95_size": quantile(&sizes, 0.95),
-                "accuracy": mean(&random.iter().map(|c| c.right).collect::<Vec<_>>()),
-            });
-            let of_own = json!({ "change": own.change, "standard_errors": own.errors(), "accuracy": own.right });
-            report.headline(&format!("beta_{beta}"), json!({ "found": of_own, "random": random }));
-            rows.push((self.experts, beta, own, Some(sizes)));
-        }
-        let more = self.scan_betas.iter().map(|&b| (self.experts, b));
-        for (n, beta) in more.chain(self.scan_experts.iter().map(|&n| (n, self.last_beta()))) {
-            let own = self.changed(lab, "scanning", found, before, (&best(&found.scores, n), beta))?;
-            rows.push((n, beta, own, None));
-        }
-        self.steering_table(lab, found, rows, report)
-    }
-
-    fn steering_table(
-        &self,
-        lab: &mut Lab<'_>,
-        found: &Found,
-        rows: Vec<(usize, f32, Change, Option<Vec<f64>>)>,
-        report: &mut Report,
-    ) -> Result<(), MethodError> {
-        let mut ratios = Vec::with_capacity(rows.len());
-        for (n, beta, ..) in &rows {
-            ratios.push(self.norm_ratio(lab, found, &best(&found.scores, *n), *beta)?);
-        }
-        let columns = [
-            "experts", "beta", "length", "change", "in errors", "random", "random p95", "thinking", "ended", "accuracy",
-            "norm",
-        ];
-        let about = "tokens of thinking, their change and the size of the change with random experts";
-        let table = report.table("steering", about, &columns);
-        for ((n, beta, own, random), norm) in rows.into_iter().zip(ratios) {
-            let random = random.unwrap_or_default();
-            let (size, p95) = (mean(&random), quantile(&random, 0.95));
-            table.row([
-                json!(n),
-                json!(beta),
-                json!(own.length),
-                json!(own.change),
-                json!(own.errors()),
-                json!(size),
-                json!(p95),
-                json!(own.begun),
-                json!(own.ended),
-                json!(own.right),
-                json!(norm),
-            ]);
-        }
-        report.note(
-            "thinking: share of answers that think; ended: share of those whose thinking ends. norm: how many times larger \
-             the steering makes the routed output of its layers, mean over tokens that chose a steered expert.",
-        );
-        Ok(())
-    }
-
-    fn changed(
-        &self,
-        lab: &mut Lab<'_>,
-        stage: &str,
-        found: &Found,
-        before: &Before,
-        (experts, beta): (&[usize], f32),
-    ) -> Result<Change, MethodError> {
-        let list = self.change(&found.map, experts, beta);
-        let after = self.thoughts(lab, stage, &before.items, &list, found.bounds)?;
-        Ok(Change::between(&before.thoughts, &after))
-    }
-
-    /// Answers items under interventions and looks at their thinking.
-    fn thoughts(
-        &self,
-        lab: &mut Lab<'_>,
-        stage: &str,
-        items: &[TaskItem],
-        list: &[Intervention],
-        bounds: Bounds,
-    ) -> Result<Vec<Thought>, MethodError> {
-        let mut lens = lab.prepare(list)?;
-        let scores = lab.answer(stage, &items.iter().collect::<Vec<_>>(), self.max_tokens, &mut lens)?;
-        let thought = |(item, score): (&TaskItem, ItemScore)| {
-            let ItemScore::Exact { ok, text } = score else {
-                return Err(MethodError::needs(
-                    format!("`{}` is plain text, not questions", self.task),
-                    "choose another --task",
-                ));
-            };
-            let mut tokens = encode_text(&lab.model, &item.prompt)?;
-            tokens.extend(lab.model.tokenizer().encode(&text, false).map_err(ModelError::from)?);
-            Ok(Thought::of(&tokens, bounds, ok))
-        };
-        items.iter().zip(scores).map(thought).collect()
-    }
-
-    /// By how much the steering enlarges the routed output on the transcripts.
-    fn norm_ratio(
-        &self,
-        lab: &mut Lab<'_>,
-        found: &Found,
-        experts: &[usize],
-        beta: f32,
-    ) -> Result<Option<f64>, MethodError> {
-        let mut steering = lab.prepare(&self.change(&found.map, experts, beta))?;
-        let mut observer = NormRatio::new(&found.map.ids(experts), beta);
-        let texts = &found.transcripts[..found.transcripts.len().min(NORM_TEXTS)];
-        lab.observe("measuring the routed output", texts, &mut Chain(vec![&mut steering, &mut observer]), |_, _| {})?;
-        Ok(observer.mean())
     }
 }
 
