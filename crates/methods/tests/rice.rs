@@ -76,7 +76,12 @@ fn the_found_experts_change_thinking_and_random_ones_do_not() {
 fn unusable_markers_texts_and_models_are_refused() {
     let some = || task("wordproblem", 40);
     refuses(&fixture("llama"), some(), "", "has no experts");
-    refuses(&embedded(), some(), "--marker Alternatively=1", "`Alternatively` is no token of the model, it is split into");
+    refuses(
+        &embedded(),
+        some(),
+        "--marker Alternatively=1",
+        "`Alternatively` is no token of the model, it is split into",
+    );
     refuses(&embedded(), some(), "--begin reasoning:", "`reasoning:` is no token of the model");
     refuses(&embedded(), task("arithmetic", 12), "--given", "0 of 12 answers think");
     refuses(&embedded(), some(), "--given --marker </think>=1 --among last", "the marker `</think>` counts 0 times");

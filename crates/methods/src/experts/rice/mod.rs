@@ -13,7 +13,8 @@
 //! expert must have met a positive marker five times, the ranking is bootstrapped over texts, and a marker that always stands
 //! at one position is refused, since an expert of that position could not be told from one of the token.
 //!
-//! *Limits.* Thinking that never ends counts as long as the answer may be.
+//! *Limits.* Thinking that never ends counts as long as the answer may be. Where the model never thinks before the steering,
+//! random experts cannot shorten its thinking: the control then only shows that they do not begin it.
 //!
 //! *Reference.* arXiv 2505.14681.
 
@@ -44,7 +45,7 @@ pub const CARD: Card = Card {
     needs: "a MoE model that thinks between two tokens; a task that it thinks about",
     cost: "the transcripts once; one evaluation for each control and factor",
     metrics: &[],
-    run: "quorate rice\nquorate rice --paper\nquorate rice --marker \";=1\" --marker \"</think>=-1\" --prompts thinking -o out/",
+    run: "quorate rice\nquorate rice --paper\nquorate rice --experts 3 --beta 4 -o out/",
     about: "Finds the experts that are chosen together with marker tokens of thinking (normalised pointwise mutual \
             information), multiplies their gates while the model answers, and compares the length of its thinking and its \
             accuracy with random experts of the same layers and use.",
