@@ -30,6 +30,7 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
     Method::command::<experts::core_experts::CoreExperts>(&experts::core_experts::CARD),
+    Method::command::<experts::rice::Rice>(&experts::rice::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),

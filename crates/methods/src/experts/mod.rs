@@ -5,6 +5,7 @@ pub mod core_experts;
 pub mod easy_ep;
 pub mod mote;
 pub mod premoe;
+pub mod rice;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
