@@ -2,8 +2,10 @@
 
 pub mod controls;
 pub mod easy_ep;
+pub mod extremes;
 pub mod mote;
 pub mod premoe;
+pub mod super_experts;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
