@@ -38,4 +38,5 @@ pub const METHODS: &[Method] = &[
     Method::command::<routing::flame::RoutingMetrics>(&routing::flame::CARD),
     Method::command::<routing::closer_look::CloserLook>(&routing::closer_look::CARD),
     Method::command::<routing::contribution::Contribution>(&routing::contribution::CARD),
+    Method::command::<routing::pathways::Pathways>(&routing::pathways::CARD),
 ];

@@ -6,12 +6,14 @@ mod support;
 
 use engine::{Capture, edited, embedded, fixture, logits, open};
 use quorate_formats::Role;
-use quorate_lens::{ExpertId, read_experts};
-use quorate_methods::{MethodError, Report};
-use quorate_model::{Model, Site};
+use quorate_lens::read_experts;
+use quorate_methods::experts::extremes::{SinkRecorder, WithoutShared};
+use quorate_methods::experts::super_experts::sink_decay;
+use quorate_methods::{Lab, MethodError, Report};
+use quorate_model::{Chain, Lens, Model, NoLens, Site};
 use quorate_residency::{Expert, Matrix};
 use serde_json::{Value, json};
-use support::{number, run_on, sums, table, task};
+use support::{Tasks, number, run_on, sums, table, task};
 
 const CHANNEL: usize = 77;
 
@@ -51,7 +53,7 @@ fn plant(model: &mut Model, layer: usize, text: usize, position: usize) -> (usiz
 
 #[test]
 fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
-    let (model, before) = run(open(&embedded()), "super-experts --sets 2");
+    let (_, before) = run(open(&embedded()), "super-experts --sets 2");
     assert_eq!(before.headline["super_experts"], "none");
     assert_eq!(before.headline["outlier_experts"], "none");
     assert!(number(&before.headline["largest_over_median"]) < 30.0, "{:?}", before.headline);
@@ -71,12 +73,15 @@ fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
         // Dropped, the residual stream loses what it wrote; random experts of the layer leave it.
         let row = &table(&found, "layers")[layer];
         assert!(number(&row[2]) > 10.0 * number(&row[3]) && row[1] == "yes", "{row:?}");
+        // Attention up to the planted layer comes before what is dropped; later layers feel it.
+        let decay: Vec<f64> = table(&found, "layers").iter().map(|r| number(&r[6])).collect();
+        assert!(decay[..=layer].iter().all(|d| *d == 0.0), "{decay:?}");
+        assert!(decay[layer + 1..].iter().all(|d| d.abs() > 1e-3), "{decay:?}");
 
         planted.replace_expert(layer, expert, old).unwrap();
         let (_, after) = run(planted, "super-experts --sets 2");
         assert_eq!(serde_json::to_value(&after).unwrap(), serde_json::to_value(&before).unwrap());
     }
-    drop(model);
 }
 
 /// The paper's code looks at the first row of each expert's input only, so a token in the middle of a later text escapes it.
@@ -120,23 +125,35 @@ fn a_shared_expert_counts_and_is_dropped() {
 /// Nothing dropped, nothing lost: exactly.
 #[test]
 fn without_dropped_experts_no_sink_decays() {
-    // All experts of a model without experts' peaks above the guard, dropped set empty: the random control of no experts.
-    let (_, report) = run(open(&embedded()), "super-experts --sets 2");
-    let rows = table(&report, "layers");
-    assert!(rows.iter().all(|r| number(&r[4]) > 0.0 && number(&r[4]) < 1.0), "{rows:?}");
+    let mut world = Tasks(vec![sums(12)]);
+    let mut lab = Lab::new(open(&embedded()), &mut world);
+    let texts = lab.encode(&sums(12).items).unwrap();
+    let mut attention = |lens: &mut dyn Lens| {
+        let mut sinks = SinkRecorder::new(lab.model.spec());
+        lab.losses("", &texts, &mut Chain(vec![lens, &mut sinks])).unwrap();
+        sinks.attention()
+    };
+    let before = attention(&mut NoLens);
+    let after = attention(&mut WithoutShared::new(Vec::new()));
+    assert!(before.iter().flatten().all(|p| *p > 0.0 && *p < 1.0));
+    assert!(before.iter().zip(&after).all(|(p, q)| sink_decay(p, q) == Some(0.0)));
+    // By hand, of the first text of the first layer: the mean over the queries after the first.
+    let mut capture = Capture::new(&[Site::AttnPattern]);
+    let tokens = [&texts[0].prompt[..], &texts[0].answer].concat();
+    logits(&lab.model, &tokens, &mut capture);
+    let (n, kept) = (tokens.len(), capture.get(0, Site::AttnPattern));
+    let by_hand: f32 = (1..n).map(|t| kept.values[t * kept.shape[1] * n]).sum::<f32>() / (n - 1) as f32;
+    let mut sinks = SinkRecorder::new(lab.model.spec());
+    lab.losses("", &texts[..1], &mut sinks).unwrap();
+    assert!((sinks.attention()[0][0] - f64::from(by_hand)).abs() < 1e-6);
 }
 
 #[test]
 fn wrong_parameters_are_told() {
-    let mut model = open(&fixture("mixtral"));
-    let mut error = |line: &str| {
-        let fresh = std::mem::replace(&mut model, open(&fixture("mixtral")));
-        run_on(fresh, vec![sums(2)], line).1.unwrap_err().to_string()
-    };
+    let error = |line: &str| run_on(open(&fixture("mixtral")), vec![sums(2)], line).1.unwrap_err().to_string();
     assert!(error("super-experts --layer-fraction 2").contains("a share is 0 to 1"));
     assert!(error("super-experts --percentile 101").contains("0 to 100"));
     assert!(error("super-experts --texts 0").contains("at least 1 text"));
     let dense = run_on(open(&fixture("llama")), vec![sums(2)], "super-experts").1;
     assert!(matches!(dense, Err(MethodError::Needs { .. })));
-    let _ = ExpertId { layer: 0, expert: 0 };
 }

@@ -125,7 +125,8 @@ impl Lens for PeakRecorder {
                 vectors.for_each(|(row, vector)| peaks.input.see(vector, at.rows, row));
             }
             Site::MlpOut => {
-                let difference: Vec<f32> = values.iter().zip(&self.routed_sum).map(|(all, routed)| all - routed).collect();
+                let difference: Vec<f32> =
+                    values.iter().zip(&self.routed_sum).map(|(all, routed)| all - routed).collect();
                 let vectors = difference.chunks_exact(self.width).enumerate();
                 vectors.for_each(|(row, vector)| self.shared[moe].output.see(vector, at.rows, row));
             }

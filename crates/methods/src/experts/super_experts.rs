@@ -157,8 +157,8 @@ impl Run for SuperExperts {
         let ranked = ranked(&map, &peaks);
         let used: Vec<f64> = ranked.iter().map(|c| f64::from(c.peaks.output.value)).collect();
         let thresholds = Thresholds::of(&used, self.percentile, self.guard);
-        let thresholds =
-            thresholds.ok_or_else(|| MethodError::needs("the texts have no tokens", "give texts that are not empty"))?;
+        let thresholds = thresholds
+            .ok_or_else(|| MethodError::needs("the texts have no tokens", "give texts that are not empty"))?;
         let layers = self.massive_layers(lab.model.spec(), sinks.residual());
         let extreme: Vec<Candidate> =
             ranked.iter().copied().filter(|c| f64::from(c.peaks.output.value) > thresholds.least).collect();
@@ -347,15 +347,14 @@ fn perplexities(
 ) {
     let randoms: Vec<f64> = random.iter().filter_map(|o| o.perplexity).collect();
     let dropped: Vec<String> = dropped.iter().map(Candidate::name).collect();
-    let table = report.table("perplexity", "of the answers, with experts dropped", &["dropped", "experts", "perplexity"]);
+    let table =
+        report.table("perplexity", "of the answers, with experts dropped", &["dropped", "experts", "perplexity"]);
     table.row([json!("nothing"), json!(""), json!(base.perplexity)]);
     table.row([json!(name), json!(dropped.join(" ")), json!(own.perplexity)]);
     table.row([json!("random, mean"), json!(""), json!(mean(&randoms))]);
     table.row([json!("random, worst"), json!(""), json!(quantile(&randoms, 1.0))]);
-    report.headline(
-        "perplexity",
-        json!({ "all": base.perplexity, "dropped": own.perplexity, "random": mean(&randoms) }),
-    );
+    report
+        .headline("perplexity", json!({ "all": base.perplexity, "dropped": own.perplexity, "random": mean(&randoms) }));
 }
 
 fn layers_table(massive: &[usize], base: &Outcome, own: &Outcome, random: &[Outcome], report: &mut Report) {
@@ -365,9 +364,8 @@ fn layers_table(massive: &[usize], base: &Outcome, own: &Outcome, random: &[Outc
         "residual: largest magnitude in channel {channel} after the layer; sink: attention of later tokens to the first, mean \
          over heads; D_sink: share of it that is lost"
     );
-    let columns = [
-        "layer", "massive", "residual", "residual dropped", "sink", "sink dropped", "D_sink", "D_sink random",
-    ];
+    let columns =
+        ["layer", "massive", "residual", "residual dropped", "sink", "sink dropped", "D_sink", "D_sink random"];
     let table = report.table("layers", &about, &columns);
     let (before, after) = (base.sinks.attention(), own.sinks.attention());
     for layer in 0..before.len() {

@@ -31,13 +31,8 @@ impl World for Tasks {
 
 /// A task of questions and answers.
 pub fn task(name: &str, items: impl IntoIterator<Item = (String, String)>) -> Task {
-    let item = |(prompt, answer)| TaskItem {
-        task: name.into(),
-        prompt,
-        answer,
-        choices: None,
-        meta: serde_json::Map::new(),
-    };
+    let item =
+        |(prompt, answer)| TaskItem { task: name.into(), prompt, answer, choices: None, meta: serde_json::Map::new() };
     Task { name: name.into(), items: items.into_iter().map(item).collect(), files: Vec::new() }
 }
 
