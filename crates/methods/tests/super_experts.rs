@@ -5,6 +5,7 @@ mod engine;
 mod support;
 
 use engine::{Capture, edited, embedded, fixture, logits, open};
+use quorate_eval::encode::EncodedItem;
 use quorate_formats::Role;
 use quorate_lens::read_experts;
 use quorate_methods::experts::extremes::{SinkRecorder, WithoutShared};
@@ -15,10 +16,11 @@ use quorate_residency::{Expert, Matrix};
 use serde_json::{Value, json};
 use support::{Tasks, number, run_on, sums, table, task};
 
-const CHANNEL: usize = 77;
+const CHANNEL: usize = 7;
+const TEXTS: usize = 30;
 
 fn run(model: Model, line: &str) -> (Model, Report) {
-    let (model, report) = run_on(model, vec![sums(30)], line);
+    let (model, report) = run_on(model, vec![sums(TEXTS)], line);
     (model, report.unwrap())
 }
 
@@ -29,48 +31,84 @@ fn list(report: &Report) -> Vec<Value> {
     serde_json::from_str(&text).unwrap()
 }
 
-/// Adds to the down projection of the expert that the token at `position` of the `text`-th text of the tasks ranks first in
-/// `layer` the term that maps its hidden vector there to 300 in one channel. Gives the expert, and what it was.
-fn plant(model: &mut Model, layer: usize, text: usize, position: usize) -> (usize, Expert) {
-    let prompt = sums(text + 1).items.pop().unwrap().prompt;
-    let tokens = model.tokenizer().encode(&prompt, false).unwrap();
-    let mut capture = Capture::new(&[Site::Routing, Site::ExpertHidden]);
-    logits(model, &tokens, &mut capture);
-    let ids = &capture.get(layer, Site::Routing).ids;
-    let slot = position * (ids.len() / tokens.len());
-    let expert = ids[slot] as usize;
-    let old = model.expert_weights(layer, expert).unwrap().clone();
+/// One token's hidden vector in one expert.
+struct Passage {
+    expert: usize,
+    position: usize,
+    hidden: Vec<f32>,
+}
+
+/// Every token of the tasks in every expert of a layer that it chooses.
+fn passages(model: &Model, layer: usize) -> Vec<Passage> {
+    let mut all = Vec::new();
+    for item in sums(TEXTS).items {
+        let text = EncodedItem::new(model, &item).unwrap();
+        let mut capture = Capture::new(&[Site::Routing, Site::ExpertHidden]);
+        let tokens = [&text.prompt[..], &text.answer].concat();
+        logits(model, &tokens, &mut capture);
+        let ids = &capture.get(layer, Site::Routing).ids;
+        let hidden = &capture.get(layer, Site::ExpertHidden).values;
+        let (k, width) = (ids.len() / tokens.len(), hidden.len() / ids.len());
+        let vectors = ids.iter().zip(hidden.chunks_exact(width)).enumerate();
+        all.extend(vectors.map(|(slot, (&expert, hidden))| Passage {
+            expert: expert as usize,
+            position: slot / k,
+            hidden: hidden.to_vec(),
+        }));
+    }
+    all
+}
+
+/// Adds to the down projection of one expert the term that maps the hidden vector of one token to `size` in one channel. Of
+/// the tokens at the positions wanted it takes the one that the expert tells best from those at other positions. Gives the
+/// expert, what it was, and the position.
+fn plant(model: &mut Model, layer: usize, size: f32, wanted: impl Fn(usize) -> bool) -> (usize, Expert, usize) {
+    let all = passages(model, layer);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let nearest = |p: &Passage| {
+        let others = all.iter().filter(|o| o.expert == p.expert && o.position != p.position);
+        others.map(|o| dot(&o.hidden, &p.hidden).abs() / dot(&p.hidden, &p.hidden)).fold(0.0, f32::max)
+    };
+    let best = all.iter().filter(|p| wanted(p.position)).min_by(|a, b| nearest(a).total_cmp(&nearest(b))).unwrap();
+    assert!(nearest(best) < 0.9, "no token stands out");
+    let old = model.expert_weights(layer, best.expert).unwrap().clone();
     let (d, width) = (old.down.rows, old.down.cols);
-    let hidden = &capture.get(layer, Site::ExpertHidden).values[slot * width..(slot + 1) * width];
-    let square: f32 = hidden.iter().map(|h| h * h).sum();
     let mut down = old.down.to_f32();
     let row = &mut down[CHANNEL * width..(CHANNEL + 1) * width];
-    row.iter_mut().zip(hidden).for_each(|(w, h)| *w += 300.0 * h / square);
+    let square = dot(&best.hidden, &best.hidden);
+    row.iter_mut().zip(&best.hidden).for_each(|(w, h)| *w += size * h / square);
     let new = Expert { down: Matrix::from_f32(d, width, &down).unwrap(), ..old.clone() };
-    model.replace_expert(layer, expert, new).unwrap();
-    (expert, old)
+    model.replace_expert(layer, best.expert, new).unwrap();
+    (best.expert, old, best.position)
+}
+
+/// The embedded model writes values of several hundred itself, so what is planted there is larger.
+const CASES: [(&str, usize, f32); 4] = [("olmoe", 0, 300.0), ("olmoe", 1, 300.0), ("", 0, 2e4), ("", 2, 2e4)];
+
+fn model(name: &str) -> Model {
+    open(&if name.is_empty() { embedded() } else { fixture(name) })
 }
 
 #[test]
 fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
-    let (_, before) = run(open(&embedded()), "super-experts --sets 2");
-    assert_eq!(before.headline["super_experts"], "none");
-    assert_eq!(before.headline["outlier_experts"], "none");
-    assert!(number(&before.headline["largest_over_median"]) < 30.0, "{:?}", before.headline);
-    assert_eq!(list(&before), [json!(0); 0]);
+    for (name, layer, size) in CASES {
+        let (mut planted, before) = run(model(name), "super-experts --sets 2");
+        assert_eq!(before.headline["super_experts"], "none");
+        assert_eq!(before.headline["outlier_experts"], "none");
+        assert!(name.is_empty() || number(&before.headline["largest_over_median"]) < 30.0, "{:?}", before.headline);
+        assert_eq!(list(&before), [json!(0); 0]);
 
-    for layer in [0, 2] {
-        let mut planted = open(&embedded());
-        let (expert, old) = plant(&mut planted, layer, 0, 0);
+        let (expert, old, _) = plant(&mut planted, layer, size, |position| position == 0);
         let (mut planted, found) = run(planted, "super-experts --sets 2");
-        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"));
-        assert_eq!(found.headline["massive_layers"], json!([layer]));
         let list = list(&found);
+        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{list:?}");
+        assert_eq!(found.headline["outlier_experts"], "none");
+        assert_eq!(found.headline["massive_layers"], json!([layer]));
         let [only] = list.as_slice() else { panic!("{list:?}") };
         assert_eq!((&only["layer"], &only["expert"]), (&json!(layer), &json!(expert)));
         assert_eq!((&only["channel"], &only["position"]), (&json!(CHANNEL), &json!(0)));
-        assert!((number(&only["output_max"]) - 300.0).abs() < 6.0, "{only}");
-        // Dropped, the residual stream loses what it wrote; random experts of the layer leave it.
+        assert!((number(&only["output_max"]) / f64::from(size) - 1.0).abs() < 0.05, "{only}");
+        // Dropped, the residual stream loses what it wrote.
         let row = &table(&found, "layers")[layer];
         assert!(number(&row[2]) > 10.0 * number(&row[3]) && row[1] == "yes", "{row:?}");
         // Attention up to the planted layer comes before what is dropped; later layers feel it.
@@ -87,12 +125,14 @@ fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
 /// The paper's code looks at the first row of each expert's input only, so a token in the middle of a later text escapes it.
 #[test]
 fn an_expert_that_fires_in_the_middle_of_a_text_is_found() {
-    let mut model = open(&embedded());
-    let (expert, _) = plant(&mut model, 1, 17, 3);
-    let (_, found) = run(model, "super-experts --sets 0");
-    let list = list(&found);
-    assert_eq!(found.headline["super_experts"], format!("1:{expert}"), "{list:?}");
-    assert_eq!((&list[0]["channel"], &list[0]["position"]), (&json!(CHANNEL), &json!(3)));
+    for (name, layer, size) in CASES {
+        let mut model = model(name);
+        let (expert, _, position) = plant(&mut model, layer, size, |position| position > 2);
+        let (_, found) = run(model, "super-experts --sets 0");
+        let list = list(&found);
+        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{list:?}");
+        assert_eq!((&list[0]["channel"], &list[0]["position"]), (&json!(CHANNEL), &json!(position)));
+    }
 }
 
 #[test]

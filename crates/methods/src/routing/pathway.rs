@@ -101,7 +101,7 @@ pub enum Unit {
 pub fn distance(a: &[Vec<usize>], b: &[Vec<usize>], unit: Unit) -> usize {
     match unit {
         Unit::Expert => strsim::generic_levenshtein(&marked(a), &marked(b)),
-        Unit::Char => strsim::generic_levenshtein(text(a).as_bytes(), text(b).as_bytes()),
+        Unit::Char => strsim::generic_levenshtein(&text(a).into_bytes(), &text(b).into_bytes()),
     }
 }
 
