@@ -1,4 +1,4 @@
-//! Super experts that were planted: one expert writes 300 into one channel when a certain token passes.
+//! Super experts that were planted: one expert writes something huge into one channel when a certain token passes.
 
 #[path = "../../model/tests/support/mod.rs"]
 mod engine;
@@ -82,8 +82,13 @@ fn plant(model: &mut Model, layer: usize, size: f32, wanted: impl Fn(usize) -> b
     (best.expert, old, best.position)
 }
 
-/// The embedded model writes values of several hundred itself, so what is planted there is larger.
-const CASES: [(&str, usize, f32); 4] = [("olmoe", 0, 300.0), ("olmoe", 1, 300.0), ("", 0, 2e4), ("", 2, 2e4)];
+const CASES: [(&str, usize); 4] = [("olmoe", 0), ("olmoe", 1), ("", 0), ("", 2)];
+
+/// What is planted: a thousand times what the median expert writes at most (the embedded model writes several hundred itself).
+fn size(unplanted: &Report) -> f32 {
+    let value = |name: &str| number(&unplanted.headline[name]);
+    (1000.0 * value("largest_output") / value("largest_over_median")) as f32
+}
 
 fn model(name: &str) -> Model {
     open(&if name.is_empty() { embedded() } else { fixture(name) })
@@ -91,8 +96,9 @@ fn model(name: &str) -> Model {
 
 #[test]
 fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
-    for (name, layer, size) in CASES {
+    for (name, layer) in CASES {
         let (mut planted, before) = run(model(name), "super-experts --sets 2");
+        let size = size(&before);
         assert_eq!(before.headline["super_experts"], "none");
         assert_eq!(before.headline["outlier_experts"], "none");
         assert!(name.is_empty() || number(&before.headline["largest_over_median"]) < 30.0, "{:?}", before.headline);
@@ -101,7 +107,7 @@ fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
         let (expert, old, _) = plant(&mut planted, layer, size, |position| position == 0);
         let (mut planted, found) = run(planted, "super-experts --sets 2");
         let list = list(&found);
-        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{list:?}");
+        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{:?}", found.headline);
         assert_eq!(found.headline["outlier_experts"], "none");
         assert_eq!(found.headline["massive_layers"], json!([layer]));
         let [only] = list.as_slice() else { panic!("{list:?}") };
@@ -125,12 +131,13 @@ fn the_planted_expert_is_found_alone_and_gone_when_it_is_taken_back() {
 /// The paper's code looks at the first row of each expert's input only, so a token in the middle of a later text escapes it.
 #[test]
 fn an_expert_that_fires_in_the_middle_of_a_text_is_found() {
-    for (name, layer, size) in CASES {
-        let mut model = model(name);
+    for (name, layer) in CASES {
+        let (mut model, before) = run(model(name), "super-experts --sets 0");
+        let size = size(&before);
         let (expert, _, position) = plant(&mut model, layer, size, |position| position > 2);
         let (_, found) = run(model, "super-experts --sets 0");
         let list = list(&found);
-        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{list:?}");
+        assert_eq!(found.headline["super_experts"], format!("{layer}:{expert}"), "{:?}", found.headline);
         assert_eq!((&list[0]["channel"], &list[0]["position"]), (&json!(CHANNEL), &json!(position)));
     }
 }
