@@ -40,4 +40,4 @@ pub use stats::{
     BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin,
 };
 pub use trace::{ItemTrace, LayerTrace, RoutingTrace, TraceRecorder};
-pub use unit::{ExpertId, on_experts};
+pub use unit::{ExpertId, on_experts, read_experts};

@@ -31,6 +31,7 @@ pub const METHODS: &[Method] = &[
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
     Method::command::<experts::core_experts::CoreExperts>(&experts::core_experts::CARD),
     Method::command::<experts::rice::Rice>(&experts::rice::CARD),
+    Method::command::<experts::super_experts::SuperExperts>(&experts::super_experts::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),
@@ -39,4 +40,5 @@ pub const METHODS: &[Method] = &[
     Method::command::<routing::flame::RoutingMetrics>(&routing::flame::CARD),
     Method::command::<routing::closer_look::CloserLook>(&routing::closer_look::CARD),
     Method::command::<routing::contribution::Contribution>(&routing::contribution::CARD),
+    Method::command::<routing::pathways::Pathways>(&routing::pathways::CARD),
 ];

@@ -31,7 +31,7 @@ pub struct Run {
     #[arg(long, default_value = "auto")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect", "protect_file"])]
     plan: Option<PathBuf>,
     #[command(flatten)]
     experts: ExpertArgs,

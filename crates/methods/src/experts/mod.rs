@@ -3,9 +3,11 @@
 pub mod controls;
 pub mod core_experts;
 pub mod easy_ep;
+pub mod extremes;
 pub mod mote;
 pub mod premoe;
 pub mod rice;
+pub mod super_experts;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};

@@ -5,6 +5,8 @@ pub mod choices;
 pub mod closer_look;
 pub mod contribution;
 pub mod flame;
+pub mod pathway;
+pub mod pathways;
 pub mod similarity;
 pub mod spread;
 
