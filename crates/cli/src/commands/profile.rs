@@ -9,9 +9,10 @@ use quorate_eval::encode::EncodedItem;
 use quorate_eval::profile::{ProfileRun, Split};
 use quorate_eval::tasks::{Task, load_tasks};
 use quorate_formats::write_file;
+use quorate_lens::interchange::{TraceFormat, TraceShape, read_trace};
 use quorate_lens::{ExpertMap, GENERALIST, Library, Pattern, PatternInfo, ProfileData, safe_file_name};
 use quorate_methods::patterns::{Summary, merged, summary};
-use quorate_methods::{DEFAULT_METRIC, Phases, all_tables};
+use quorate_methods::{Phases, all_tables};
 use quorate_model::Model;
 use serde_json::json;
 
@@ -38,7 +39,11 @@ Examples:
   quorate profile --tasks math.jsonl --phase answer
   quorate profile --tasks tasks/ --shard 0/2 -o shard0
   quorate profile --tasks tasks/ --shard 1/2 -o shard1
-  quorate library merge shard0/*.pattern shard1/*.pattern")]
+  quorate library merge shard0/*.pattern shard1/*.pattern
+  quorate profile --from-trace expert_distribution_recorder_1.pt --name code
+
+What another engine recorded of the same model's routing (--from-trace) makes a pattern with the metrics that the recording \
+supports, and without a key: it is used by its name. Formats are described in docs/formats.md.")]
 pub struct Profile {
     /// Task files or folders; left out with the embedded model, its own tasks
     #[arg(long, value_name = "PATH", num_args = 1..)]
@@ -70,6 +75,17 @@ pub struct Profile {
     /// Begin anew even if an unfinished profile of the same data exists
     #[arg(long)]
     restart: bool,
+    /// Routing that another engine recorded, in place of running the tasks; several files add up
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "name")]
+    #[arg(conflicts_with_all = ["tasks", "limit", "shard", "restart", "phase", "holdout", "key_layer", "split"])]
+    from_trace: Vec<PathBuf>,
+    /// Task of the recorded routing
+    #[arg(long, value_name = "TASK", requires = "from_trace")]
+    name: Option<String>,
+    /// Format of the recorded routing; left out, told by the file: routed-experts, router-logits, sglang-csv, \
+    /// sglang-recorder, imatrix
+    #[arg(long, value_name = "FORMAT", requires = "from_trace", value_parser = parse_format)]
+    format: Option<TraceFormat>,
 }
 
 /// [`Phases`] on the command line.
@@ -103,8 +119,17 @@ fn parse_shard(text: &str) -> Result<(usize, usize), String> {
         .ok_or_else(|| format!("`{text}` is no shard; help: write I/N with I below N, e.g. 0/2"))
 }
 
+fn parse_format(text: &str) -> Result<TraceFormat, String> {
+    let names = TraceFormat::ALL.map(TraceFormat::name).join(", ");
+    let found = TraceFormat::ALL.into_iter().find(|f| f.name() == text);
+    found.ok_or_else(|| format!("`{text}` is no format of recordings; help: there is {names}"))
+}
+
 impl Profile {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if let Some(name) = &self.name {
+            return self.from_trace(common, name);
+        }
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         tasks.iter().try_for_each(|task| check_name(&task.name))?;
         if tasks.iter().any(|t| t.name == GENERALIST) {
@@ -120,15 +145,7 @@ impl Profile {
                 self.key_layer
             );
         }
-        // Before the work, so that what cannot be written to is known at once.
-        let library = match &self.output {
-            None => Some(common.open_library()?),
-            Some(folder) => {
-                std::fs::create_dir_all(folder)
-                    .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-                None
-            }
-        };
+        let library = self.destination(common)?;
         common.load_all_experts(&mut model)?;
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
@@ -141,21 +158,68 @@ impl Profile {
         if patterns.len() > 1 && self.shard.is_none() {
             patterns.push(merged(GENERALIST, &patterns.iter().collect::<Vec<_>>(), phases)?);
         }
+        self.store(library, &mut patterns)?;
+        for task in &tasks {
+            let _ = std::fs::remove_file(self.partial_path(&model, task)?); // gone already if nothing was saved
+        }
+        report(common, &model, &patterns)
+    }
+
+    /// The library to write to, or `None` for the folder of `-o`. Before the work, so that what cannot be written to is known
+    /// at once.
+    fn destination(&self, common: &Common) -> Result<Option<Library>> {
+        let Some(folder) = &self.output else { return common.open_library().map(Some) };
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        Ok(None)
+    }
+
+    fn store(&self, library: Option<Library>, patterns: &mut [Pattern]) -> Result<()> {
         if let Some(mut library) = library {
-            library.put(&patterns)?;
+            library.put(patterns)?;
         }
         if let Some(folder) = &self.output {
             let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
-            for pattern in &mut patterns {
+            for pattern in patterns {
                 if self.compact {
                     pattern.data = None;
                 }
                 pattern.write(folder, &shard)?;
             }
         }
-        for task in &tasks {
-            let _ = std::fs::remove_file(self.partial_path(&model, task)?); // gone already if nothing was saved
+        Ok(())
+    }
+
+    /// A pattern from routing that another engine recorded.
+    fn from_trace(&self, common: &Common, name: &str) -> Result<()> {
+        check_name(name)?;
+        if name == GENERALIST {
+            bail!("the task name `{GENERALIST}` is taken by the pooled pattern; help: choose another name");
         }
+        let model = common.open_model(None)?;
+        need_experts(&model)?;
+        let library = self.destination(common)?;
+        let shape = TraceShape::of(model.spec());
+        let mut data = ProfileData::new(&shape.map);
+        for path in &self.from_trace {
+            data.stats.merge(&read_trace(path, self.format, &shape)?);
+        }
+        let file_name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let info = PatternInfo {
+            name: name.to_string(),
+            fingerprint: model.checkpoint().fingerprint().to_string(),
+            data: self.from_trace.iter().map(file_name).collect(),
+            phases: Phases::Both.name().to_string(),
+            ..PatternInfo::default()
+        };
+        let mut patterns = [Pattern::build(info, data, |stats| all_tables(stats, &[stats], Phases::Both))];
+        self.store(library, &mut patterns)?;
+        let metrics: Vec<&str> = patterns[0].scores.iter().map(|s| s.metric.name.as_str()).collect();
+        let [prompt, answer] = patterns[0].info.tokens;
+        common.note(&format!(
+            "{name}: {} tokens; metrics: {}; the pattern has no key, use it with --task {name}",
+            prompt + answer,
+            metrics.join(", ")
+        ));
         report(common, &model, &patterns)
     }
 
@@ -259,15 +323,18 @@ fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
     if common.json {
         return common.print_json(&json!({ "fingerprint": model.checkpoint().fingerprint(), "patterns": summaries }));
     }
+    let mut metrics: Vec<&str> = summaries.iter().map(|s| s.metric.as_str()).collect();
+    metrics.dedup();
     say!(
-        "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {DEFAULT_METRIC}"
+        "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {}",
+        metrics.join(", ")
     )?;
     summaries.iter().try_for_each(print_summary)
 }
 
 /// Prints a summary on one line.
 pub fn print_summary(summary: &Summary) -> Result<()> {
-    let percent = |share: f64| format!("{:.0}", 100.0 * share);
+    let percent = |share: f64| if share.is_nan() { "?".to_string() } else { format!("{:.0}", 100.0 * share) };
     let covered = summary.heldout_coverage.iter().map(|c| match c.coverage {
         Some(found) => format!("{:>2}: {:>3}/{} %", c.keep, percent(found.selections), percent(found.gate_mass)),
         None => format!("{:>2}: -", c.keep),

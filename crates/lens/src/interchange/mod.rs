@@ -1,13 +1,25 @@
 //! Kept experts and routing in the formats of other engines. One file per format.
 //!
-//! Lists of kept experts: vLLM's pruned-experts profile, vllm-ascend's expert list, EASY-EP's mask.
+//! - Lists of kept experts: vLLM's pruned-experts profile, vllm-ascend's expert list, EASY-EP's mask.
+//! - Recorded routing: ids of chosen experts, router logits, SGLang's distributions, llama.cpp's importance matrix.
 
 mod ascend;
 mod easy_ep;
+mod imatrix;
+mod npy;
+mod pickle;
+mod routed_experts;
+mod router_logits;
+mod sglang;
+mod torch_file;
+mod traces;
 mod vllm;
 
 pub use ascend::{RankedKeep, from_ascend, read_rankings, to_ascend};
 pub use easy_ep::{from_easy_ep, to_easy_ep};
+pub use imatrix::{Imatrix, ImatrixEntry};
+pub use routed_experts::RoutedExperts;
+pub use traces::{TraceFormat, TraceShape, read_trace};
 pub use vllm::{from_vllm, to_vllm};
 
 use crate::{ExpertMap, LensError, Plan};
