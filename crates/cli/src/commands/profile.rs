@@ -16,13 +16,15 @@ use quorate_methods::{Phases, all_tables};
 use quorate_model::Model;
 use serde_json::json;
 
+use super::profile_vllm::{Job, Order};
 use crate::common::{Common, Fnv, interrupted, parse_count, say};
 use crate::embedded;
 use crate::experts::need_experts;
+use crate::vllm::Server;
 
 /// Batches, and time, between two savings of an unfinished profile.
 const SAVE_EVERY: usize = 64;
-const SAVE_AFTER: Duration = Duration::from_secs(30);
+pub const SAVE_AFTER: Duration = Duration::from_secs(30);
 /// Names that `--task` understands otherwise.
 const RESERVED: [&str; 4] = ["auto", "none", "own", "random"];
 
@@ -41,6 +43,7 @@ Examples:
   quorate profile --tasks tasks/ --shard 1/2 -o shard1
   quorate library merge shard0/*.pattern shard1/*.pattern
   quorate profile --from-trace expert_distribution_recorder_1.pt --name code
+  quorate profile -m MODEL --from-vllm http://localhost:8000 --tasks tasks/
 
 What another engine recorded of the same model's routing (--from-trace) makes a pattern with the metrics that the recording \
 supports, and without a key: it is used by its name. Formats are described in docs/formats.md.")]
@@ -82,6 +85,10 @@ pub struct Profile {
     /// Task of the recorded routing
     #[arg(long, value_name = "TASK", requires = "from_trace")]
     name: Option<String>,
+    /// vLLM server, e.g. http://localhost:8000, that routes the tasks' texts in place of this program; start it with \
+    /// `vllm serve MODEL --enable-return-routed-experts`, and give -m MODEL here for its tokenizer and shape
+    #[arg(long, value_name = "URL", conflicts_with = "from_trace")]
+    from_vllm: Option<String>,
     /// Format of the recorded routing; left out, told by the file: routed-experts, router-logits, sglang-csv, \
     /// sglang-recorder, imatrix
     #[arg(long, value_name = "FORMAT", requires = "from_trace", value_parser = parse_format)]
@@ -146,11 +153,17 @@ impl Profile {
             );
         }
         let library = self.destination(common)?;
-        common.load_all_experts(&mut model)?;
+        let server = self.from_vllm.as_deref().map(Server::connect).transpose()?;
+        match &server {
+            Some(server) => {
+                common.note(&format!("routed by {}; known are the experts chosen, not their gates", server.model()))
+            }
+            None => common.load_all_experts(&mut model)?,
+        }
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
         for task in &tasks {
-            let Some(pattern) = self.profile(common, &model, task, phases)? else {
+            let Some(pattern) = self.profile(common, &mut model, server.as_ref(), task, phases)? else {
                 bail!("interrupted; what is done so far is kept, give the same command again to go on");
             };
             patterns.push(pattern);
@@ -224,7 +237,14 @@ impl Profile {
     }
 
     /// Profiles one task, from where an earlier run stopped; `None` if interrupted.
-    fn profile(&self, common: &Common, model: &Model, task: &Task, phases: Phases) -> Result<Option<Pattern>> {
+    fn profile(
+        &self,
+        common: &Common,
+        model: &mut Model,
+        server: Option<&Server>,
+        task: &Task,
+        phases: Phases,
+    ) -> Result<Option<Pattern>> {
         let limit = self.limit.unwrap_or(usize::MAX);
         let items = task.items.iter().take(limit).map(|item| EncodedItem::new(model, item));
         let items = items.collect::<Result<Vec<_>, _>>()?;
@@ -255,28 +275,18 @@ impl Profile {
             let unfinished = Pattern::build(info.clone(), data.clone(), |_| Vec::new());
             Ok(write_file(&partial, &unfinished.to_bytes()?)?)
         };
-        let mut run = ProfileRun::new(model, &items, split, data);
-        if run.done_tokens() > 0 {
-            common.note(&format!("{}: going on at {} of {} tokens", task.name, run.done_tokens(), run.total_tokens()));
-        }
-        let mut progress = common.progress(&task.name, run.total_tokens() as u64, "tokens");
-        progress.set(run.done_tokens() as u64);
-        let (mut batches, mut saved) = (0, Instant::now());
-        while run.step()? {
-            batches += 1;
-            progress.set(run.done_tokens() as u64);
-            if interrupted() {
-                save(run.profile())?;
-                return Ok(None);
+        let gathered = match server {
+            None => profile_here(common, ProfileRun::new(model, &items, split, data), &task.name, &save)?,
+            Some(server) => {
+                let (train, held) = split.order(items.len());
+                let (shape, order) = (TraceShape::of(model.spec()), Order { train, held });
+                let job = Job { server, shape, task: &task.name, items: &items, order };
+                let mut gathered = job.gather(common, data, &save)?;
+                gathered.as_mut().map_or(Ok(()), |data| job.add_keys(model, self.key_layer, data))?;
+                gathered
             }
-            if batches % SAVE_EVERY == 0 || saved.elapsed() > SAVE_AFTER {
-                save(run.profile())?;
-                saved = Instant::now();
-            }
-        }
-        progress.finish();
-        save(run.profile())?;
-        let mut data = run.into_profile();
+        };
+        let Some(mut data) = gathered else { return Ok(None) };
         data.done_batches = 0;
         let pattern = Pattern::build(info, data, |stats| all_tables(stats, &[stats], phases));
         let [prompt, answer] = pattern.info.tokens;
@@ -302,11 +312,44 @@ impl Profile {
     fn partial_path(&self, model: &Model, task: &Task) -> Result<PathBuf> {
         let mut hash = Fnv::default();
         hash.mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
+        if self.from_vllm.is_some() {
+            hash.mix("vllm");
+        }
         task.items.iter().for_each(|i| hash.mix(&format!("{}\0{}\0", i.prompt, i.answer)));
         let name = format!("{}-{}-{}.partial", model.checkpoint().fingerprint(), task.name, hash.hex());
         let name = safe_file_name(&name);
         Ok(embedded::home()?.join("profiles").join(name))
     }
+}
+
+/// Runs a profile to its end; `None` if interrupted.
+fn profile_here(
+    common: &Common,
+    mut run: ProfileRun<'_>,
+    task: &str,
+    save: &dyn Fn(&ProfileData) -> Result<()>,
+) -> Result<Option<ProfileData>> {
+    if run.done_tokens() > 0 {
+        common.note(&format!("{task}: going on at {} of {} tokens", run.done_tokens(), run.total_tokens()));
+    }
+    let mut progress = common.progress(task, run.total_tokens() as u64, "tokens");
+    progress.set(run.done_tokens() as u64);
+    let (mut batches, mut saved) = (0, Instant::now());
+    while run.step()? {
+        batches += 1;
+        progress.set(run.done_tokens() as u64);
+        if interrupted() {
+            save(run.profile())?;
+            return Ok(None);
+        }
+        if batches % SAVE_EVERY == 0 || saved.elapsed() > SAVE_AFTER {
+            save(run.profile())?;
+            saved = Instant::now();
+        }
+    }
+    progress.finish();
+    save(run.profile())?;
+    Ok(Some(run.into_profile()))
 }
 
 /// Refuses names of patterns that no command could address.
