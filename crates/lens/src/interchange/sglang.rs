@@ -110,11 +110,11 @@ impl Logical {
         let experts = |moe: Option<usize>| moe.map_or(0, |m| shape.map.experts[m]);
         let mut logical: Vec<Vec<u64>> =
             shape.rows(self.layers)?.into_iter().map(|moe| vec![0; experts(moe)]).collect();
-        for (layer, row) in rows.iter().enumerate().filter(|(l, _)| !logical[*l].is_empty()) {
+        for (layer, (row, cells)) in rows.iter().zip(&mut logical).enumerate().filter(|(_, (_, c))| !c.is_empty()) {
+            let known = cells.len();
             for (place, &count) in row.iter().enumerate() {
                 let id = self.map[layer * self.physical + place];
-                let known = logical[layer].len();
-                let cell = usize::try_from(id).ok().and_then(|e| logical[layer].get_mut(e));
+                let cell = usize::try_from(id).ok().and_then(|e| cells.get_mut(e));
                 let cell =
                     cell.ok_or_else(|| format!("a place of layer {layer} holds expert {id}, there are {known}"))?;
                 *cell = cell.checked_add(count).ok_or("the counts are too large")?;
