@@ -180,6 +180,11 @@ fn router_logits_give_all_that_does_not_need_outputs() {
         tensors.push(TensorOut::i64("attention_mask", &[tokens], mask));
         let (first, _) = run(&model, &texts[..1]);
         assert_eq!(file("k", tensors).prompt.count, first.prompt.count, "{name}");
+        let mut tensors = per_layer(&logits, &decoder);
+        tensors.push(TensorOut::i64("attention_mask", &[tokens], vec![0; tokens]));
+        let path = folder.path().join("none");
+        write_safetensors(&path, None, tensors).unwrap();
+        assert!(read_trace(&path, None, &shape).unwrap_err().to_string().contains("no tokens"));
     }
 }
 
@@ -293,7 +298,7 @@ fn damaged_files_are_refused_without_a_panic() {
     for name in ["routed_u8.npy", "sglang_stat.pt", "sglang_per_token.pt", "refused.pt"] {
         let bytes = fs::read(fixture(name)).unwrap();
         let path = folder.path().join("x");
-        let step = 1 + bytes.len() / 800;
+        let step = 1 + bytes.len() / 150;
         for cut in (0..bytes.len()).step_by(step) {
             fs::write(&path, &bytes[..cut]).unwrap();
             assert!(read_trace(&path, None, &shape).is_err(), "{name} cut at {cut}");

@@ -345,13 +345,13 @@ fn recorded_routing_makes_a_pattern() {
     let library = at("l.sqlite");
     let logits = at("logits.safetensors");
     let prompt = "<|user|>78+95=<|assistant|>";
-    quorate!["record", "--prompt", prompt, "--sites", "router_logits", "-o", &logits].ok();
+    quorate!["record", "--prompt", format!("{prompt}1"), "--sites", "router_logits", "-o", &logits].ok();
     fs::write(at("one.jsonl"), json!({ "task": "mine", "prompt": prompt, "answer": "1" }).to_string()).unwrap();
 
     let args = ["profile", "--from-trace", logits.to_str().unwrap(), "--name", "seen", "--library"];
     let told = quorate![args[0], args[1], args[2], args[3], args[4], args[5], &library, "--json"].json();
     assert_eq!(told["patterns"][0]["metric"], "peu");
-    quorate!["profile", "--tasks", &at("one.jsonl"), "--phase", "prompt", "--holdout", "0", "--library", &library].ok();
+    quorate!["profile", "--tasks", &at("one.jsonl"), "--phase", "both", "--holdout", "0", "--library", &library].ok();
     let ranking = |name: &str, metric: &str| {
         quorate!["library", "show", name, "--metric", metric, "--library", &library, "--json"].json()["ranking"].clone()
     };

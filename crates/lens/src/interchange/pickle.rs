@@ -65,6 +65,8 @@ pub(super) enum Value {
     Tensor(TensorRef),
 }
 
+/// Dimensions of a tensor at most.
+const DIMS_MAX: usize = 8;
 const REBUILD: &str = "torch._utils _rebuild_tensor_v2";
 const ORDERED: &str = "collections OrderedDict";
 
@@ -345,7 +347,7 @@ impl<'a> Machine<'a> {
             _ => None,
         };
         let (shape, strides) = (sizes(shape)?, sizes(strides)?);
-        (shape.len() == strides.len()).then_some(())?;
+        (shape.len() == strides.len() && shape.len() <= DIMS_MAX).then_some(())?;
         let (storage, element, elements) = (name.clone(), *element, *elements);
         Some(Value::Tensor(TensorRef { storage, element, elements, offset: self.size(offset)?, shape, strides }))
     }

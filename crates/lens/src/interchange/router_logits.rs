@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use quorate_formats::{SafetensorsFile, StoredDType};
+use quorate_formats::SafetensorsFile;
 use quorate_model::route_logits;
 
 use super::traces::TraceShape;
@@ -22,11 +22,10 @@ pub(super) fn read(path: &Path, shape: &TraceShape) -> Result<RouterStats, LensE
     let bad = |problem: String| LensError::invalid(path.display().to_string(), problem);
     let file = SafetensorsFile::open(path)?;
     let (mut layers, items) = layers_of(&file, shape, &bad)?;
-    let tokens = layers.first().map_or(0, |logits| logits.len() / shape.map.experts[0]);
-    let keep = match file.tensor("attention_mask") {
-        Ok(_) => file.read_i64("attention_mask")?.iter().map(|&v| v != 0).collect(),
-        Err(_) => vec![true; tokens],
-    };
+    let tokens = layers.iter().zip(&shape.map.experts).map(|(logits, e)| logits.len() / e).next().unwrap_or(0);
+    let masked = file.tensors().iter().any(|t| t.name == "attention_mask");
+    let keep =
+        if masked { file.read_i64("attention_mask")?.iter().map(|&v| v != 0).collect() } else { vec![true; tokens] };
     for (moe, logits) in layers.iter().enumerate() {
         let found = logits.len() / shape.map.experts[moe];
         if found != keep.len() {
@@ -66,7 +65,7 @@ fn layers_of(
         [.., e] if *e == experts && (2..=3).contains(&dims.len()) => Ok(()),
         _ => Err(bad(format!("`{name}` has the shape {dims:?}, [tokens, {experts}] is needed"))),
     };
-    if let Ok(whole) = file.tensor("router_logits") {
+    if let Some(whole) = file.tensors().iter().find(|t| t.name == "router_logits") {
         let [rows, inner @ ..] = whole.shape.as_slice() else {
             return Err(bad("`router_logits` is a single number".into()));
         };
@@ -93,9 +92,6 @@ fn layers_of(
         let name = format!("router_logits.{layer}");
         let tensor = file.tensor(&name)?;
         fits(&name, &tensor.shape, shape.map.experts[moe])?;
-        if tensor.dtype == StoredDType::F64 {
-            return Err(bad(format!("`{name}` is F64; help: save it as F32")));
-        }
         items = texts(&tensor.shape);
         layers.push(file.read_f32(&name)?);
     }

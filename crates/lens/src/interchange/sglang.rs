@@ -52,7 +52,7 @@ pub(super) fn read_recorder(bytes: &[u8], shape: &TraceShape) -> Result<RouterSt
         let &[_, layers, experts] = dims.as_slice() else {
             return Err(format!("`logical_count` has the shape {dims:?}, [steps, layers, experts] is needed"));
         };
-        for step in values.chunks_exact((layers * experts).max(1)) {
+        for step in values.chunks_exact(layers.saturating_mul(experts).max(1)) {
             add_counts(&mut stats, shape, &count_rows(step, experts)?)?;
         }
         return Ok(stats);
@@ -138,6 +138,9 @@ fn add_tokens(
     let &[layers, tokens, k] = dims.as_slice() else {
         return Err(format!("`topk_ids_of_layer` has the shape {dims:?}, [layers, tokens, experts] is needed"));
     };
+    if ids.is_empty() {
+        return Ok(()); // a pass without tokens
+    }
     if layers != to_logical.layers {
         return Err(format!("it has {layers} layers, its map of experts {}", to_logical.layers));
     }
