@@ -33,6 +33,6 @@ pub use lens::{At, Chain, Flow, Lens, NoLens};
 pub use model::{KeptExperts, LoadProgress, Model};
 pub use overlay::{LowRank, Overlay, Patch};
 pub use quorate_kernels::NO_EXPERT;
-pub use routing::{Routing, RoutingMode, drop_slots, softmax};
+pub use routing::{Routing, RoutingMode, drop_slots, route_logits, softmax};
 pub use site::{Site, SiteSet, Units};
 pub use taps::{Tap, Taps};

@@ -130,6 +130,19 @@ pub(crate) fn route(
     Ok(Routing { k, ids, gates })
 }
 
+/// Chooses experts for logits `[n, E]` that were computed elsewhere: ids and gates `[n, k]`, as in [`Routing`]. Routers
+/// that add a bias for the choice alone need it besides, which this does not know.
+///
+/// # Errors
+/// Logits that are NaN or plus infinity, or no whole rows.
+pub fn route_logits(moe: &MoeSpec, layer: usize, logits: &[f32]) -> Result<(Vec<u32>, Vec<f32>), ModelError> {
+    let e = moe.n_experts;
+    let logits = Tensor::from_slice(logits, (logits.len() / e.max(1), e), &candle_core::Device::Cpu)?;
+    let routing = route(moe, layer, &logits, Learned::default(), None, None)?;
+    let gates = values(&routing.gates)?.to_vec();
+    Ok((routing.ids, gates))
+}
+
 struct Row<'a> {
     masked: Vec<f32>,
     choice: Vec<f32>,

@@ -261,6 +261,37 @@ fn lists_for_other_engines_say_the_same() {
 }
 
 #[test]
+fn lists_convert_into_each_other() {
+    let folder = tempdir();
+    let at = |name: &str| folder.path().join(name);
+    let first = at("first.toml");
+    quorate!["prune", "--task", "bios", "--keep", "12", "--scope", "local", "--mode", "mask", "-o", &first].ok();
+    let keep = |text: &str| text.split_once("[[keep]]").unwrap().1.to_string();
+    let expected = keep(&fs::read_to_string(&first).unwrap());
+
+    let mut from = first;
+    for form in ["easy-ep", "vllm", "ascend", "easy-ep", "plan", "vllm"] {
+        let to = at(&format!("as-{form}"));
+        let ranking = from.to_str().unwrap().ends_with("ascend");
+        let told = if ranking {
+            quorate!["prune", "--list", &from, "--prune-ratio", "0.625", "--as", form, "-o", &to, "--json"].json()
+        } else {
+            quorate!["prune", "--list", &from, "--as", form, "-o", &to, "--json"].json()
+        };
+        assert_eq!((&told["as"], &told["kept_per_layer"]), (&json!(form), &json!([12, 12, 12, 12, 12, 12])));
+        from = to;
+    }
+    quorate!["prune", "--list", &from, "-o", &at("last.toml")].ok();
+    assert_eq!(keep(&fs::read_to_string(at("last.toml")).unwrap()), expected);
+    quorate!["prune", "--list", &at("as-ascend"), "-o", &at("x")].fails(3, &["--prune-ratio"]);
+    quorate!["prune", "--list", &from, "--keep", "3", "-o", &at("x")].fails(3, &["leave --keep"]);
+    quorate!["prune", "--list", &at("as-ascend"), "--keep", "2", "--as", "vllm", "-o", &at("x")].fails(3, &["needs 4"]);
+    fs::write(at("odd.json"), "{\"version\":9,\"pruned_experts\":[]}").unwrap();
+    quorate!["prune", "--list", &at("odd.json"), "-o", &at("x")].fails(3, &["odd.json", "version 9"]);
+    assert!(!at("x").exists());
+}
+
+#[test]
 fn inspect_tells_what_fits() {
     let json = quorate!["inspect", "--json"].json();
     for (field, value) in

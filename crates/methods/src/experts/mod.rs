@@ -76,12 +76,13 @@ pub fn metric(name: &str) -> Result<&'static Metric, LensError> {
 }
 
 /// The score tables of all metrics, of texts with statistics `stats` that consist of `domains` (one, unless it is a
-/// generalist).
+/// generalist). Metrics that need what the statistics do not know (NaN) have none.
 pub fn all_tables(stats: &RouterStats, domains: &[&RouterStats], phases: Phases) -> Vec<ScoreTable> {
     let mut tables: Vec<ScoreTable> = METRICS.iter().map(|m| m.table(stats, phases)).collect();
     if let Some(table) = tables.iter_mut().find(|t| t.metric.name == premoe::PEU_PER_DOMAIN.name) {
         table.values = premoe::peu_per_domain(domains, phases);
     }
+    tables.retain(|t| !t.values.iter().any(|v| v.is_nan()));
     tables
 }
 
