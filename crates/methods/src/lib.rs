@@ -29,6 +29,7 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
+    Method::command::<experts::rerouting::RerouteTasks>(&experts::rerouting::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),

@@ -4,6 +4,7 @@ pub mod controls;
 pub mod easy_ep;
 pub mod mote;
 pub mod premoe;
+pub mod rerouting;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
