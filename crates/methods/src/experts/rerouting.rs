@@ -59,7 +59,7 @@ pub struct RerouteTasks {
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub texts: usize,
     /// Examples before each text, of the training split
-    #[arg(long, default_value_t = 6, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N")]
     pub shots: usize,
     /// Standard deviation of a random vector added to each router's logits beforehand
     #[arg(long, default_value_t = 0.0, value_name = "STD")]
