@@ -11,8 +11,14 @@ use quorate_lens::ExpertMap;
 use quorate_methods::experts::rerouting::{By, FitOptions, Rerouter, Rerouting, Shift, Vectors, gaussian};
 use quorate_model::{GenerateOptions, KvCache, Lens, Model, NoLens};
 
-const THOROUGH: FitOptions =
-    FitOptions { fit_steps: 40, fit_every: 128, fit_rate: 0.2, fit_by: By::Highest, fit_share: 1.0, stale_cache: false };
+const THOROUGH: FitOptions = FitOptions {
+    fit_steps: 25,
+    fit_every: 128,
+    fit_rate: 0.2,
+    fit_by: By::Highest,
+    fit_share: 1.0,
+    stale_cache: false,
+};
 
 fn loss(model: &Model, prompt: &[u32], answer: &[u32], lens: &mut dyn Lens) -> f64 {
     let item = EncodedItem { prompt: prompt.to_vec(), answer: answer.to_vec() };
@@ -98,7 +104,8 @@ fn texts(model: &Model, task: &str, shots: usize) -> (Vec<u32>, EncodedItem) {
         tasks[0].items.iter().take(n).map(|i| EncodedItem::new(model, i).unwrap()).collect::<Vec<_>>()
     };
     let eos = model.spec().eos_token_ids[0];
-    let context = of("train-sample", shots).into_iter().flat_map(|e| [e.prompt, e.answer, vec![eos]].concat()).collect();
+    let context =
+        of("train-sample", shots).into_iter().flat_map(|e| [e.prompt, e.answer, vec![eos]].concat()).collect();
     (context, of("test", 1).remove(0))
 }
 
@@ -108,8 +115,8 @@ fn planted_damage_is_undone_from_examples() {
     let map = ExpertMap::of(model.spec());
     let damage = gaussian(1, &map, 2.0);
     let mut sums = [0.0; 8];
-    for task in ["prose", "bios", "safety"] {
-        let (context, text) = texts(&model, task, 5);
+    for task in ["prose", "spanish"] {
+        let (context, text) = texts(&model, task, 2);
         let mut of = |at: usize, lens: &mut dyn Lens| {
             sums[at] += loss(&model, &context[..1], &context[1..], lens);
             let prompt = [&context[..], &text.prompt].concat();

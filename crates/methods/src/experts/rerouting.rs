@@ -40,9 +40,9 @@ pub const CARD: Card = Card {
     needs: "a MoE model; any text",
     cost: "for each fit, as many forward and backward passes over the text so far as it has steps",
     metrics: &[],
-    run: "quorate run \"78+95=\" --reroute\nquorate rerouting\nquorate rerouting --damage 2 --fit-steps 100 --fit-rate 0.1 --fit-share 1 --task prose",
-    about: "Fits a vector on every router's logits to in-context examples, and measures what becomes of the loss of the examples \
-            and of an unseen continuation, beside random vectors of the same norms; with --damage, how much of a planted damage \
+    run: "quorate run \"78+95=\" --reroute\nquorate rerouting\nquorate rerouting --damage 2 --shots 4 --fit-steps 40 --fit-rate 0.2 --fit-share 1 --task prose",
+    about: "Fits a vector on every router's logits to a prompt, or to examples before it, and measures what becomes of its loss \
+            and of that of the unseen continuation, beside random vectors of the same norms; with --damage, how much of a planted damage \
             to the routers is undone. Nothing is kept from one text to the next.",
 };
 
@@ -56,10 +56,10 @@ pub struct RerouteTasks {
     #[arg(long)]
     pub task: Option<String>,
     /// Texts per task
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 10, value_name = "N")]
     pub texts: usize,
-    /// Examples before each text, of the training split
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    /// Examples of the training split to fit to, before each text (0: fit to its own prompt)
+    #[arg(long, default_value_t = 0, value_name = "N")]
     pub shots: usize,
     /// Standard deviation of a random vector added to each router's logits beforehand
     #[arg(long, default_value_t = 0.0, value_name = "STD")]
@@ -69,7 +69,7 @@ pub struct RerouteTasks {
     pub max_tokens: usize,
 }
 
-/// Examples, and what follows them.
+/// What vectors are fitted to, and what follows it.
 struct Sample {
     context: Vec<u32>,
     text: EncodedItem,
@@ -98,8 +98,9 @@ struct Outcome {
 impl Run for RerouteTasks {
     fn run(&self, lab: &mut Lab<'_>) -> Result<Report, MethodError> {
         let map = lab.experts()?;
-        if self.texts == 0 || self.shots == 0 {
-            return Err(MethodError::needs("there is nothing to fit to", "give --texts and --shots of at least 1"));
+        if !(self.damage >= 0.0 && self.damage.is_finite()) {
+            let what = format!("{} is no standard deviation", self.damage);
+            return Err(MethodError::needs(what, "give a --damage of 0 or more"));
         }
         let samples = self.samples(lab)?;
         let damage = gaussian(lab.seed, &map, self.damage);
@@ -128,16 +129,19 @@ impl RerouteTasks {
         let tests = named(lab.tasks("test")?);
         let mut samples = Vec::new();
         for task in tests {
-            let examples = lab.task("train-sample", &task.name)?.items;
-            if examples.is_empty() {
+            let examples = if self.shots > 0 { lab.task("train-sample", &task.name)?.items } else { Vec::new() };
+            if self.shots > 0 && examples.is_empty() {
                 let what = format!("task `{}` has no training items to take examples from", task.name);
-                return Err(MethodError::needs(what, "give items of the split `train-sample`"));
+                return Err(MethodError::needs(what, "give items of the split `train-sample`, or --shots 0"));
             }
             let examples = lab.encode(&examples)?;
             let items: Vec<_> = task.items.into_iter().take(self.texts).collect();
-            for (i, (item, text)) in items.iter().zip(lab.encode(&items)?).enumerate() {
+            for (i, (item, mut text)) in items.iter().zip(lab.encode(&items)?).enumerate() {
                 let shots = examples.iter().cycle().skip(i * self.shots).take(self.shots.min(examples.len()));
-                let context = context_of(&lab.model, shots, text.len());
+                let mut context = context_of(&lab.model, shots, text.len());
+                if self.shots == 0 {
+                    std::mem::swap(&mut context, &mut text.prompt);
+                }
                 let answer = (!is_language_modelling(item)).then(|| item.answer.clone());
                 samples.push((task.name.clone(), Sample { context, text, answer }));
             }
@@ -172,8 +176,7 @@ impl RerouteTasks {
     /// The greedy answer, refitted on the way.
     fn answer(&self, model: &Model, sample: &Sample, rerouting: Rerouting) -> Result<String, ModelError> {
         let prompt = [sample.context.as_slice(), &sample.text.prompt].concat();
-        let options =
-            GenerateOptions { max_tokens: self.max_tokens, keep_special: true, ..GenerateOptions::default() };
+        let options = GenerateOptions { max_tokens: self.max_tokens, keep_special: true, ..GenerateOptions::default() };
         let mut cache = KvCache::new(model.spec(), 1);
         let mut rerouter = Rerouter::new(model, rerouting)?;
         Ok(model.generate_guided(&prompt, 0, &mut cache, &options, &mut rerouter, &mut |_| true)?.text)
@@ -195,7 +198,8 @@ impl RerouteTasks {
             report.headline("exact_match", json!({ "plain": right[0], "rerouted": right[1] }));
         }
         let about = "mean loss of a token of the unseen continuation, in nats; exact match in percent";
-        let columns = ["task", "plain", "fitted", "random", "context before", "context after", "right", "rerouted right"];
+        let columns =
+            ["task", "plain", "fitted", "random", "context before", "context after", "right", "rerouted right"];
         let table = report.table("tasks", about, &columns);
         let mut tasks = names.to_vec();
         tasks.dedup();
@@ -208,7 +212,8 @@ impl RerouteTasks {
             let [a, b, c] = losses.map(|l| json!(l));
             table.row([json!(task), a, b, c, json!(m.plain.context), json!(m.fitted.context), plain, rerouted]);
         }
-        let about = "means over the texts: routing uncertainty, share of fits that changed the layer, norm of its vector";
+        let about =
+            "means over the texts: routing uncertainty, share of fits that changed the layer, norm of its vector";
         let table = report.table("layers", about, &["layer", "uncertainty", "fitted", "norm"]);
         for (moe, layer) in map.layers.iter().enumerate() {
             let over = |f: &dyn Fn(&Fit) -> f64| mean(&all.iter().map(|o| f(&o.fit)).collect::<Vec<_>>());
@@ -235,7 +240,12 @@ impl Means {
             let sum = |f: fn(&Losses) -> f64| outcomes.iter().map(|o| f(&of(o))).sum::<f64>() / n;
             Losses { context: sum(|l| l.context), continuation: sum(|l| l.continuation) }
         };
-        Means { whole: over(|o| o.whole), plain: over(|o| o.plain), fitted: over(|o| o.fitted), random: over(|o| o.random) }
+        Means {
+            whole: over(|o| o.whole),
+            plain: over(|o| o.plain),
+            fitted: over(|o| o.fitted),
+            random: over(|o| o.random),
+        }
     }
 
     fn json(&self, of: fn(&Losses) -> f64, damaged: bool) -> Value {
@@ -246,8 +256,11 @@ impl Means {
         value
     }
 
-    /// Shares of the damage that the fit and random vectors undid.
+    /// Shares of the damage that the fit and random vectors undid; null if the loss rose by less than a hundredth.
     fn recovered(&self, of: fn(&Losses) -> f64) -> Value {
+        if of(&self.plain) < 1.01 * of(&self.whole) {
+            return Value::Null;
+        }
         let share = |to: &Losses| (of(&self.plain) - of(to)) / (of(&self.plain) - of(&self.whole));
         json!({ "fitted": share(&self.fitted), "random": share(&self.random) })
     }

@@ -49,7 +49,14 @@ pub enum By {
 
 impl Default for FitOptions {
     fn default() -> FitOptions {
-        FitOptions { fit_steps: 5, fit_every: 128, fit_rate: 0.01, fit_by: By::Highest, fit_share: 0.5, stale_cache: false }
+        FitOptions {
+            fit_steps: 5,
+            fit_every: 128,
+            fit_rate: 0.01,
+            fit_by: By::Highest,
+            fit_share: 0.5,
+            stale_cache: false,
+        }
     }
 }
 
@@ -161,11 +168,8 @@ impl Rerouting {
         for _ in 0..self.options.fit_steps {
             self.step(model, &text, &weights, &mut states)?;
         }
-        let (after, new) = if self.options.fit_steps == 0 {
-            (before, trace.clone())
-        } else {
-            self.measure(model, &text)?
-        };
+        let (after, new) =
+            if self.options.fit_steps == 0 { (before, trace.clone()) } else { self.measure(model, &text)? };
         let norm = |v: &Vec<f32>| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         let norms = self.values()?.values().map(norm).collect();
         let (tokens, rerouted) = (rest.len() + 1, rerouted(&trace, &new));
@@ -173,11 +177,7 @@ impl Rerouting {
     }
 
     /// Mean loss, and the routing behind it.
-    fn measure(
-        &self,
-        model: &Model,
-        text: &Example,
-    ) -> Result<(f64, ItemTrace), ModelError> {
+    fn measure(&self, model: &Model, text: &Example) -> Result<(f64, ItemTrace), ModelError> {
         let mut recorder = TraceRecorder::new(ExpertMap::of(model.spec()), true);
         let loss = {
             let mut shift = self.lens()?;
@@ -190,13 +190,7 @@ impl Rerouting {
     }
 
     /// One step of Adam.
-    fn step(
-        &mut self,
-        model: &Model,
-        text: &Example,
-        weights: &[f64],
-        states: &mut [AdamW],
-    ) -> Result<(), ModelError> {
+    fn step(&mut self, model: &Model, text: &Example, weights: &[f64], states: &mut [AdamW]) -> Result<(), ModelError> {
         let mut shift = self.tracked(weights)?;
         let loss = AnswerLoss::with_lens(&mut shift).loss(model, &[text])?;
         let value = loss.sum.to_scalar::<f32>()?;
