@@ -137,7 +137,6 @@ fn planted_damage_is_undone_from_examples() {
     }
     let recovered = |at: usize, to: usize| (sums[at + 1] - sums[at + to]) / (sums[at + 1] - sums[at]);
     let found = [recovered(0, 2), recovered(4, 2), recovered(0, 3), recovered(4, 3)];
-    println!("{found:?} {sums:?}");
     assert!(found[0] >= 0.5 && found[1] >= 0.25, "context and continuation: {found:?}");
     assert!(found[2] <= 0.02 && found[3] <= 0.02, "random vectors: {found:?}");
 }

@@ -56,7 +56,7 @@ pub struct RerouteTasks {
     #[arg(long)]
     pub task: Option<String>,
     /// Texts per task
-    #[arg(long, default_value_t = 10, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N")]
     pub texts: usize,
     /// Examples of the training split to fit to, before each text (0: fit to its own prompt)
     #[arg(long, default_value_t = 0, value_name = "N")]
