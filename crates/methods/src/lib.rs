@@ -32,6 +32,7 @@ pub const METHODS: &[Method] = &[
     Method::command::<experts::core_experts::CoreExperts>(&experts::core_experts::CARD),
     Method::command::<experts::rice::Rice>(&experts::rice::CARD),
     Method::command::<experts::super_experts::SuperExperts>(&experts::super_experts::CARD),
+    Method::command::<experts::rerouting::RerouteTasks>(&experts::rerouting::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),

@@ -28,7 +28,7 @@ pub use batch::{LogitRows, Phase, Rows, Segment, Span};
 pub use cache::KvCache;
 pub use error::ModelError;
 pub use forward::{Forward, buffer_bytes};
-pub use generate::{Event, Finish, GenerateOptions, Generation, PREFILL_CHUNK};
+pub use generate::{Event, Finish, GenerateOptions, Generation, Guide, PREFILL_CHUNK};
 pub use lens::{At, Chain, Flow, Lens, NoLens};
 pub use model::{KeptExperts, LoadProgress, Model};
 pub use overlay::{LowRank, Overlay, Patch};

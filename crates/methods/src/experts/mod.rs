@@ -8,6 +8,7 @@ pub mod mote;
 pub mod premoe;
 pub mod rice;
 pub mod super_experts;
+pub mod rerouting;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
