@@ -6,7 +6,7 @@ use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
 use crate::ffn::{self, Gated, kernel_act};
-use crate::ops::{tensor, values};
+use crate::ops::{self, tensor, values};
 use crate::routing::{Keep, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
 
@@ -73,6 +73,21 @@ impl Model {
         }
         kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
         tensor(out, &[n, e, width])
+    }
+
+    /// Logits `[n, V]` of residual streams `x [n, d]` of any layer: final norm and output matrix, as the logit lens
+    /// (nostalgebraist 2020) reads them. An overlay counts.
+    ///
+    /// # Errors
+    /// Rows of another width.
+    pub fn unembed(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let (_, d) = x.dims2()?;
+        if d != self.spec().hidden_size {
+            return Err(ModelError::Lens(format!("rows of {d} values cannot be read as the residual stream")));
+        }
+        let norm = ops::rms_norm(self.pool(), x, self.vector(Role::FinalNorm)?, self.spec().norm_eps)?;
+        let head = if self.spec().tie_word_embeddings { Role::Embed } else { Role::LmHead };
+        ops::linear(self.pool(), Pack::Always, &norm, &self.matrix(head)?, None)
     }
 
     /// The weights of a routed expert in memory.

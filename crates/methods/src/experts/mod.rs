@@ -1,9 +1,11 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
+pub mod context;
 pub mod controls;
 pub mod easy_ep;
 pub mod mote;
 pub mod premoe;
+pub mod router_lens;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
