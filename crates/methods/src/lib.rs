@@ -30,6 +30,7 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
     Method::command::<experts::router_lens::RouterLens>(&experts::router_lens::CARD),
+    Method::command::<experts::ceft::Ceft>(&experts::ceft::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),

@@ -7,7 +7,7 @@ use clap::Args;
 use quorate_eval::encode::{EncodedItem, encode_text_with_offsets};
 use quorate_eval::evaluate::ItemScore;
 use quorate_eval::tasks::TaskItem;
-use quorate_lens::{ExpertId, ExpertMap, PhaseSelector, on_experts};
+use quorate_lens::{ExpertId, ExpertMap, Op, PhaseSelector, on_experts};
 use quorate_model::{At, Flow, Lens, ModelError, NoLens, Overlay, Phase, Site, SiteSet, ops};
 use quorate_train::{Example, Schedule, TrainOptions};
 use serde::Serialize;
@@ -108,6 +108,18 @@ impl Source {
         Ok(questions)
     }
 
+    /// The items of the test split as they stand, cues and own answers included: what tuning for the passage must not harm.
+    ///
+    /// # Errors
+    /// Task files that cannot be read, or as [`Lab::encode`].
+    pub fn as_written(&self, lab: &mut Lab<'_>) -> Result<Vec<EncodedItem>, MethodError> {
+        let items = lab.task("test", &self.task)?.items;
+        let mut encoded = lab.encode(&items)?;
+        let (end, context) = (lab.model.spec().eos_token_ids.first(), lab.model.spec().max_position_embeddings);
+        encoded.iter_mut().filter(|item| item.len() < context).for_each(|item| item.answer.extend(end));
+        Ok(encoded)
+    }
+
     /// Whether passage and memory answer differently; true where nothing is said of memory.
     fn contradicts(&self, item: &TaskItem) -> bool {
         match item.meta.get(&self.memory) {
@@ -184,9 +196,6 @@ pub struct Rates {
 
 /// Answers questions with an overlay over the model and experts masked.
 ///
-/// An answer counts if each of its tokens, the ending one too, is the most likely after those before it: then greedy
-/// generation gives it.
-///
 /// # Errors
 /// As [`Lab::losses`].
 pub fn rates(
@@ -198,19 +207,33 @@ pub fn rates(
 ) -> Result<Rates, MethodError> {
     let by_passage: Vec<EncodedItem> = questions.iter().map(|q| q.text.clone()).collect();
     let by_memory: Vec<EncodedItem> = questions.iter().filter_map(|q| q.memory.clone()).collect();
-    let mask = on_experts(masked, Site::RouterLogits, PhaseSelector::All, &quorate_lens::Op::Mask);
     under(lab, overlay, |lab| {
-        let mut share = |items: &[EncodedItem]| {
-            let scores = match mask.is_empty() {
-                true => lab.losses(stage, items, &mut NoLens)?,
-                false => lab.losses(stage, items, &mut lab.prepare(&mask)?)?,
-            };
-            let whole = |s: &&ItemScore| matches!(s, ItemScore::Text { tokens, top1, .. } if tokens == top1);
-            Ok::<_, MethodError>(100.0 * scores.iter().filter(whole).count() as f64 / items.len().max(1) as f64)
-        };
-        let passage = share(&by_passage)?;
-        Ok(Rates { passage, memory: if by_memory.is_empty() { None } else { Some(share(&by_memory)?) } })
+        let passage = answered(lab, stage, &by_passage, masked)?.unwrap_or(0.0);
+        Ok(Rates { passage, memory: answered(lab, stage, &by_memory, masked)? })
     })
+}
+
+/// Percent of items that are answered as given, with experts masked; `None` of none.
+///
+/// An answer counts if each of its tokens, the ending one too, is the most likely after those before it: then greedy
+/// generation gives it.
+///
+/// # Errors
+/// As [`Lab::losses`].
+pub fn answered(
+    lab: &mut Lab<'_>,
+    stage: &str,
+    items: &[EncodedItem],
+    masked: &[ExpertId],
+) -> Result<Option<f64>, MethodError> {
+    let mask = on_experts(masked, Site::RouterLogits, PhaseSelector::All, &Op::Mask);
+    let scores = match mask.is_empty() {
+        true => lab.losses(stage, items, &mut NoLens)?,
+        false => lab.losses(stage, items, &mut lab.prepare(&mask)?)?,
+    };
+    let whole = |s: &&ItemScore| matches!(s, ItemScore::Text { tokens, top1, .. } if tokens == top1);
+    let hits = scores.iter().filter(whole).count() as f64;
+    Ok((!items.is_empty()).then(|| 100.0 * hits / items.len() as f64))
 }
 
 /// Does something with an overlay over the model, and takes it off again.

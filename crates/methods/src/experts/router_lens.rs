@@ -23,7 +23,7 @@ use quorate_train::{Example, Form, select};
 use serde::Serialize;
 use serde_json::{Map, json};
 
-use super::context::{Insight, Question, Rates, Source, Tuning, insight, most_used, rates, under};
+use super::context::{Insight, Question, Rates, Source, Tuning, answered, insight, most_used, rates, under};
 use crate::{Card, Kind, Lab, MethodError, Report, Run, Trained};
 
 /// The card of Router Lens.
@@ -187,6 +187,10 @@ impl Run for RouterLens {
         report.headline("base", base);
         report.headline("tuned_routers", own);
         report.headline("gain_in_points", own.passage - base.passage);
+        let written = self.search.source.as_written(lab)?;
+        let before = answered(lab, "answering prompts as they stand", &written, &[])?;
+        let after = under(lab, tuned, |lab| answered(lab, "answering prompts as they stand", &written, &[]))?;
+        report.headline("prompts_as_written", json!({ "base": before, "tuned_routers": after }));
         self.masks(lab, &mut report, &map, &splits, &found, own)?;
         let before = insight(lab, &splits.test)?;
         let after = under(lab, tuned, |lab| insight(lab, &splits.test))?;
