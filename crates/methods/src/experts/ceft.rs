@@ -101,7 +101,13 @@ impl Run for Ceft {
 
         let base = rates(lab, "answering with the base model", &data.splits.test, &Overlay::new(), &[])?;
         let base_written = answered(lab, "answering prompts as they stand", &data.written, &[])?;
-        let own = self.tune(lab, "tuning the found experts", &data, self.expert_targets(lab, &map, &units), self.expert_rate)?;
+        let own = self.tune(
+            lab,
+            "tuning the found experts",
+            &data,
+            self.expert_targets(lab, &map, &units),
+            self.expert_rate,
+        )?;
         let mut random = Vec::with_capacity(sets.len());
         for (i, set) in sets.iter().enumerate() {
             lab.part = (i, sets.len());
@@ -111,13 +117,18 @@ impl Run for Ceft {
         lab.part = (0, 1);
         let full = match self.no_full {
             true => None,
-            false => Some(self.tune(lab, "tuning all experts and attention", &data, full_targets(lab), self.full_rate)?),
+            false => {
+                Some(self.tune(lab, "tuning all experts and attention", &data, full_targets(lab), self.full_rate)?)
+            }
         };
 
         let mut report = Report::default();
         let all = lab.model.checkpoint().parameter_counts().total as f64;
         report.headline("experts", units.len());
-        report.headline("trained_parameters", json!({ "values": own.trained.values, "percent": 100.0 * own.trained.values as f64 / all }));
+        report.headline(
+            "trained_parameters",
+            json!({ "values": own.trained.values, "percent": 100.0 * own.trained.values as f64 / all }),
+        );
         report.headline("by_passage", json!({ "base": base.passage, "ceft": own.rates.passage }));
         let passages: Vec<f64> = random.iter().map(|t| t.rates.passage).collect();
         if let Some(mean) = mean(&passages) {
@@ -130,7 +141,14 @@ impl Run for Ceft {
         let about = "answers to the test questions and to prompts as written, in percent; loss: validation, nats per answer token";
         let columns = ["tuned", "values", "by passage", "by memory", "as written", "loss"];
         let table = report.table("tuned", about, &columns);
-        table.row([json!("nothing"), json!(0), json!(base.passage), json!(base.memory), json!(base_written), json!(null)]);
+        table.row([
+            json!("nothing"),
+            json!(0),
+            json!(base.passage),
+            json!(base.memory),
+            json!(base_written),
+            json!(null),
+        ]);
         let mut row = |name: &str, t: &Tuned| table.row(row_of(name, t));
         if let Some(routers) = routers {
             row("routers", &self.measured(lab, &data, routers)?);
@@ -139,7 +157,11 @@ impl Run for Ceft {
         random.iter().enumerate().for_each(|(i, t)| row(&format!("random experts {}", i + 1), t));
         full.iter().for_each(|t| row("all experts and attention", t));
         curve(&mut report, &own.trained);
-        report.adapter(&lab.model, &own.trained.overlay, "terms on the context-faithful experts, an adapter of PEFT")?;
+        report.adapter(
+            &lab.model,
+            &own.trained.overlay,
+            "terms on the context-faithful experts, an adapter of PEFT",
+        )?;
         Ok(report)
     }
 }
@@ -147,7 +169,8 @@ impl Run for Ceft {
 impl Ceft {
     /// The matrices of some experts, in low-rank form.
     fn expert_targets(&self, lab: &Lab<'_>, map: &ExpertMap, units: &[usize]) -> Vec<(Role, Form)> {
-        let roles: Vec<Role> = units.iter().map(|&u| map.id(u)).flat_map(|id| Role::of_expert(id.layer, id.expert)).collect();
+        let roles: Vec<Role> =
+            units.iter().map(|&u| map.id(u)).flat_map(|id| Role::of_expert(id.layer, id.expert)).collect();
         let form = Form::LowRank { rank: self.expert_rank, alpha: self.search.tuning.alpha };
         select(lab.model.spec(), |role| roles.contains(&role).then(|| form.clone()))
     }
