@@ -95,8 +95,8 @@ fn number(report: &Report, name: &str, field: &str) -> f64 {
 fn routers_alone_learn_to_follow_the_passage_and_experts_alone_are_tuned_after() {
     let model = open(&embedded());
     let before = logits(&model);
-    let mut world = Outside::new(60);
-    let line = "router-lens --steps 24 --batch 6 --evaluations 2 --sets 3 --experts 6";
+    let mut world = Outside::new(40);
+    let line = "router-lens --steps 16 --batch 6 --evaluations 2 --sets 2 --experts 6";
     let (model, report) = run(model, &mut world, line);
     let report = report.unwrap();
     assert_same("the model afterwards", &logits(&model), &before);
@@ -122,7 +122,7 @@ fn routers_alone_learn_to_follow_the_passage_and_experts_alone_are_tuned_after()
     }
 
     world.text = String::from_utf8(file(&report, "experts.json").to_vec()).unwrap();
-    let line = "ceft --from experts.json --steps 6 --batch 4 --evaluations 2 --random 1 --no-full";
+    let line = "ceft --from experts.json --steps 3 --batch 4 --evaluations 1 --random 1 --no-full";
     let (model, report) = run(model, &mut world, line);
     let report = report.unwrap();
     assert_same("the model afterwards", &logits(&model), &before);

@@ -42,7 +42,7 @@ pub struct Source {
 #[derive(Args, Clone, Debug, Serialize)]
 pub struct Tuning {
     /// Steps
-    #[arg(long, default_value_t = 200, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
     /// Items of a step
     #[arg(long, default_value_t = 8, value_name = "N")]
