@@ -100,6 +100,7 @@ fn routers_alone_learn_to_follow_the_passage_and_experts_alone_are_tuned_after()
     let (model, report) = run(model, &mut world, line);
     let report = report.unwrap();
     assert_same("the model afterwards", &logits(&model), &before);
+    assert!(report.notes.is_empty(), "{:?}", report.notes);
 
     // Without the cue the base answers from memory; a few steps of the routers turn it.
     let (base, tuned) = (number(&report, "base", "passage"), number(&report, "tuned_routers", "passage"));

@@ -99,15 +99,10 @@ impl Run for Ceft {
         // Any other experts of the same layers: the window holds the whole layer.
         let sets = matched_sets(&map, &vec![0; map.total()], &units, usize::MAX, self.random, lab.seed)?;
 
-        let base = rates(lab, "answering with the base model", &data.splits.test, &Overlay::new(), &[])?;
-        let base_written = answered(lab, "answering prompts as they stand", &data.written, &[])?;
-        let own = self.tune(
-            lab,
-            "tuning the found experts",
-            &data,
-            self.expert_targets(lab, &map, &units),
-            self.expert_rate,
-        )?;
+        let nothing = Trained { overlay: Overlay::new(), values: 0, curve: Vec::new(), best: 0 };
+        let base = measured(lab, &data, nothing)?;
+        let targets = self.expert_targets(lab, &map, &units);
+        let own = self.tune(lab, "tuning the found experts", &data, targets, self.expert_rate)?;
         let mut random = Vec::with_capacity(sets.len());
         for (i, set) in sets.iter().enumerate() {
             lab.part = (i, sets.len());
@@ -118,41 +113,22 @@ impl Run for Ceft {
         let full = match self.no_full {
             true => None,
             false => {
-                Some(self.tune(lab, "tuning all experts and attention", &data, full_targets(lab), self.full_rate)?)
+                let targets = full_targets(lab);
+                Some(self.tune(lab, "tuning all experts and attention", &data, targets, self.full_rate)?)
             }
         };
+        let routers = routers.map(|routers| measured(lab, &data, routers)).transpose()?;
 
         let mut report = Report::default();
-        let all = lab.model.checkpoint().parameter_counts().total as f64;
+        data.splits.remark(&mut report);
         report.headline("experts", units.len());
-        report.headline(
-            "trained_parameters",
-            json!({ "values": own.trained.values, "percent": 100.0 * own.trained.values as f64 / all }),
-        );
-        report.headline("by_passage", json!({ "base": base.passage, "ceft": own.rates.passage }));
-        let passages: Vec<f64> = random.iter().map(|t| t.rates.passage).collect();
-        if let Some(mean) = mean(&passages) {
-            let gap = own.rates.passage - mean;
-            report.headline("over_random_experts_in_points", json!({ "mean": gap, "deviation": deviation(&passages) }));
-        }
-        if let Some(full) = &full {
-            report.headline("behind_full_tuning_in_points", full.rates.passage - own.rates.passage);
-        }
-        let about = "answers to the test questions and to prompts as written, in percent; loss: validation, nats per answer token";
+        headlines(lab, &mut report, &base, &own, &random, full.as_ref());
+        let about = "answers to test questions and to prompts as written, in percent; loss: validation, nats a token";
         let columns = ["tuned", "values", "by passage", "by memory", "as written", "loss"];
         let table = report.table("tuned", about, &columns);
-        table.row([
-            json!("nothing"),
-            json!(0),
-            json!(base.passage),
-            json!(base.memory),
-            json!(base_written),
-            json!(null),
-        ]);
         let mut row = |name: &str, t: &Tuned| table.row(row_of(name, t));
-        if let Some(routers) = routers {
-            row("routers", &self.measured(lab, &data, routers)?);
-        }
+        row("nothing", &base);
+        routers.iter().for_each(|t| row("routers", t));
         row("context-faithful experts", &own);
         random.iter().enumerate().for_each(|(i, t)| row(&format!("random experts {}", i + 1), t));
         full.iter().for_each(|t| row("all experts and attention", t));
@@ -185,15 +161,31 @@ impl Ceft {
     ) -> Result<Tuned, MethodError> {
         let options = self.search.tuning.options(rate, lab.seed);
         let trained = lab.train(stage, &targets, options, &data.train, &data.validation)?;
-        self.measured(lab, data, trained)
+        measured(lab, data, trained)
     }
+}
 
-    fn measured(&self, lab: &mut Lab<'_>, data: &Data, trained: Trained) -> Result<Tuned, MethodError> {
-        let (part, stage) = (std::mem::replace(&mut lab.part, (0, 1)), "answering");
-        let rates = rates(lab, stage, &data.splits.test, &trained.overlay, &[])?;
-        let as_written = under(lab, &trained.overlay, |lab| answered(lab, stage, &data.written, &[]))?;
-        lab.part = part;
-        Ok(Tuned { trained, rates, as_written })
+/// How the test questions and the prompts as written are answered with what was trained.
+fn measured(lab: &mut Lab<'_>, data: &Data, trained: Trained) -> Result<Tuned, MethodError> {
+    let (part, stage) = (std::mem::replace(&mut lab.part, (0, 1)), "answering");
+    let rates = rates(lab, stage, &data.splits.test, &trained.overlay, &[])?;
+    let as_written = under(lab, &trained.overlay, |lab| answered(lab, stage, &data.written, &[]))?;
+    lab.part = part;
+    Ok(Tuned { trained, rates, as_written })
+}
+
+fn headlines(lab: &Lab<'_>, report: &mut Report, base: &Tuned, own: &Tuned, random: &[Tuned], full: Option<&Tuned>) {
+    let all = lab.model.checkpoint().parameter_counts().total as f64;
+    let (values, passage) = (own.trained.values, own.rates.passage);
+    report.headline("trained_parameters", json!({ "values": values, "percent": 100.0 * values as f64 / all }));
+    report.headline("by_passage", json!({ "base": base.rates.passage, "ceft": passage }));
+    let others: Vec<f64> = random.iter().map(|t| t.rates.passage).collect();
+    if let Some(mean) = mean(&others) {
+        let gap = json!({ "mean": passage - mean, "deviation": deviation(&others) });
+        report.headline("over_random_experts_in_points", gap);
+    }
+    if let Some(full) = full {
+        report.headline("behind_full_tuning_in_points", full.rates.passage - passage);
     }
 }
 
@@ -206,7 +198,7 @@ fn full_targets(lab: &Lab<'_>) -> Vec<(Role, Form)> {
 }
 
 fn row_of(name: &str, t: &Tuned) -> [serde_json::Value; 6] {
-    let loss = t.trained.curve.iter().map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min);
+    let loss = t.trained.curve.iter().map(|(_, loss)| *loss).reduce(f64::min);
     let (passage, memory) = (json!(t.rates.passage), json!(t.rates.memory));
     [json!(name), json!(t.trained.values), passage, memory, json!(t.as_written), json!(loss)]
 }

@@ -24,7 +24,7 @@ pub struct Source {
     /// Field of `meta` with the answer by the passage; without it, the item's answer
     #[arg(long, default_value = "context_answer", value_name = "FIELD")]
     pub wanted: String,
-    /// Field of `meta` with the answer by memory; an item with the same or no answer there contradicts nothing and is left out
+    /// Field of `meta` with the answer by memory; items where it is the same or null are left out
     #[arg(long, default_value = "memory_answer", value_name = "FIELD")]
     pub memory: String,
     /// Words that say where the answer is to be sought; they are taken out of prompts
@@ -33,9 +33,9 @@ pub struct Source {
     /// What stands before the passage
     #[arg(long, default_value = "Passage: ", value_name = "TEXT")]
     pub before: String,
-    /// What stands behind the passage
-    #[arg(long, default_value = "\n", value_name = "TEXT", hide_default_value = true)]
-    pub behind: String,
+    /// What stands behind the passage; left out, the end of the line
+    #[arg(long, value_name = "TEXT")]
+    pub behind: Option<String>,
 }
 
 /// How weights are trained.
@@ -136,7 +136,7 @@ impl Source {
     fn question(&self, lab: &Lab<'_>, item: &TaskItem) -> Result<Question, MethodError> {
         let prompt = without_cues(&item.prompt, &self.cues);
         let wanted = self.wanted_of(item);
-        let passage = between(&prompt, &self.before, &self.behind).ok_or_else(|| {
+        let passage = between(&prompt, &self.before, self.behind.as_deref().unwrap_or("\n")).ok_or_else(|| {
             let what = format!("a prompt of `{}` has no passage: {prompt}", self.task);
             MethodError::needs(what, "say what stands --before and --behind the passage")
         })?;

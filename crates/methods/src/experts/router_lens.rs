@@ -91,6 +91,18 @@ pub struct Splits {
     pub test: Vec<Question>,
 }
 
+impl Splits {
+    /// A remark if test questions are among those that were learned, as where one file is all splits.
+    pub fn remark(&self, report: &mut Report) {
+        let seen = |q: &&Question| self.train.iter().any(|other| other.text == q.text);
+        let seen = self.test.iter().filter(seen).count();
+        if seen > 0 {
+            let of = self.test.len();
+            report.note(format!("{seen} of {of} test questions were trained on: these rates say little of new ones"));
+        }
+    }
+}
+
 /// Tuned routers, and what they use.
 pub struct Found {
     /// The routers.
@@ -191,6 +203,7 @@ impl Run for RouterLens {
         let before = answered(lab, "answering prompts as they stand", &written, &[])?;
         let after = under(lab, tuned, |lab| answered(lab, "answering prompts as they stand", &written, &[]))?;
         report.headline("prompts_as_written", json!({ "base": before, "tuned_routers": after }));
+        splits.remark(&mut report);
         self.masks(lab, &mut report, &map, &splits, &found, own)?;
         let before = insight(lab, &splits.test)?;
         let after = under(lab, tuned, |lab| insight(lab, &splits.test))?;
