@@ -18,7 +18,7 @@ pub mod routing;
 pub use card::{Card, Kind};
 pub use error::MethodError;
 pub use experts::{DEFAULT_METRIC, METRICS, Metric, Phases, all_tables, metric};
-pub use lab::{Lab, World};
+pub use lab::{Lab, Trained, World};
 pub use method::{Method, Run, Runner};
 pub use report::{HeatMap, OutputFile, Report, Table};
 
@@ -33,6 +33,8 @@ pub const METHODS: &[Method] = &[
     Method::command::<experts::rice::Rice>(&experts::rice::CARD),
     Method::command::<experts::super_experts::SuperExperts>(&experts::super_experts::CARD),
     Method::command::<experts::rerouting::RerouteTasks>(&experts::rerouting::CARD),
+    Method::command::<experts::router_lens::RouterLens>(&experts::router_lens::CARD),
+    Method::command::<experts::ceft::Ceft>(&experts::ceft::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
     Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),

@@ -1,7 +1,10 @@
 //! What a method found, as data. Text, JSON and HTML are made from it in one place each.
 
+use quorate_model::{Model, Overlay};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+
+use crate::MethodError;
 
 /// The result of a method.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -101,6 +104,18 @@ impl Report {
     /// Adds a remark.
     pub fn note(&mut self, text: impl Into<String>) {
         self.notes.push(text.into());
+    }
+
+    /// Adds an adapter of a model in the form of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+    ///
+    /// # Errors
+    /// As [`peft::encode`](quorate_train::peft::encode).
+    pub fn adapter(&mut self, model: &Model, overlay: &Overlay, about: &str) -> Result<(), MethodError> {
+        let base = model.checkpoint().folder().display().to_string();
+        for (name, bytes) in quorate_train::peft::encode(model.checkpoint(), overlay, &base)? {
+            self.file(name, about, bytes);
+        }
+        Ok(())
     }
 
     /// Adds a file.

@@ -2,12 +2,12 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::MoeSpec;
+use quorate_formats::spec::{MoeSpec, NormKind};
 use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
 use crate::ffn::{self, Experts};
-use crate::ops::{tensor, values};
+use crate::ops::{self, tensor, values};
 use crate::routing::{Keep, Learned, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
 
@@ -85,6 +85,43 @@ impl Model {
             selection_bias: vector(extra.selection_bias, Role::SelectionBias(layer))?,
             expert_scale: vector(extra.expert_scale, Role::ExpertScale(layer))?,
         })
+    }
+
+    /// Logits `[n, V]` of residual streams `x [n, d]` of any layer: final norm and output matrix, as the logit lens
+    /// (nostalgebraist 2020) reads them. An overlay counts.
+    ///
+    /// # Errors
+    /// Rows of another width.
+    pub fn unembed(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let (_, d) = x.dims2()?;
+        if d != self.spec().hidden_size {
+            return Err(ModelError::Lens(format!("rows of {d} values cannot be read as the residual stream")));
+        }
+        let norm = self.norm(x, Role::FinalNorm, Role::FinalNormBias)?;
+        self.head(&norm, Pack::Always)
+    }
+
+    /// The norm of the residual stream.
+    pub(crate) fn norm(&self, x: &Tensor, weight: Role, bias: Role) -> Result<Tensor, ModelError> {
+        let eps = self.spec().norm_eps;
+        if self.spec().norm == NormKind::Layer {
+            let weights = self.weights();
+            return ops::layer_norm(x, weights.vector(weight)?, weights.vector(bias)?, eps);
+        }
+        ops::rms_norm(self.pool(), x, self.vector(weight)?, eps)
+    }
+
+    /// Logits from what the final norm gives.
+    pub(crate) fn head(&self, norm: &Tensor, pack: Pack) -> Result<Tensor, ModelError> {
+        let spec = self.spec();
+        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
+        let bias = if spec.lm_head_bias { Some(self.vector(Role::LmHeadBias)?) } else { None };
+        let logits = ops::linear(self.pool(), pack, norm, &self.matrix(head)?, bias)?;
+        let logits = ops::scaled(logits, spec.scales.logits)?;
+        match spec.scales.logit_softcap {
+            Some(c) => ops::softcap(logits, c),
+            None => Ok(logits),
+        }
     }
 
     /// The weights of a routed expert in memory.

@@ -105,13 +105,9 @@ impl Pass<'_> {
         }
         let last = Here { layer: spec.layers.len(), sites: self.lens.sites(spec.layers.len()) };
         let picked = self.pick_logit_rows(&x)?;
-        let norm = self.norm(&picked, Role::FinalNorm, Role::FinalNormBias)?;
+        let norm = self.model.norm(&picked, Role::FinalNorm, Role::FinalNormBias)?;
         let norm = self.visit(last, Site::FinalNorm, norm, None)?;
-        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
-        let bias = if spec.lm_head_bias { Some(model.vector(Role::LmHeadBias)?) } else { None };
-        let logits = ops::linear(model.pool(), self.pack, &norm, &model.matrix(head)?, bias)?;
-        let logits = ops::scaled(logits, spec.scales.logits)?;
-        let logits = spec.scales.logit_softcap.map_or(Ok(logits.clone()), |c| ops::softcap(logits, c))?;
+        let logits = model.head(&norm, self.pack)?;
         Ok(Some(self.visit(last, Site::Logits, logits, None)?))
     }
 
@@ -170,21 +166,11 @@ impl Pass<'_> {
         self.angles = Arc::new(angles);
     }
 
-    /// The norm of the residual stream.
-    pub fn norm(&self, x: &Tensor, weight: Role, bias: Role) -> Result<Tensor, ModelError> {
-        let (model, eps) = (self.model, self.model.spec().norm_eps);
-        if model.spec().norm == NormKind::Layer {
-            let weights = model.weights();
-            return ops::layer_norm(x, weights.vector(weight)?, weights.vector(bias)?, eps);
-        }
-        ops::rms_norm(model.pool(), x, model.vector(weight)?, eps)
-    }
-
     fn layer(&mut self, here: Here, spec: &LayerSpec, x: Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
         let l = here.layer;
         let (before, after) = (spec.norms != NormPlacement::After, spec.norms != NormPlacement::Before);
         let x = self.visit(here, Site::ResidPre, x, None)?;
-        let h = if before { self.norm(&x, Role::AttnNorm(l), Role::AttnNormBias(l))? } else { x.clone() };
+        let h = if before { self.model.norm(&x, Role::AttnNorm(l), Role::AttnNormBias(l))? } else { x.clone() };
         let h = self.visit(here, Site::AttnIn, h, None)?;
         let attn = match &spec.delta {
             Some(delta) => self.delta(here, delta, &h, cache)?,
@@ -194,7 +180,7 @@ impl Pass<'_> {
         let x = self.added(&x, attn, after.then_some(Role::AttnPostNorm(l)))?;
         let x = self.visit(here, Site::ResidMid, x, None)?;
 
-        let ffn_in = if before { self.norm(&x, Role::FfnNorm(l), Role::FfnNormBias(l))? } else { x.clone() };
+        let ffn_in = if before { self.model.norm(&x, Role::FfnNorm(l), Role::FfnNormBias(l))? } else { x.clone() };
         let ffn_in = self.visit(here, Site::FfnIn, ffn_in, None)?;
         let out = match &spec.ffn {
             FfnSpec::Dense { act, plain: true, .. } => self.plain_dense(here, *act, &ffn_in)?,
@@ -211,7 +197,7 @@ impl Pass<'_> {
     /// The residual stream with what a block adds, through the norm behind the block if there is one.
     fn added(&self, x: &Tensor, mut block: Tensor, norm: Option<Role>) -> Result<Tensor, ModelError> {
         if let Some(norm) = norm {
-            block = self.norm(&block, norm, norm)?;
+            block = self.model.norm(&block, norm, norm)?;
         }
         let block = ops::scaled(block, self.model.spec().scales.residual)?;
         ops::add(self.model.pool(), x, &block)

@@ -1,5 +1,7 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
+pub mod ceft;
+pub mod context;
 pub mod controls;
 pub mod core_experts;
 pub mod easy_ep;
@@ -9,6 +11,7 @@ pub mod premoe;
 pub mod rice;
 pub mod super_experts;
 pub mod rerouting;
+pub mod router_lens;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
