@@ -29,6 +29,9 @@ struct MethodArgs {
     /// Folder for the report (report.json) and what the method makes: plans, lists, adapters
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// The report as one HTML page, to be opened in a browser; it loads nothing from elsewhere
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 /// The program's command with a sub-command for each method that has one.
@@ -73,6 +76,9 @@ pub fn run(common: &Common, method: &Method, runner: Runner, matches: &ArgMatche
     if let Some(folder) = &args.output {
         write_files(common, folder, &report)?;
     }
+    if let Some(file) = &args.html {
+        write_page(common, file, &report)?;
+    }
     if common.json {
         return common.print_json(&report);
     }
@@ -93,6 +99,13 @@ fn write_files(common: &Common, folder: &Path, report: &Report) -> Result<()> {
         write_file(&folder.join(&file.name), &file.bytes)?;
         common.note(&format!("{}: {}", folder.join(&file.name).display(), file.about));
     }
+    Ok(())
+}
+
+/// Writes a report as one HTML page.
+pub fn write_page(common: &Common, file: &Path, report: &Report) -> Result<()> {
+    write_file(file, quorate_page::page(report)?.as_bytes())?;
+    common.note(&format!("{}: the report, to be opened in a browser", file.display()));
     Ok(())
 }
 
@@ -154,7 +167,10 @@ pub fn text(report: &Report) -> Result<String> {
         write!(out, "\n{} ({})\n{}", table.name, table.about, grid(table))?;
     }
     for map in &report.maps {
-        writeln!(out, "\n{} ({}): {} layers, in --json and -o DIR", map.name, map.about, map.layers.len())?;
+        writeln!(out, "\n{} ({}): {} layers, in --json, -o DIR and --html FILE", map.name, map.about, map.layers.len())?;
+    }
+    if let Some(cards) = &report.cards {
+        writeln!(out, "\ncards ({}): {} experts, in --json, -o DIR and --html FILE", cards.about, cards.cards.len())?;
     }
     for note in &report.notes {
         writeln!(out, "\n{note}")?;

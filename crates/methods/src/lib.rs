@@ -16,8 +16,8 @@ pub use card::{Card, Kind};
 pub use error::MethodError;
 pub use experts::{DEFAULT_METRIC, METRICS, Metric, Phases, all_tables, metric};
 pub use lab::{Lab, World};
-pub use method::{Method, Run, Runner};
-pub use report::{HeatMap, OutputFile, Report, Table};
+pub use method::{Method, Run, Runner, model_name};
+pub use report::{CardList, Cards, ExpertCard, Flag, HeatMap, OutputFile, Report, Table};
 
 /// Every method, in the order in which `quorate methods` lists them.
 pub const METHODS: &[Method] = &[
