@@ -202,7 +202,13 @@ pub fn text(report: &Report) -> Result<String> {
         write!(out, "\n{} ({})\n{}", table.name, table.about, grid(table))?;
     }
     for map in &report.maps {
-        writeln!(out, "\n{} ({}): {} layers, in --json, -o DIR and --html FILE", map.name, map.about, map.layers.len())?;
+        writeln!(
+            out,
+            "\n{} ({}): {} layers, in --json, -o DIR and --html FILE",
+            map.name,
+            map.about,
+            map.layers.len()
+        )?;
     }
     if let Some(cards) = &report.cards {
         writeln!(out, "\ncards ({}): {} experts, in --json, -o DIR and --html FILE", cards.about, cards.cards.len())?;

@@ -28,6 +28,7 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::unified::CARD),
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
+    Method::command::<experts::atlas::Atlas>(&experts::atlas::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
     Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
     Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),

@@ -1,8 +1,8 @@
 //! A method as a command: its card, its arguments, what it does. From the slice [`METHODS`](crate::METHODS) come the
 //! sub-commands, `quorate methods`, their JSON and their pages in the documentation.
 
-use quorate_formats::Checkpoint;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
+use quorate_formats::Checkpoint;
 use serde::Serialize;
 
 use crate::{Card, Lab, MethodError, Report};

@@ -33,7 +33,8 @@ fn filled(texts: &[(&str, &str)]) -> String {
     let mut out = String::new();
     let mut rest = TEMPLATE;
     for (mark, text) in texts {
-        let (before, after) = rest.split_once(mark).expect("the template has every mark, in order; a test makes a page");
+        let (before, after) =
+            rest.split_once(mark).expect("the template has every mark, in order; a test makes a page");
         out += before;
         out += text;
         rest = after;

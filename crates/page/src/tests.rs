@@ -43,8 +43,16 @@ fn hostile_text_stays_text() {
 /// The program makes elements of text only by text nodes, and runs no text.
 #[test]
 fn the_program_has_no_way_from_text_to_code() {
-    let ways =
-        ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "DOMParser", "srcdoc"];
+    let ways = [
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        "DOMParser",
+        "srcdoc",
+    ];
     for way in ways {
         assert!(!SCRIPT.contains(way), "{way}");
     }

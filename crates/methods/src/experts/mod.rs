@@ -1,5 +1,6 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
+pub mod atlas;
 pub mod controls;
 pub mod easy_ep;
 pub mod mote;
