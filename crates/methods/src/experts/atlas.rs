@@ -50,7 +50,8 @@ pub const CARD: Card = Card {
 };
 
 /// Contrasts that are made if the tasks have such labels.
-const LABELS: [&str; 3] = ["refusal:refuse=true", "thinking:variant=think/direct", "context-faithful:variant=conflict/memory"];
+const LABELS: [&str; 3] =
+    ["refusal:refuse=true", "thinking:variant=think/direct", "context-faithful:variant=conflict/memory"];
 
 /// Parameters of the atlas.
 #[derive(Args, Clone, Debug, Serialize)]
@@ -119,7 +120,9 @@ impl Run for Atlas {
 /// Every other text of each task, from `first` on.
 fn half(lab: &mut Lab<'_>, tasks: &[Task], first: usize) -> Result<Recorded, MethodError> {
     lab.part = (first, 2);
-    let of = |(t, task): (usize, &Task)| task.items.iter().skip(first).step_by(2).map(|i| (i.clone(), t)).collect::<Vec<_>>();
+    let of = |(t, task): (usize, &Task)| {
+        task.items.iter().skip(first).step_by(2).map(|i| (i.clone(), t)).collect::<Vec<_>>()
+    };
     let (items, of_task): (Vec<_>, Vec<_>) = tasks.iter().enumerate().flat_map(of).unzip();
     let encoded = lab.encode(&items)?;
     let recorded = Recorded::new(lab, &encoded, of_task);
@@ -146,7 +149,10 @@ impl Atlas {
                     report.note(format!("{what}: no flag `{}`", label.name));
                     continue;
                 }
-                return Err(MethodError::needs(what, "name a field of `meta` and how its values begin, or give more texts"));
+                return Err(MethodError::needs(
+                    what,
+                    "name a field of `meta` and how its values begin, or give more texts",
+                ));
             };
             let random = shuffled_p95(&groups, self.shuffles, lab.seed).unwrap_or(f64::INFINITY);
             let bar = self.effect.max(random);
@@ -154,8 +160,13 @@ impl Atlas {
             let flagged = values.iter().filter(|v| **v >= bar).count();
             let best = top(&values, 1)[0];
             rows.push(vec![
-                json!(label.name), json!(sizes.0), json!(sizes.1), json!(map.id(best).to_string()), json!(values[best]),
-                json!(random), json!(flagged),
+                json!(label.name),
+                json!(sizes.0),
+                json!(sizes.1),
+                json!(map.id(best).to_string()),
+                json!(values[best]),
+                json!(random),
+                json!(flagged),
             ]);
             found.push(Found { name: label.name.clone(), values, bar });
         }

@@ -115,7 +115,10 @@ mod tests {
     fn labels_are_read_from_fields() {
         let label: Label = "refusal:refuse=true".parse().unwrap();
         let of = |meta| label.of(&item(meta));
-        assert_eq!([of(json!({"refuse": true})), of(json!({"refuse": false})), of(json!({}))], [Some(true), Some(false), None]);
+        assert_eq!(
+            [of(json!({"refuse": true})), of(json!({"refuse": false})), of(json!({}))],
+            [Some(true), Some(false), None]
+        );
         let label: Label = "thinking:variant=think/direct".parse().unwrap();
         let of = |v| label.of(&item(json!({ "variant": v })));
         assert_eq!([of("think_seen"), of("direct"), of("other")], [Some(true), Some(false), None]);

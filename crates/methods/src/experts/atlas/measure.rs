@@ -26,7 +26,8 @@ impl Lens for OutputSums {
 
     fn tensor(&mut self, at: &At<'_>, value: &mut Tensor) -> Result<Flow, ModelError> {
         if let (Some(moe), Some(routing)) = (self.map.moe_index(at.layer), at.routing) {
-            let (start, gates, outputs) = (self.map.range(moe).start, ops::values(&routing.gates)?, ops::values(value)?);
+            let (start, gates, outputs) =
+                (self.map.range(moe).start, ops::values(&routing.gates)?, ops::values(value)?);
             let width = outputs.len() / routing.ids.len().max(1);
             for ((&id, &gate), output) in routing.ids.iter().zip(gates.iter()).zip(outputs.chunks_exact(width.max(1))) {
                 if id == NO_EXPERT {
@@ -69,7 +70,9 @@ impl Recorded {
     pub fn merge(&mut self, other: Recorded) {
         self.trace.items.extend(other.trace.items);
         self.tasks.extend(other.tasks);
-        let add = |a: &mut Vec<f64>, b: Vec<f64>, f: fn(f64, f64) -> f64| a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, b));
+        let add = |a: &mut Vec<f64>, b: Vec<f64>, f: fn(f64, f64) -> f64| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a = f(*a, b))
+        };
         add(&mut self.sums.gate, other.sums.gate, |a, b| a + b);
         add(&mut self.sums.norm, other.sums.norm, |a, b| a + b);
         add(&mut self.sums.peak, other.sums.peak, f64::max);
@@ -113,7 +116,8 @@ impl Numbers {
         let mean = |sums: &[f64]| (0..map.total()).map(|u| used(u, sums[u] / count[u].max(1) as f64)).collect();
         let usage = (0..map.total()).map(|u| Some(count[u] as f64 / tokens.max(1) as f64)).collect();
         let entropy_of = |u: usize| {
-            let rates: Vec<f64> = of_task.iter().zip(&task_tokens).map(|(n, &t)| n[u] as f64 / t.max(1) as f64).collect();
+            let rates: Vec<f64> =
+                of_task.iter().zip(&task_tokens).map(|(n, &t)| n[u] as f64 / t.max(1) as f64).collect();
             used(u, spread(&rates))
         };
         Numbers {

@@ -51,11 +51,8 @@ pub fn cards(
     found: &[Found],
     names: &[String],
 ) -> Result<Cards, MethodError> {
-    let special: Vec<Speciality> = choices
-        .layers
-        .iter()
-        .flat_map(|l| l.specialities(&choices.tokens, atlas.occurrences, atlas.tokens))
-        .collect();
+    let special: Vec<Speciality> =
+        choices.layers.iter().flat_map(|l| l.specialities(&choices.tokens, atlas.occurrences, atlas.tokens)).collect();
     let places = places(map, all, &special, atlas.examples);
     let mut cards = Vec::with_capacity(map.total());
     for (moe, layer) in choices.layers.iter().enumerate() {
@@ -75,11 +72,20 @@ pub fn cards(
     };
     let of_all = "share of the token's occurrences that chose the expert";
     let lists = vec![
-        list("tasks", "share of the expert's tokens; lift: use in the task over use in all", &["task", "share", "lift"]),
+        list(
+            "tasks",
+            "share of the expert's tokens; lift: use in the task over use in all",
+            &["task", "share", "lift"],
+        ),
         list("typical tokens", of_all, &["token", "share", "examples"]),
-        list("partners", "share of its tokens that choose the other too; lift: over the other's use", &["expert", "share", "lift"]),
+        list(
+            "partners",
+            "share of its tokens that choose the other too; lift: over the other's use",
+            &["expert", "share", "lift"],
+        ),
     ];
-    let about = "What each expert does, measured on the tasks' texts. A cell of a map opens its expert's card.".to_string();
+    let about =
+        "What each expert does, measured on the tasks' texts. A cell of a map opens its expert's card.".to_string();
     Ok(Cards { about, lists, flags: flags(atlas, found), cards })
 }
 
