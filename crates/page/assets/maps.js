@@ -165,7 +165,7 @@ class Heat {
     context.textAlign = "right";
     const every = Math.ceil(9 / this.h);
     this.order.rows.forEach((r, i) => {
-      if (i % every === 0) context.fillText(`L${this.map.layers[r]}`, 38, (i + 0.5) * this.h);
+      if (i % every === 0) context.fillText(`L${this.map.layers[r]}`, 38, Math.max(5, (i + 0.5) * this.h));
     });
   }
 

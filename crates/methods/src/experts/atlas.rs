@@ -31,7 +31,7 @@ use crate::routing::Rows;
 use crate::routing::choices::Choices;
 use crate::{Card, Kind, Lab, MethodError, Report, Run};
 use labels::{Group, Label, contrast, shuffled_p95};
-use measure::{Numbers, Recorded, super_experts};
+use measure::{Numbers, Recorded};
 
 /// The card of the atlas.
 pub const CARD: Card = Card {
@@ -215,7 +215,7 @@ fn flags(unit: usize, numbers: &Numbers, found: &[Found]) -> Vec<String> {
         flags.push(page::NEVER.to_string());
     }
     flags.extend(found.iter().filter(|f| f.values[unit] >= f.bar).map(|f| f.name.clone()));
-    if super_experts(&numbers.peak)[unit] {
+    if numbers.is_super[unit] {
         flags.push(page::SUPER.to_string());
     }
     flags

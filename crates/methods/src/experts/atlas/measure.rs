@@ -6,7 +6,7 @@ use quorate_lens::{ExpertMap, RoutingTrace, TraceRecorder};
 use quorate_model::{At, Chain, Flow, Lens, ModelError, NO_EXPERT, Site, SiteSet, ops};
 
 use crate::routing::choices::Choices;
-use crate::routing::{Rows, entropy};
+use crate::routing::entropy;
 use crate::{Lab, MethodError};
 
 /// Sums over the tokens that chose an expert: of its gates and of its outputs before the gate.
@@ -99,6 +99,8 @@ pub struct Numbers {
     pub gate: Vec<Option<f64>>,
     /// Largest absolute value of its output.
     pub peak: Vec<Option<f64>>,
+    /// Whether it is a super expert.
+    pub is_super: Vec<bool>,
 }
 
 impl Numbers {
@@ -120,13 +122,15 @@ impl Numbers {
                 of_task.iter().zip(&task_tokens).map(|(n, &t)| n[u] as f64 / t.max(1) as f64).collect();
             used(u, spread(&rates))
         };
+        let peak: Vec<Option<f64>> = (0..map.total()).map(|u| used(u, recorded.sums.peak[u])).collect();
         Numbers {
             usage,
             task_entropy: (0..map.total()).map(entropy_of).collect(),
             token_entropy: choices.layers.iter().flat_map(|l| l.token_entropies(&choices.tokens)).collect(),
             norm: mean(&recorded.sums.norm),
             gate: mean(&recorded.sums.gate),
-            peak: (0..map.total()).map(|u| used(u, recorded.sums.peak[u])).collect(),
+            is_super: super_experts(&peak),
+            peak,
             count,
             of_task,
             task_tokens,
@@ -168,7 +172,7 @@ pub fn spread(weights: &[f64]) -> f64 {
 
 /// Super experts: outputs whose peak is above the 99.5th percentile of all experts' and a tenth of the largest (the rule of
 /// arXiv 2507.23279), and ten times the median (without which the rule finds someone in every model).
-pub fn super_experts(peaks: &[Option<f64>]) -> Vec<bool> {
+fn super_experts(peaks: &[Option<f64>]) -> Vec<bool> {
     let known: Vec<f64> = peaks.iter().copied().flatten().collect();
     let quantile = |q| quorate_eval::statistics::quantile(&known, q).unwrap_or(f64::INFINITY);
     let least = (quantile(1.0) / 10.0).max(10.0 * quantile(0.5));
