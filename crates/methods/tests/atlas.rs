@@ -80,7 +80,9 @@ fn experts_that_no_token_chooses_are_named_and_have_no_numbers() {
     }
     let report = atlas(model, &[words("a", 'a', 8), words("b", 'p', 8)], "").unwrap();
     assert_eq!(flagged(&report, "never used"), [(0, 3), (0, 4), (0, 5), (1, 3), (1, 4), (1, 5)]);
-    for (name, used, unused) in [("use", Some(1.0), Some(0.0)), ("task entropy", Some(1.0), None), ("task: a", Some(1.0), None)] {
+    for (name, used, unused) in
+        [("use", Some(1.0), Some(0.0)), ("task entropy", Some(1.0), None), ("task: a", Some(1.0), None)]
+    {
         for layer in map(&report, name) {
             assert_eq!(layer[..], [used, used, used, unused, unused, unused], "{name}");
         }
@@ -125,7 +127,8 @@ fn shares_lifts_and_examples_are_those_of_the_texts() {
     let report = atlas(open(&fixture("olmoe")), &tasks, "--rows 9").unwrap();
     let experts = ExpertMap::new(vec![0, 1], vec![6, 6]);
     let traces = [trace(&tasks[0].items), trace(&tasks[1].items)];
-    let (counts, tokens) = ([traces[0].counts(&experts), traces[1].counts(&experts)], [traces[0].tokens(), traces[1].tokens()]);
+    let (counts, tokens) =
+        ([traces[0].counts(&experts), traces[1].counts(&experts)], [traces[0].tokens(), traces[1].tokens()]);
     for (unit, card) in cards(&report).iter().enumerate() {
         let n = [counts[0][unit], counts[1][unit]];
         let usage = (n[0] + n[1]) as f64 / (tokens[0] + tokens[1]) as f64;
