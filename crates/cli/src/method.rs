@@ -201,14 +201,14 @@ pub fn text(report: &Report) -> Result<String> {
     for table in &report.tables {
         write!(out, "\n{} ({})\n{}", table.name, table.about, grid(table))?;
     }
+    let mut shown = Vec::new();
     for map in &report.maps {
-        writeln!(
-            out,
-            "\n{} ({}): {} layers, in --json, -o DIR and --html FILE",
-            map.name,
-            map.about,
-            map.layers.len()
-        )?;
+        // Of a group of like maps (`GROUP: NAME`) one line.
+        let name = map.name.split_once(": ").map_or(map.name.as_str(), |(group, _)| group);
+        if !shown.contains(&name) {
+            shown.push(name);
+            writeln!(out, "\n{name} ({}): {} layers, in --json, -o DIR and --html FILE", map.about, map.layers.len())?;
+        }
     }
     if let Some(cards) = &report.cards {
         writeln!(out, "\ncards ({}): {} experts, in --json, -o DIR and --html FILE", cards.about, cards.cards.len())?;

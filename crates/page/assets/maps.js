@@ -203,8 +203,8 @@ class Heat {
     box.style.display = c === undefined || c === null ? "none" : "block";
     if (c === undefined || c === null) return;
     const grow = Math.max(0, (8 - this.w) / 2);
-    box.style.left = `${c * this.w - 2 - grow}px`;
-    box.style.top = `${at * this.h - 2}px`;
+    box.style.left = `${Math.max(0, c * this.w - 2 - grow)}px`;
+    box.style.top = `${Math.max(0, at * this.h - 2)}px`;
     box.style.width = `${this.w + 3 + 2 * grow}px`;
     box.style.height = `${this.h + 3}px`;
   }

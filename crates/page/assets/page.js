@@ -75,7 +75,11 @@ function linked(text) {
 /** The content of a cell of a table: a value, or passages [before, marked, after]. */
 function content(value) {
   if (Array.isArray(value)) {
-    const passage = ([before, marked, after]) => el("span", { class: "context mono" }, before, el("mark", {}, marked), after);
+    const line = (text) => text.replaceAll("\n", "\u23ce");
+    const passage = (parts) => {
+      const [before, marked, after] = parts.map(line);
+      return el("span", { class: "context mono" }, before, el("mark", {}, marked), after);
+    };
     return value.map(passage);
   }
   return typeof value === "string" ? linked(value) : show(value);
