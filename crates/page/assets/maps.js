@@ -178,7 +178,7 @@ class Heat {
     const [low, middle, high] = this.scale.ends;
     const ramp = el("div", { class: "ramp" }, this.rampCanvas, this.tick);
     const none = this.map.values.some((row) => row.includes(null)) ? [el("span", { class: "none" }), "no value"] : [];
-    this.legend.replaceChildren(low, ramp, high, middle && `(${middle} in the middle)`, ...none);
+    this.legend.replaceChildren(low, ramp, high, middle && el("span", {}, `(${middle} in the middle)`), ...none);
   }
 
   /** The expert under the pointer. */

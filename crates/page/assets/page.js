@@ -116,7 +116,7 @@ function drawHead() {
     applyTheme();
   };
   const bar = el("div", { class: "bar" },
-    choice("colours", themes, theme.wanted, setTheme),
+    choice("theme", themes, theme.wanted, setTheme),
     el("button", { onclick: save }, "save as JSON"));
   const heading = el("div", {},
     el("h1", {}, report.title),
