@@ -194,8 +194,10 @@ fn fixture(name: &str) -> PathBuf {
 
 /// The model that the fixtures mean: a dense layer, then two with 4 experts, 2 per token.
 fn small() -> TraceShape {
-    let router = RouterSpec { score: RouterScore::SoftmaxAll, norm_topk_prob: true, routed_scaling_factor: 1.0 };
-    let moe = MoeSpec { n_experts: 4, top_k: 2, intermediate_size: 8, act: Activation::Silu, router, shared: None };
+    let score = RouterScore::SoftmaxAll;
+    let router = RouterSpec { score, norm_topk_prob: true, routed_scaling_factor: 1.0, extra: Default::default() };
+    let (intermediate_size, act) = (8, Activation::Silu);
+    let moe = MoeSpec { n_experts: 4, top_k: 2, intermediate_size, act, router, shared: None, expert_bias: false };
     TraceShape { map: ExpertMap::new(vec![1, 2], vec![4, 4]), moe: vec![moe.clone(), moe], decoder_layers: 3 }
 }
 

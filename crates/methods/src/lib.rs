@@ -19,8 +19,8 @@ pub use card::{Card, Kind};
 pub use error::MethodError;
 pub use experts::{DEFAULT_METRIC, METRICS, Metric, Phases, all_tables, metric};
 pub use lab::{Lab, Trained, World};
-pub use method::{Method, Run, Runner};
-pub use report::{HeatMap, OutputFile, Report, Table};
+pub use method::{Method, Run, Runner, model_name};
+pub use report::{CardList, Cards, ExpertCard, Flag, HeatMap, OutputFile, Report, Table};
 
 /// Every method, in the order in which `quorate methods` lists them.
 pub const METHODS: &[Method] = &[
@@ -28,6 +28,7 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::unified::CARD),
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
+    Method::command::<experts::atlas::Atlas>(&experts::atlas::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
     Method::command::<experts::core_experts::CoreExperts>(&experts::core_experts::CARD),
     Method::command::<experts::rice::Rice>(&experts::rice::CARD),

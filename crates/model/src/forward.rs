@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormKind, NormPlacement};
+use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormPlacement};
 use quorate_kernels::{self as kernels, NO_EXPERT, Pack};
 
 use crate::ffn::{self, Experts, Gated, is_clamped};

@@ -130,12 +130,15 @@ pub(crate) fn route(
     Ok(Routing { k, ids, gates })
 }
 
-/// Chooses experts for logits `[n, E]` that were computed elsewhere: ids and gates `[n, k]`, as in [`Routing`]. Routers
-/// that add a bias for the choice alone need it besides, which this does not know.
+/// Chooses experts for logits `[n, E]` that were computed elsewhere: ids and gates `[n, k]`, as in [`Routing`].
 ///
 /// # Errors
-/// Logits that are NaN or plus infinity, or no whole rows.
+/// Logits that are NaN or plus infinity, no whole rows, a router that chooses or weighs by learned vectors besides.
 pub fn route_logits(moe: &MoeSpec, layer: usize, logits: &[f32]) -> Result<(Vec<u32>, Vec<f32>), ModelError> {
+    if moe.router.extra.selection_bias || moe.router.extra.expert_scale {
+        let message = "this router chooses by more than its logits; help: record the chosen experts in place of logits";
+        return Err(ModelError::Lens(message.into()));
+    }
     let e = moe.n_experts;
     let logits = Tensor::from_slice(logits, (logits.len() / e.max(1), e), &candle_core::Device::Cpu)?;
     let routing = route(moe, layer, &logits, Learned::default(), None, None)?;

@@ -135,7 +135,7 @@ fn parse_format(text: &str) -> Result<TraceFormat, String> {
 impl Profile {
     pub fn run(&self, common: &Common) -> Result<()> {
         if let Some(name) = &self.name {
-            return self.from_trace(common, name);
+            return self.read_trace(common, name);
         }
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         tasks.iter().try_for_each(|task| check_name(&task.name))?;
@@ -203,7 +203,7 @@ impl Profile {
     }
 
     /// A pattern from routing that another engine recorded.
-    fn from_trace(&self, common: &Common, name: &str) -> Result<()> {
+    fn read_trace(&self, common: &Common, name: &str) -> Result<()> {
         check_name(name)?;
         if name == GENERALIST {
             bail!("the task name `{GENERALIST}` is taken by the pooled pattern; help: choose another name");

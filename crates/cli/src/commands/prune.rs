@@ -90,13 +90,13 @@ impl Prune {
             Some(path) => {
                 let model = common.open_model(None)?;
                 need_experts(&model)?;
-                let kept = self.from_list(&model, path)?;
+                let kept = self.of_list(&model, path)?;
                 (model, kept)
             }
             None => {
                 let (model, library) = open(common, &experts, "")?;
                 need_experts(&model)?;
-                let kept = self.from_patterns(&model, &library, &experts)?;
+                let kept = self.of_patterns(&model, &library, &experts)?;
                 (model, kept)
             }
         };
@@ -123,7 +123,7 @@ impl Prune {
         Ok(experts)
     }
 
-    fn from_patterns(&self, model: &Model, library: &Library, experts: &ExpertArgs) -> Result<Kept> {
+    fn of_patterns(&self, model: &Model, library: &Library, experts: &ExpertArgs) -> Result<Kept> {
         let fingerprint = model.checkpoint().fingerprint();
         let patterns = patterns_of(library, fingerprint, &self.task)?;
         let pattern: Pattern = match patterns.as_slice() {
@@ -141,7 +141,7 @@ impl Prune {
         Kept::new(model, pattern.info.name.clone(), metric, plan, Some(rankings))
     }
 
-    fn from_list(&self, model: &Model, path: &Path) -> Result<Kept> {
+    fn of_list(&self, model: &Model, path: &Path) -> Result<Kept> {
         let named = || path.display().to_string();
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let map = ExpertMap::of(model.spec());

@@ -114,7 +114,7 @@ impl Imatrix {
             if let Some((other, _)) = found.find(|(_, c)| *c != counts) {
                 return Err(format!("`{first}` and `{other}` have different counts"));
             }
-            let whole = |&c: &f32| (c >= 0.0 && c < 1e18 && c.fract() == 0.0).then_some(c as u64);
+            let whole = |&c: &f32| ((0.0..1e18).contains(&c) && c.fract() == 0.0).then_some(c as u64);
             let row: Option<Vec<u64>> = counts.iter().map(whole).collect();
             rows.push(row.ok_or_else(|| format!("`{first}` has counts that are no whole numbers"))?);
         }

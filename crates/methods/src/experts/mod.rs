@@ -1,5 +1,6 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
+pub mod atlas;
 pub mod ceft;
 pub mod context;
 pub mod controls;
@@ -8,10 +9,10 @@ pub mod easy_ep;
 pub mod extremes;
 pub mod mote;
 pub mod premoe;
-pub mod rice;
-pub mod super_experts;
 pub mod rerouting;
+pub mod rice;
 pub mod router_lens;
+pub mod super_experts;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
