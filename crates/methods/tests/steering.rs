@@ -51,7 +51,7 @@ fn run(model: Model, items: Vec<TaskItem>, line: &str) -> Result<Report, String>
 /// Prompts of two kinds told apart by one token (a digit), which the model's first layer sees as it is.
 fn prompts(meta: impl Fn(usize, bool) -> Value) -> Vec<TaskItem> {
     let of = |i: usize| {
-        let class = i % 2 == 0;
+        let class = i.is_multiple_of(2);
         let sign = if class { "7" } else { "2" };
         item(&format!("<|user|>{}{sign}", char::from(b'a' + (i / 2 % 26) as u8)), "x", &meta(i, class))
     };
@@ -134,7 +134,7 @@ fn core_experts_are_the_planted_ones_and_labels_at_random_find_nothing() {
 
     // Labels that have nothing to do with the prompts.
     let shuffled = |i: usize, _| {
-        let label = (i / 2 + i / 7) % 2 == 0;
+        let label = (i / 2 + i / 7).is_multiple_of(2);
         json!({ "scenario": "cognizant", "group": format!("{i}"), "label": label })
     };
     let report = run(planted(&items), prompts(shuffled), line).unwrap();

@@ -105,13 +105,13 @@ pub fn best(scores: &[Option<f64>], n: usize) -> Vec<usize> {
 /// Share of `times` resamples of the texts (with replacement) in which each expert is among the best `n`.
 pub fn bootstrap(texts: &[Joint], coefficients: &[f64], least: u64, n: usize, times: usize, seed: u64) -> Vec<f64> {
     let mut random = SplitMix64::new(seed);
-    let mut shares = vec![0.0; texts.first().map_or(0, |t| t.experts.len())];
+    let mut chosen = vec![0u32; texts.first().map_or(0, |t| t.experts.len())];
     for _ in 0..times {
         let drawn: Vec<&Joint> = texts.iter().map(|_| &texts[random.below(texts.len())]).collect();
         let scores = Joint::sum(drawn).scores(coefficients, least);
-        best(&scores, n).into_iter().for_each(|e| shares[e] += 1.0 / times as f64);
+        best(&scores, n).into_iter().for_each(|e| chosen[e] += 1);
     }
-    shares
+    chosen.into_iter().map(|n| f64::from(n) / times as f64).collect()
 }
 
 #[cfg(test)]
