@@ -26,6 +26,7 @@ mod experts;
 mod math;
 mod pool;
 mod product;
+mod quant;
 mod rows;
 mod scratch;
 mod simd;

@@ -3,12 +3,19 @@
 //! A kernel is written once, over [`Simd`], inside [`kernel!`]; the macro compiles it for each
 //! instruction set and gives it a leading argument of type [`Isa`].
 
+mod bytes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_bytes;
 mod portable;
+mod portable_bytes;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_bytes;
 
+pub(crate) use bytes::Bytes;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
@@ -23,7 +30,7 @@ pub(crate) const MAX_LANES: usize = 16;
 /// A set of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
@@ -53,6 +60,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
                     && Self::Avx2.detect()
             }
             #[cfg(target_arch = "x86_64")]
@@ -91,7 +99,7 @@ impl Isa {
 /// Each function demands that the machine has the instruction set `ISA`, and that a pointer is
 /// good for the bytes of all lanes.
 #[allow(clippy::missing_safety_doc, reason = "stated once, above")]
-pub(crate) trait Simd: Copy {
+pub(crate) trait Simd: Bytes {
     /// The vector.
     type V: Copy;
     /// What it is made of.
@@ -112,6 +120,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_i8(p: *const u8) -> Self::V;
     /// Widens one half into all lanes.
     unsafe fn splat_f16(p: *const u8) -> Self::V;
+    /// Widens whole numbers; exact up to 2^24.
+    unsafe fn from_i32(v: Self::I) -> Self::V;
+    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes;
+    /// any, if they do not fit.
+    unsafe fn store_i8(p: *mut u8, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -253,7 +266,7 @@ macro_rules! kernel {
             unsafe fn body<$S: $crate::simd::Simd>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 body::<$crate::simd::Avx512>($($arg),*)
             }

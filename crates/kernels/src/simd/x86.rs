@@ -62,6 +62,14 @@ impl Simd for Avx512 {
         _mm512_broadcastss_ps(_mm_cvtph_ps(h))
     }
     #[inline(always)]
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        _mm512_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         _mm512_add_ps(a, b)
     }
@@ -152,6 +160,16 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn splat_f16(p: *const u8) -> Self::V {
         _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned()))
+    }
+    #[inline(always)]
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        _mm256_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        let v = _mm256_cvtps_epi32(v);
+        let words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
