@@ -20,6 +20,9 @@ pub struct ExpertArgs {
     /// Experts kept per layer (on average, if layers compete); left out, half of them
     #[arg(long, value_name = "K")]
     pub keep: Option<usize>,
+    /// Keep in every layer the fewest experts that hold this share of its positive scores, e.g. 0.9
+    #[arg(long, value_name = "P", conflicts_with_all = ["keep", "memory", "scope"])]
+    pub share: Option<f64>,
     /// Keep as many experts as fit into this much memory for the whole process, e.g. 4GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "keep")]
     pub memory: Option<u64>,
@@ -50,6 +53,8 @@ pub enum ScopeArg {
     Global,
     /// All layers compete with their share of the layer's score
     GlobalShare,
+    /// Every layer keeps the same share of its positive scores
+    EqualShare,
 }
 
 /// [`RoutingMode`] on the command line.
@@ -92,6 +97,7 @@ impl From<ScopeArg> for Scope {
             ScopeArg::Local => Scope::Local,
             ScopeArg::Global => Scope::Global,
             ScopeArg::GlobalShare => Scope::GlobalShare,
+            ScopeArg::EqualShare => Scope::EqualShare,
         }
     }
 }
@@ -145,6 +151,7 @@ impl ExpertArgs {
     pub fn choice(&self, model: &Model, beside: Beside) -> Result<Choice> {
         let scope: Scope = self.scope.unwrap_or_default().into();
         let keep = match (self.keep, self.memory) {
+            _ if self.share.is_some() => self.share.map(Keep::Share),
             (Some(k), _) => Some(Keep::per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
                 let kv = KvCache::bytes_per_token(model.spec()) * beside.cache_tokens as u64;
@@ -212,11 +219,14 @@ pub fn need_experts(model: &Model) -> Result<()> {
 /// task's experts is refused if there is no task.
 pub fn open(common: &Common, experts: &ExpertArgs, task: &str) -> Result<(Model, Library)> {
     quorate_methods::metric(&experts.metric)?;
-    if task == "none" && (experts.keep.is_some() || !experts.protect.is_empty()) {
-        bail!("--keep and --protect choose among the experts of a task, but --task is `none`; help: give --task NAME");
+    let chooses = experts.keep.is_some() || experts.share.is_some() || !experts.protect.is_empty();
+    if task == "none" && chooses {
+        bail!(
+            "--keep, --share and --protect choose among the experts of a task, but --task is `none`; help: give --task NAME"
+        );
     }
     let model = common.open_model(experts.memory)?;
-    if experts.keep.is_some() {
+    if experts.keep.is_some() || experts.share.is_some() {
         need_experts(&model)?;
     }
     Ok((model, common.open_library()?))

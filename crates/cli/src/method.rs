@@ -1,17 +1,23 @@
 //! Runs a method from the slice of methods: what every method's command has in common.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use quorate_eval::tasks::{Task, load_tasks};
-use quorate_formats::write_file;
+use quorate_formats::{Checkpoint, Role, write_edited_hf, write_file};
 use quorate_methods::{Card, Lab, METHODS, Method, MethodError, Report, Runner, Table, World};
 use quorate_model::Model;
 use serde_json::Value;
 
 use crate::common::{Common, Progress, interrupted, parse_count, say};
+
+/// The folder of a changed model, in that of the report.
+const MODEL_FOLDER: &str = "model";
+/// Largest size of one of its files.
+const SHARD_BYTES: u64 = 4 << 30;
 
 /// Options of every method's command.
 #[derive(Args, Clone, Debug)]
@@ -65,21 +71,24 @@ pub fn run(common: &Common, method: &Method, runner: Runner, matches: &ArgMatche
     let args = MethodArgs::from_arg_matches(matches)?;
     let mut model = common.open_model(None)?;
     common.load_all_experts(&mut model)?;
-    let mut outside = Outside { common, tasks: &args.tasks, bar: None };
+    let mut outside = Outside::new(common, &args.tasks);
     let mut lab = Lab::new(model, &mut outside);
     (lab.limit, lab.seed) = (args.limit, args.seed);
     let report = (runner.run)(method.card, matches, &mut lab)?;
+    let checkpoint = lab.model.checkpoint().clone();
     outside.end();
     if let Some(folder) = &args.output {
         write_files(common, folder, &report)?;
+        write_model(common, &folder.join(MODEL_FOLDER), &checkpoint, &report)?;
     }
     if common.json {
         return common.print_json(&report);
     }
     let text = text(&report)?;
     say!("{}", text.trim_end())?;
-    if args.output.is_none() && !report.files.is_empty() {
-        let names: Vec<&str> = report.files.iter().map(|f| f.name.as_str()).collect();
+    let mut names: Vec<&str> = report.files.iter().map(|f| f.name.as_str()).collect();
+    names.extend((!report.experts.is_empty()).then_some(MODEL_FOLDER));
+    if args.output.is_none() && !names.is_empty() {
         common.note(&format!("not written: {}; help: give a folder with -o", names.join(", ")));
     }
     Ok(())
@@ -96,14 +105,40 @@ fn write_files(common: &Common, folder: &Path, report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// Writes the changed experts as a model folder, if there are any.
+fn write_model(common: &Common, folder: &Path, checkpoint: &Checkpoint, report: &Report) -> Result<()> {
+    if report.experts.is_empty() {
+        return Ok(());
+    }
+    let mut edits = HashMap::new();
+    for (id, expert) in &report.experts {
+        let [gate, up, down] = Role::of_expert(id.layer, id.expert);
+        edits.extend([(gate, expert.gate.to_f32()), (up, expert.up.to_f32()), (down, expert.down.to_f32())]);
+    }
+    let mut bar = common.progress("writing", checkpoint.total_bytes(), "bytes");
+    write_edited_hf(checkpoint, &edits, folder, SHARD_BYTES, &mut |done, _| {
+        bar.set(done);
+        !interrupted()
+    })
+    .with_context(|| format!("cannot write {}", folder.display()))?;
+    bar.finish();
+    common.note(&format!("{}: the model with {} changed experts", folder.display(), report.experts.len()));
+    Ok(())
+}
+
 /// The world of a method: this process, its files and its user.
-struct Outside<'a> {
+pub struct Outside<'a> {
     common: &'a Common,
     tasks: &'a [PathBuf],
     bar: Option<(String, Progress)>,
 }
 
-impl Outside<'_> {
+impl<'a> Outside<'a> {
+    /// A world with these task files.
+    pub fn new(common: &'a Common, tasks: &'a [PathBuf]) -> Outside<'a> {
+        Outside { common, tasks, bar: None }
+    }
+
     fn end(&mut self) {
         if let Some((_, bar)) = self.bar.take() {
             bar.finish();
@@ -258,7 +293,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short_and_columns_straight() {
-        assert_eq!([0.0, 12.3456, 0.012345, -1234.5, 1e-9].map(short), ["0", "12.35", "0.01235", "-1235", "1.000e-9"]);
+        assert_eq!([0.0, 12.3456, 0.012345, -1234.6, 1e-9].map(short), ["0", "12.35", "0.01235", "-1235", "1.000e-9"]);
         let mut report = Report::default();
         let table = report.table("t", "a table", &["name", "n"]);
         table.row([json!("long name"), json!(1)]);

@@ -168,7 +168,7 @@ impl Comparison {
 
     fn plan(&self, pattern: &str, row: &Row) -> Result<Plan, LensError> {
         let (spec, fingerprint) = (self.model.spec(), self.model.checkpoint().fingerprint());
-        let scope = [Scope::Local, Scope::Global, Scope::GlobalShare].into_iter().find(|s| s.name() == row.scope);
+        let scope = Scope::ALL.into_iter().find(|s| s.name() == row.scope);
         let scope = scope.ok_or_else(|| LensError::unknown("scope", &row.scope, []))?;
         let keep = Some(Keep::per_layer(spec, scope, row.keep)?);
         let choice = Choice { metric: row.metric.clone(), keep, scope, mode: row.mode, protect: Vec::new() };

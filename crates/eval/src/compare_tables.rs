@@ -73,7 +73,7 @@ impl Tables<'_> {
     fn by_setting(&self, text: &mut String) {
         let metric = &self.metrics[0];
         let mut rows = Vec::new();
-        for scope in [Scope::Local, Scope::Global, Scope::GlobalShare] {
+        for scope in Scope::ALL {
             for mode in RoutingMode::ALL {
                 let values: Vec<Option<f64>> =
                     self.keep.iter().map(|&k| self.mean(&Row::new(Source::Own, metric, scope, mode, k))).collect();
@@ -131,6 +131,23 @@ impl Tables<'_> {
     }
 }
 
+/// A table of mean exact match: one line for each of `names` (metric and what it is), one column for each number kept.
+pub fn relatives_table(cells: &[Cell], names: &[(&str, &str)], keep: &[usize]) -> String {
+    let mean = |of: &dyn Fn(&Row) -> bool| {
+        let values: Vec<f64> = cells.iter().filter(|c| of(&c.row)).filter_map(|c| c.exact_match).collect();
+        number((!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64))
+    };
+    let mut text = String::new();
+    let header: Vec<String> = keep.iter().map(|k| format!("{k} kept")).collect();
+    line(&mut text, &format!("| | what | {} |\n|---|---|{}", header.join(" | "), "---|".repeat(keep.len())));
+    for (name, about) in names {
+        let values: Vec<String> = keep.iter().map(|&k| mean(&|r| r.metric == *name && r.keep == k)).collect();
+        line(&mut text, &format!("| {name} | {about} | {} |", values.join(" | ")));
+    }
+    line(&mut text, &format!("\nAll experts: {}.", mean(&|r| r.source == Source::All)));
+    text
+}
+
 fn line(text: &mut String, line: &str) {
     let _ = writeln!(text, "{line}"); // strings can be written to
 }
@@ -142,6 +159,27 @@ fn number(value: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn relatives_are_means_over_tasks() {
+        let cell = |source, metric: &str, keep, task: &str, value| Cell {
+            row: Row::new(source, metric, Scope::Local, RoutingMode::Mask, keep),
+            task: task.into(),
+            exact_match: Some(value),
+            perplexity: None,
+            top1: None,
+        };
+        let cells = [
+            cell(Source::All, "all", 8, "t", 90.0),
+            cell(Source::Own, "x", 4, "t", 70.0),
+            cell(Source::Own, "x", 4, "u", 50.0),
+            cell(Source::Random, "random", 2, "u", 5.0),
+        ];
+        let text = relatives_table(&cells, &[("x", "an x"), ("random", "the control")], &[4, 2]);
+        for part in ["| x | an x | 60.0 | - |", "| random | the control | - | 5.0 |", "All experts: 90.0."] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
 
     #[test]
     fn means_and_best_metrics_by_hand() {

@@ -214,6 +214,16 @@ pub enum FormatError {
         /// What to do.
         help: &'static str,
     },
+    /// New values for a weight that are not as many as it has.
+    #[error("tensor {tensor}: {found} new values for {expected}; help: give one for each")]
+    EditLength {
+        /// The tensor.
+        tensor: String,
+        /// Values that it has.
+        expected: usize,
+        /// Values given.
+        found: usize,
+    },
     /// A writer produced another number of bytes than the shape needs.
     #[error("tensor {tensor}: {written} bytes written, its shape needs {expected}")]
     WrittenLength {

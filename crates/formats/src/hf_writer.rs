@@ -1,4 +1,4 @@
-//! Writing a pruned model as a Hugging Face folder that transformers loads.
+//! Writing a pruned or edited model as a Hugging Face folder that transformers loads.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -33,13 +33,61 @@ pub fn write_pruned_hf(
     progress: &mut Progress<'_>,
 ) -> Result<()> {
     let n_kept = check_kept(checkpoint, kept)?;
+    let config = pruned_config(checkpoint, kept, n_kept);
+    write_hf(checkpoint, pieces(checkpoint, kept), config, out_dir, shard_bytes_max, progress)
+}
+
+/// Writes the model with other values for some of its weights, by role; these are stored as F32, all else is copied byte
+/// for byte. `config.json` stays, but for an object `quorate` with the fingerprint of the source.
+///
+/// # Errors
+/// A weight that the model does not have or of another size, an `out_dir` that is not empty, a read or write error, or a
+/// cancel.
+pub fn write_edited_hf(
+    checkpoint: &Checkpoint,
+    edits: &HashMap<Role, Vec<f32>>,
+    out_dir: &Path,
+    shard_bytes_max: u64,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let mut edited: HashMap<&str, &Vec<f32>> = HashMap::new();
+    for (&role, values) in edits {
+        let loc = checkpoint.tensor(role)?;
+        let expected = loc.shape.iter().product::<usize>();
+        if values.len() != expected {
+            let (tensor, found) = (loc.name.clone(), values.len());
+            return Err(FormatError::EditLength { tensor, expected, found });
+        }
+        edited.insert(&loc.name, values);
+    }
+    let piece = |loc: &crate::TensorLoc| {
+        let (dtype, source, bytes) = match edited.get(loc.name.as_str()) {
+            Some(values) => (StoredDType::F32, Source::Values(values), 4 * values.len() as u64),
+            None => (loc.dtype, Source::File { file: loc.file, ranges: vec![(loc.offset, loc.len)] }, loc.len),
+        };
+        Piece { name: loc.name.clone(), dtype, shape: loc.shape.clone(), source, bytes }
+    };
+    let pieces = checkpoint.tensors().iter().map(piece).collect();
+    let note = json!({"source_fingerprint": checkpoint.fingerprint(), "edited_weights": edits.len()});
+    write_hf(checkpoint, pieces, config_with(checkpoint, note), out_dir, shard_bytes_max, progress)
+}
+
+/// Writes a folder of these tensors and this configuration, with the source's other files.
+fn write_hf(
+    checkpoint: &Checkpoint,
+    pieces: Vec<Piece<'_>>,
+    config: Value,
+    out_dir: &Path,
+    shard_bytes_max: u64,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
     if out_dir.exists() && fs::read_dir(out_dir).map_or(true, |mut entries| entries.next().is_some()) {
         return Err(FormatError::OutputExists { path: out_dir.to_owned() });
     }
     let temporary = Temporary::beside(out_dir);
     let folder = &temporary.path;
     fs::create_dir(folder).map_err(|e| FormatError::io("create", folder, e))?;
-    let shards = shards(pieces(checkpoint, kept), shard_bytes_max);
+    let shards = shards(pieces, shard_bytes_max);
     let mut copy = Copy { checkpoint, out_dir, done: 0, total: total(&shards), progress };
     copy.tell(0)?;
     for (i, shard) in shards.iter().enumerate() {
@@ -48,7 +96,7 @@ pub fn write_pruned_hf(
     if shards.len() > 1 {
         write_json(&folder.join("model.safetensors.index.json"), &index(&shards))?;
     }
-    write_json(&folder.join("config.json"), &pruned_config(checkpoint, kept, n_kept))?;
+    write_json(&folder.join("config.json"), &config)?;
     copy_sidecars(checkpoint.folder(), folder)?;
     if out_dir.exists() {
         fs::remove_dir(out_dir).map_err(|e| FormatError::io("replace", out_dir, e))?;
@@ -89,18 +137,24 @@ fn check_kept(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Result<usize> {
 }
 
 /// One tensor of the output: where its bytes come from.
-struct Piece {
+struct Piece<'a> {
     name: String,
     dtype: StoredDType,
     shape: Vec<usize>,
-    file: usize,
-    /// Offset and length in the source file.
-    ranges: Vec<(u64, u64)>,
+    source: Source<'a>,
     bytes: u64,
 }
 
+/// Where a tensor's bytes come from.
+enum Source<'a> {
+    /// Offsets and lengths in a file of the source.
+    File { file: usize, ranges: Vec<(u64, u64)> },
+    /// New values.
+    Values(&'a [f32]),
+}
+
 /// All tensors of the output, in the order of the source.
-fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece> {
+fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece<'static>> {
     let kept_of: HashMap<usize, &Vec<usize>> = checkpoint.spec().moe_layers().into_iter().zip(kept).collect();
     let role_of: HashMap<&str, Role> =
         checkpoint.roles().filter_map(|role| Some((checkpoint.tensor(role).ok()?.name.as_str(), role))).collect();
@@ -123,14 +177,14 @@ fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece> {
             _ => loc.name.clone(),
         };
         let bytes = ranges.iter().map(|(_, len)| len).sum();
-        Some(Piece { name, dtype: loc.dtype, shape, file: loc.file, ranges, bytes })
+        Some(Piece { name, dtype: loc.dtype, shape, source: Source::File { file: loc.file, ranges }, bytes })
     };
     checkpoint.tensors().iter().filter_map(piece).collect()
 }
 
 /// Cuts the list into files of at most `bytes_max` (more only for a single larger tensor).
-fn shards(pieces: Vec<Piece>, bytes_max: u64) -> Vec<Vec<Piece>> {
-    let mut shards: Vec<Vec<Piece>> = vec![Vec::new()];
+fn shards(pieces: Vec<Piece<'_>>, bytes_max: u64) -> Vec<Vec<Piece<'_>>> {
+    let mut shards: Vec<Vec<Piece<'_>>> = vec![Vec::new()];
     let mut filled = 0;
     for piece in pieces {
         let last = shards.last_mut().expect("there is always one");
@@ -144,7 +198,7 @@ fn shards(pieces: Vec<Piece>, bytes_max: u64) -> Vec<Vec<Piece>> {
     shards
 }
 
-fn total(shards: &[Vec<Piece>]) -> u64 {
+fn total(shards: &[Vec<Piece<'_>>]) -> u64 {
     shards.iter().flatten().map(|p| p.bytes).sum()
 }
 
@@ -173,17 +227,28 @@ impl Copy<'_, '_> {
         }
     }
 
-    fn shard(&mut self, path: &Path, pieces: &[Piece]) -> Result<()> {
+    fn shard(&mut self, path: &Path, pieces: &[Piece<'_>]) -> Result<()> {
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         let copy = std::cell::RefCell::new(self);
         let tensors = pieces.iter().map(|piece| {
             let copy = &copy;
             TensorOut::streamed(piece.name.clone(), piece.dtype, &piece.shape, move |sink| {
                 let mut copy = copy.borrow_mut();
-                for &(offset, len) in &piece.ranges {
+                let (file, ranges) = match &piece.source {
+                    Source::File { file, ranges } => (*file, ranges),
+                    Source::Values(values) => {
+                        for chunk in values.chunks(CHUNK_BYTES as usize / 4) {
+                            let bytes: Vec<u8> = chunk.iter().flat_map(|v| v.to_le_bytes()).collect();
+                            sink.write(&bytes)?;
+                            copy.tell(bytes.len() as u64)?;
+                        }
+                        return Ok(());
+                    }
+                };
+                for &(offset, len) in ranges {
                     for at in (0..len).step_by(CHUNK_BYTES as usize) {
                         let mut chunk = vec![0; (len - at).min(CHUNK_BYTES) as usize];
-                        copy.checkpoint.files()[piece.file].read_at(offset + at, &mut chunk)?;
+                        copy.checkpoint.files()[file].read_at(offset + at, &mut chunk)?;
                         sink.write(&chunk)?;
                         copy.tell(chunk.len() as u64)?;
                     }
@@ -195,7 +260,7 @@ impl Copy<'_, '_> {
     }
 }
 
-fn index(shards: &[Vec<Piece>]) -> Value {
+fn index(shards: &[Vec<Piece<'_>>]) -> Value {
     let names = shards.iter().enumerate().flat_map(|(i, pieces)| {
         pieces.iter().map(move |p| (p.name.clone(), Value::String(shard_name(i, shards.len()))))
     });
@@ -206,15 +271,21 @@ fn index(shards: &[Vec<Piece>]) -> Value {
 
 /// The source's `config.json` with the new number of experts, and where they came from.
 fn pruned_config(checkpoint: &Checkpoint, kept: &[Vec<usize>], n_kept: usize) -> Value {
-    let mut config = checkpoint.config().json().clone();
+    let layers = checkpoint.spec().moe_layers();
+    let kept: Map<String, Value> = layers.iter().zip(kept).map(|(l, ids)| (l.to_string(), json!(ids))).collect();
+    let note = json!({"source_fingerprint": checkpoint.fingerprint(), "kept_experts": kept});
+    let mut config = config_with(checkpoint, note);
     for key in checkpoint.family().expert_count_keys {
         if let Some(count) = config.get_mut(*key) {
             *count = json!(n_kept);
         }
     }
-    let layers = checkpoint.spec().moe_layers();
-    let kept: Map<String, Value> = layers.iter().zip(kept).map(|(l, ids)| (l.to_string(), json!(ids))).collect();
-    let mut note = json!({"source_fingerprint": checkpoint.fingerprint(), "kept_experts": kept});
+    config
+}
+
+/// The source's `config.json` with a note of what was done.
+fn config_with(checkpoint: &Checkpoint, mut note: Value) -> Value {
+    let mut config = checkpoint.config().json().clone();
     // A model pruned twice keeps its whole history; ids are those of the model before.
     if let Some(earlier) = config.remove("quorate") {
         note["source"] = earlier;

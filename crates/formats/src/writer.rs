@@ -147,27 +147,56 @@ pub fn write_safetensors<'a>(
     tensors: impl IntoIterator<Item = TensorOut<'a>>,
 ) -> Result<()> {
     check_output(path)?;
-    let mut tensors: Vec<TensorOut<'a>> = tensors.into_iter().collect();
-    tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bits()));
-    let (header, data_bytes) = header(path, metadata, &tensors)?;
-    let file_bytes = header.len() as u64 + data_bytes;
+    let (tensors, header, file_bytes) = laid_out(path, metadata, tensors)?;
     let failed = |e| FormatError::write(path, file_bytes, e);
 
     let temporary = Temporary::beside(path);
     let file = OpenOptions::new().write(true).create_new(true).open(&temporary.path).map_err(failed)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     out.write_all(&header).map_err(failed)?;
+    write_data(&mut out, path, file_bytes, tensors)?;
+    let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
+    file.sync_all().map_err(failed)?;
+    temporary.rename(path).map_err(failed)
+}
+
+/// The bytes of a small safetensors file, as [`write_safetensors`] would write it.
+///
+/// # Errors
+/// A name twice, a shape that does not fit its bytes, or an error of a producer.
+pub fn safetensors_bytes<'a>(
+    metadata: Option<HashMap<String, String>>,
+    tensors: impl IntoIterator<Item = TensorOut<'a>>,
+) -> Result<Vec<u8>> {
+    let path = Path::new("memory");
+    let (tensors, mut bytes, file_bytes) = laid_out(path, metadata, tensors)?;
+    write_data(&mut bytes, path, file_bytes, tensors)?;
+    Ok(bytes)
+}
+
+/// Tensors in the order of the file, its header, and its size.
+fn laid_out<'a>(
+    path: &Path,
+    metadata: Option<HashMap<String, String>>,
+    tensors: impl IntoIterator<Item = TensorOut<'a>>,
+) -> Result<(Vec<TensorOut<'a>>, Vec<u8>, u64)> {
+    let mut tensors: Vec<TensorOut<'a>> = tensors.into_iter().collect();
+    tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bits()));
+    let (header, data_bytes) = header(path, metadata, &tensors)?;
+    let file_bytes = header.len() as u64 + data_bytes;
+    Ok((tensors, header, file_bytes))
+}
+
+fn write_data(out: &mut dyn Write, path: &Path, file_bytes: u64, tensors: Vec<TensorOut<'_>>) -> Result<()> {
     for tensor in tensors {
         let expected = byte_size(path, &tensor)?;
-        let mut sink = Sink { out: &mut out, path, file_bytes, written: 0 };
+        let mut sink = Sink { out, path, file_bytes, written: 0 };
         (tensor.produce)(&mut sink)?;
         if sink.written != expected {
             return Err(FormatError::WrittenLength { tensor: tensor.name, written: sink.written, expected });
         }
     }
-    let file = out.into_inner().map_err(|e| failed(e.into_error()))?;
-    file.sync_all().map_err(failed)?;
-    temporary.rename(path).map_err(failed)
+    Ok(())
 }
 
 /// Length, JSON and padding; and the number of data bytes.

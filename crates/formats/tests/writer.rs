@@ -7,8 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use quorate_formats::{
-    Checkpoint, FormatError, Role, SafetensorsFile, StoredDType, TensorLoc, TensorOut, write_pruned_hf,
-    write_safetensors,
+    Checkpoint, FormatError, Role, SafetensorsFile, StoredDType, TensorLoc, TensorOut, safetensors_bytes,
+    write_edited_hf, write_pruned_hf, write_safetensors,
 };
 use serde_json::{Value, json};
 use support::{Copy, chain, fixture};
@@ -275,4 +275,48 @@ fn a_source_that_shrinks_while_it_is_copied_is_an_error() {
     let error = write_pruned_hf(&source, &kept, &dir.path().join("out"), 1000, &mut |_, _| true).unwrap_err();
     assert!(chain(&error).contains("is truncated") && chain(&error).contains("found 100000"), "{error}");
     assert!(names_in(dir.path()).is_empty());
+}
+
+#[test]
+fn edited_weights_are_written_and_all_else_is_copied() {
+    let source = Checkpoint::open(&fixture("mixtral_swa_bf16")).unwrap();
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("edited");
+    let layer = source.spec().moe_layers()[0];
+    let role = Role::ExpertDown(layer, 2);
+    let count: usize = source.tensor(role).unwrap().shape.iter().product();
+    let values: Vec<f32> = (0..count).map(|i| i as f32 / 7.0).collect();
+    let mut last = (0, 0);
+    let edits = HashMap::from([(role, values.clone())]);
+    write_edited_hf(&source, &edits, &out, u64::MAX, &mut |done, total| {
+        last = (done, total);
+        true
+    })
+    .unwrap();
+    let edited = Checkpoint::open(&out).unwrap();
+    assert_eq!((last.0, last.1), (edited.total_bytes(), edited.total_bytes()));
+    assert_ne!(edited.fingerprint(), source.fingerprint());
+    for other in source.roles() {
+        let (old, new) = (source.tensor(other).unwrap(), edited.tensor(other).unwrap());
+        assert_eq!((&old.name, &old.shape), (&new.name, &new.shape));
+        if other == role {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            assert_eq!((new.dtype, bytes_of(&edited, new)), (StoredDType::F32, bytes));
+        } else {
+            assert_eq!((old.dtype, bytes_of(&source, old)), (new.dtype, bytes_of(&edited, new)), "{other}");
+        }
+    }
+    let wrong = HashMap::from([(role, vec![0.0; 3])]);
+    let error = write_edited_hf(&source, &wrong, &dir.path().join("b"), u64::MAX, &mut |_, _| true).unwrap_err();
+    assert!(chain(&error).contains("3 new values for"), "{error}");
+    assert_eq!(names_in(dir.path()), ["edited"]);
+}
+
+#[test]
+fn bytes_in_memory_are_those_of_the_file() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("t.safetensors");
+    let tensors = || vec![TensorOut::f32("a", &[2], vec![1.0, 2.0]), TensorOut::f64("b", &[1], vec![3.0])];
+    write_safetensors(&path, None, tensors()).unwrap();
+    assert_eq!(safetensors_bytes(None, tensors()).unwrap(), fs::read(&path).unwrap());
 }

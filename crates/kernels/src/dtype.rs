@@ -135,6 +135,17 @@ impl<'a> MatRef<'a> {
         Ok(Self { dtype, rows, cols, data })
     }
 
+    /// A matrix over values.
+    ///
+    /// # Panics
+    /// If the number of values is not `rows * cols`.
+    pub fn of_f32(rows: usize, cols: usize, values: &'a [f32]) -> Self {
+        assert_eq!(rows.checked_mul(cols), Some(values.len()), "values of a {rows} x {cols} matrix");
+        // SAFETY: every f32 is four bytes without padding, the length is that of the values, and bytes need no alignment.
+        let data = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        Self { dtype: DType::F32, rows, cols, data }
+    }
+
     /// Bytes of one row.
     ///
     /// # Panics

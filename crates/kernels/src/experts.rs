@@ -47,7 +47,7 @@ pub fn expert_hidden(
     hidden: &mut [f32],
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, pack, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
+    each_slot(pool, pack, Side::Rows, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
 }
 
 /// `out[s] = down hidden[s]` for every slot `s`, with the weights of its expert: `hidden` is
@@ -70,16 +70,47 @@ pub fn expert_down(
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, pack, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
+    each_slot(pool, pack, Side::Rows, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
+}
+
+/// Whether a product is with matrices or with their transposes, through which gradients go back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// `w x`.
+    Rows,
+    /// The transpose of `w` times `x`.
+    Columns,
+}
+
+/// `y[s] = w[ids[s]] x[s / per_row]`, or with the transpose, for every slot `s`; zero for empty slots.
+///
+/// # Errors
+/// As for [`expert_hidden`].
+///
+/// # Panics
+/// If a slice or matrix has not the length of its shape.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+pub fn slot_products(
+    pool: &Pool,
+    side: Side,
+    weights: &[Option<MatRef<'_>>],
+    x: &[f32],
+    per_row: usize,
+    ids: &[u32],
+    y: &mut [f32],
+) -> Result<(), KernelError> {
+    let finish = Finish::Bias(None);
+    each_slot(pool, Pack::Always, side, weights, |w| (*w, None), x, per_row, ids, finish, y)
 }
 
 /// `y[s] = finish(w x[s / per_row])` with the weights of each slot's expert, zero for empty slots.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-fn each_slot<'w>(
+fn each_slot<'w, E: Sync>(
     pool: &Pool,
     pack: Pack,
-    experts: &[Option<ExpertRef<'w>>],
-    weights: impl Fn(&ExpertRef<'w>) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
+    side: Side,
+    experts: &[Option<E>],
+    weights: impl Fn(&E) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
     x: &[f32],
     per_row: usize,
     ids: &[u32],
@@ -99,7 +130,8 @@ fn each_slot<'w>(
             y[slot as usize * rows..][..rows].fill(0.0);
         }
         let bounds = &bounds[..=experts.len()];
-        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack }
+        let transposed = side == Side::Columns;
+        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack, transposed }
             .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
         Ok(())
     })
@@ -107,12 +139,7 @@ fn each_slot<'w>(
 
 /// Sorts the slots by expert, keeping their order within one: expert `e` gets
 /// `order[bounds[e]..bounds[e + 1]]`, and the empty slots come last.
-fn sort_slots(
-    experts: &[Option<ExpertRef<'_>>],
-    ids: &[u32],
-    bounds: &mut [u32],
-    order: &mut [u32],
-) -> Result<(), KernelError> {
+fn sort_slots<E>(experts: &[Option<E>], ids: &[u32], bounds: &mut [u32], order: &mut [u32]) -> Result<(), KernelError> {
     let group = |id: u32| if id == NO_EXPERT { experts.len() } else { id as usize };
     for (slot, &expert) in ids.iter().enumerate() {
         if expert != NO_EXPERT && !matches!(experts.get(expert as usize), Some(Some(_))) {

@@ -8,6 +8,7 @@
 //! - [`Pool`]: the threads, which all functions that are worth it share.
 //! - [`DType`], [`MatRef`], [`quantize`], [`dequantize`]: weights.
 //! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
+//! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
 //!
 //! Results depend neither on the number of threads nor on timing. A length that does not fit its
@@ -38,10 +39,10 @@ mod weight;
 pub use attention::{AttnSegment, AttnShape, attention};
 pub use dtype::{DType, MatRef};
 pub use error::KernelError;
-pub use experts::{ExpertRef, NO_EXPERT, combine, expert_down, expert_hidden};
+pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_hidden, slot_products};
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
-pub use product::{Pack, gated_hidden, matmul};
+pub use product::{Pack, gated_hidden, matmul, matmul_transposed};
 pub use rows::{add, add_inplace, dot, norm_sq, rms_norm, rope, softmax_rows};
 pub use simd::Isa;
 pub use weight::{dequantize, quantize};

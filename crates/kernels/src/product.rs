@@ -5,7 +5,7 @@ use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
 use crate::scratch;
 use crate::simd::Isa;
-use crate::tile::{Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_tile, multiply, pack};
+use crate::tile::{Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_tile, multiply, pack, pack_columns};
 
 /// From this many tokens on a tile is packed.
 const PACK_FROM: usize = 12;
@@ -51,6 +51,8 @@ pub(crate) struct Product<'a> {
     pub rows: usize,
     pub finish: Finish<'a>,
     pub pack: Pack,
+    /// Whether the weights are `[cols, rows]` and to be read column by column: the product with their transpose.
+    pub transposed: bool,
 }
 
 /// What is to be done for one group.
@@ -68,11 +70,16 @@ impl Product<'_> {
     fn group(&self, isa: Isa, g: usize) -> Group {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
-        let packed = self.pack.packs(tokens);
+        let packed = self.packs(tokens);
         let chunks = if packed { tokens.div_ceil(CELL_TOKENS) } else { tokens.min(1) };
         let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
         let cost = tokens.div_ceil(chunks.max(1)) + if packed { PACK_COST } else { 1 };
         Group { start, tokens, chunks, cells, cost: cost as u64 }
+    }
+
+    /// Columns are only ever multiplied from packed tiles.
+    fn packs(&self, tokens: usize) -> bool {
+        self.transposed || self.pack.packs(tokens)
     }
 
     fn slot(&self, i: usize) -> usize {
@@ -100,7 +107,7 @@ impl Product<'_> {
             if group.tokens > 0 {
                 let (w, other) = weights(g);
                 for w in [Some(w), other].into_iter().flatten() {
-                    let shape = (w.rows, w.cols);
+                    let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
                     assert_eq!(shape, (rows, cols), "shape of the weights");
                     w.row_bytes();
                 }
@@ -137,7 +144,7 @@ impl Product<'_> {
         y: SendPtr,
     ) {
         let (width, k) = (isa.tile_rows(), self.cols);
-        let packed = self.pack.packs(group.tokens);
+        let packed = self.packs(group.tokens);
         let most = if packed { isa.tile_tokens() } else { DOT_TOKENS };
         let (tile_len, sums_len) = (if packed { k * width } else { 0 }, MAX_TOKENS * width);
         scratch::floats(2 * (tile_len + sums_len), |scratch| {
@@ -151,8 +158,10 @@ impl Product<'_> {
                 if packed && packed_tile != first {
                     packed_tile = first;
                     for (w, tile) in weights.iter().zip(tile) {
-                        if let Some(w) = w {
-                            pack(isa, w, first, tile);
+                        match w {
+                            Some(w) if self.transposed => pack_columns(isa, w, first, tile),
+                            Some(w) => pack(isa, w, first, tile),
+                            None => {}
                         }
                     }
                 }
@@ -200,6 +209,19 @@ pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias:
     dense(pool, pack, w, None, x, n, Finish::Bias(bias), y);
 }
 
+/// `y[t, c] = sum over r of w[r, c] x[t, r]`, the product with the transpose of `w`: `x` is `[n, rows]`, `y` is `[n, cols]`.
+/// It is how a gradient goes back through [`matmul`]. A row's result does not depend on the other rows.
+///
+/// # Panics
+/// If a slice has not the length of its shape.
+pub fn matmul_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, y: &mut [f32]) {
+    let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
+    let (rows, cols, finish) = (w.cols, w.rows, Finish::Bias(None));
+    let (pack, transposed) = (Pack::Always, true);
+    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
+        .run(pool, |_| (w, None));
+}
+
 /// `hidden[t] = act(gate x[t]) * (up x[t])`: `gate` and `up` are `[I, d]`, `x` is `[n, d]`,
 /// `hidden` is `[n, I]`.
 ///
@@ -232,6 +254,7 @@ fn dense(
 ) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols) = (w.rows, w.cols);
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack }
+    let transposed = false;
+    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
         .run(pool, |_| (w, other));
 }

@@ -121,6 +121,31 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     }
 }
 
+kernel! {
+    /// Packs the tile that begins at column `first`: `packed[r * tile_rows + c]` is the value of row `r` at column
+    /// `first + c`, zero behind the last column.
+    ///
+    /// # Safety
+    /// `w` must be valid and have column `first`, which must be a multiple of `tile_rows`; `packed` must hold
+    /// `rows * tile_rows` values.
+    pub(crate) unsafe fn pack_columns<S>(w: &Rows, first: usize, packed: *mut f32) {
+        with_weight!(w.dtype, W => {
+            for (half, start) in [first, first + S::LANES].into_iter().enumerate() {
+                let count = w.cols.saturating_sub(start);
+                for r in 0..w.rows {
+                    let row = w.row(r);
+                    let v = match count {
+                        0 => S::zero(),
+                        n if n < S::LANES => W::load_part::<S>(row, start, n),
+                        _ => W::load::<S>(row, start),
+                    };
+                    S::store(packed.add((2 * r + half) * S::LANES), v);
+                }
+            }
+        });
+    }
+}
+
 /// Columns of two vectors' width: `k` of them, `stride` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns {

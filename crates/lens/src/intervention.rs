@@ -61,6 +61,8 @@ impl TryFrom<Written> for Intervention {
             "mask" => Op::Mask,
             "drop" => Op::Drop,
             "drop-renormalise" => Op::DropRenormalise,
+            "skip" => Op::Skip { by: w.by.ok_or_else(|| need("by"))? },
+            "skip-renormalise" => Op::SkipRenormalise { by: w.by.ok_or_else(|| need("by"))? },
             "force" => Op::Force,
             "zero" => Op::Zero,
             "scale" => Op::Scale { by: w.by.ok_or_else(|| need("by"))? },
@@ -79,7 +81,7 @@ impl TryFrom<Written> for Intervention {
             }
         };
         let fits = [
-            (w.by.is_some(), matches!(op, Op::Scale { .. } | Op::Bias { .. }), "by"),
+            (w.by.is_some(), op.by().is_some(), "by"),
             (w.scale.is_some(), matches!(op, Op::Add { .. }), "scale"),
             (w.share.is_some(), matches!(op, Op::Mix { .. }), "share"),
             (w.value.is_some(), op.value().is_some(), "value"),
@@ -94,9 +96,8 @@ impl TryFrom<Written> for Intervention {
 
 impl From<Intervention> for Written {
     fn from(i: Intervention) -> Written {
-        let (mut by, mut scale, mut share) = (None, None, None);
+        let (by, mut scale, mut share) = (i.op.by(), None, None);
         match i.op {
-            Op::Scale { by: b } | Op::Bias { by: b } => by = Some(b),
             Op::Add { scale: s, .. } => scale = Some(s),
             Op::Mix { share: s, .. } => share = Some(s),
             _ => {}
@@ -136,8 +137,21 @@ impl PhaseSelector {
     }
 }
 
-const OP_NAMES: [&str; 11] =
-    ["mask", "drop", "drop-renormalise", "force", "scale", "bias", "zero", "mean", "patch", "add", "mix"];
+const OP_NAMES: [&str; 13] = [
+    "mask",
+    "drop",
+    "drop-renormalise",
+    "skip",
+    "skip-renormalise",
+    "force",
+    "scale",
+    "bias",
+    "zero",
+    "mean",
+    "patch",
+    "add",
+    "mix",
+];
 
 /// The operations. `u` is the value given, `x` the value found.
 #[derive(Clone, Debug, PartialEq)]
@@ -148,6 +162,16 @@ pub enum Op {
     Drop,
     /// As `drop`, the surviving gates scaled up to the sum before.
     DropRenormalise,
+    /// At `routing`: slots whose gate is below `by` times the row's largest gate contribute nothing. The largest stays.
+    Skip {
+        /// Share of the largest gate.
+        by: f32,
+    },
+    /// As `skip`, the surviving gates scaled up to the sum before.
+    SkipRenormalise {
+        /// Share of the largest gate.
+        by: f32,
+    },
     /// Experts are always chosen (site `selection`); their gate is their own score.
     Force,
     /// `x * by`; at `routing` the gates of the experts.
@@ -210,6 +234,8 @@ impl Op {
             Op::Mask => "mask",
             Op::Drop => "drop",
             Op::DropRenormalise => "drop-renormalise",
+            Op::Skip { .. } => "skip",
+            Op::SkipRenormalise { .. } => "skip-renormalise",
             Op::Force => "force",
             Op::Scale { .. } => "scale",
             Op::Bias { .. } => "bias",
@@ -228,11 +254,18 @@ impl Op {
         }
     }
 
+    fn by(&self) -> Option<f32> {
+        match *self {
+            Op::Scale { by } | Op::Bias { by } | Op::Skip { by } | Op::SkipRenormalise { by } => Some(by),
+            _ => None,
+        }
+    }
+
     /// Sites at which the operation makes sense.
     fn allowed_at(&self, site: Site) -> bool {
         match self {
             Op::Mask => site == Site::RouterLogits,
-            Op::Drop | Op::DropRenormalise => site == Site::Routing,
+            Op::Drop | Op::DropRenormalise | Op::Skip { .. } | Op::SkipRenormalise { .. } => site == Site::Routing,
             Op::Force => site == Site::Selection,
             Op::Scale { .. } => site != Site::Selection,
             _ => site != Site::Routing,
@@ -254,7 +287,7 @@ impl Op {
             }
             Op::Add { scale, .. } => x.iter_mut().zip(u).for_each(|(x, u)| *x += scale * u),
             Op::Mix { share, .. } => x.iter_mut().zip(u).for_each(|(x, u)| *x = (1.0 - share) * *x + share * u),
-            Op::Drop | Op::DropRenormalise => {}
+            Op::Drop | Op::DropRenormalise | Op::Skip { .. } | Op::SkipRenormalise { .. } => {}
         }
     }
 }
@@ -464,6 +497,15 @@ impl<'a> Given<'a> {
     }
 }
 
+/// Empties the slots of one row whose gate is below `by` times the largest.
+fn skip_slots(ids: &mut [u32], gates: &mut [f32], chosen: impl Fn(u32) -> bool, by: f32, renormalise: bool) {
+    let Some(first) = (0..gates.len()).max_by(|&a, &b| gates[a].total_cmp(&gates[b]).then(b.cmp(&a))) else { return };
+    let least = by * gates[first];
+    let low = |slot: usize| slot != first && gates[slot] < least && chosen(ids[slot]);
+    let gone: Vec<u32> = (0..ids.len()).filter(|&slot| low(slot)).map(|slot| ids[slot]).collect();
+    drop_slots(ids, gates, |id| gone.contains(&id), renormalise);
+}
+
 impl Lens for Interventions {
     fn sites(&self, layer: usize) -> SiteSet {
         let here = self.list.iter().map(|r| &r.intervention).filter(|i| {
@@ -497,6 +539,8 @@ impl Lens for Interventions {
                 match i.op {
                     Op::Drop => drop_slots(ids, gates, chosen, false),
                     Op::DropRenormalise => drop_slots(ids, gates, chosen, true),
+                    Op::Skip { by } => skip_slots(ids, gates, chosen, by, false),
+                    Op::SkipRenormalise { by } => skip_slots(ids, gates, chosen, by, true),
                     Op::Scale { by } => {
                         let slots = gates.iter_mut().zip(ids.iter()).filter(|(_, id)| chosen(**id));
                         slots.for_each(|(g, _)| *g *= by);

@@ -128,6 +128,8 @@ mod tests {
             phase: PhaseSelector::Decode,
             op: Op::Add { value: crate::Value::Inline(vec![1.0, 2.0]), scale: 0.5 },
         });
+        let skip = Op::SkipRenormalise { by: 0.25 };
+        plan.intervene.push(Intervention { site: Site::Routing, op: skip, ..plan.intervene[0].clone() });
         let text = plan.to_toml().unwrap();
         assert_eq!(Plan::parse(&text).unwrap(), plan, "{text}");
     }
@@ -140,6 +142,7 @@ mod tests {
             ("version = 1\n[[intervene]]\nsite = \"resid\"\nop = \"zero\"", "resid_pre"),
             ("version = 1\n[[intervene]]\nsite = \"z\"\nop = \"zer\"", "zero"),
             ("version = 1\n[[intervene]]\nsite = \"z\"\nop = \"scale\"", "by"),
+            ("version = 1\n[[intervene]]\nsite = \"routing\"\nop = \"skip\"", "by"),
             ("version = 1\n[[intervene]]\nsite = \"z\"\nop = \"zero\"\nby = 2.0", "by"),
         ] {
             let error = Plan::parse(text).unwrap_err();

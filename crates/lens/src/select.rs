@@ -2,15 +2,17 @@
 
 use quorate_formats::spec::ModelSpec;
 
-use crate::{LensError, ScoreTable};
+use crate::{ExpertMap, LensError, ScoreTable};
 
 /// How many experts to keep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Keep {
     /// So many in every layer.
     PerLayer(usize),
     /// So many in all layers together.
     Total(usize),
+    /// In every layer the fewest that hold this share of the layer's positive scores, whatever the scope.
+    Share(f64),
 }
 
 impl Keep {
@@ -41,15 +43,21 @@ pub enum Scope {
     Global,
     /// The best of the whole model, each score divided by the sum of its layer's positive scores.
     GlobalShare,
+    /// Every layer keeps the same share of its positive scores, as large as the places allow.
+    EqualShare,
 }
 
 impl Scope {
+    /// All of them.
+    pub const ALL: [Scope; 4] = [Scope::Local, Scope::Global, Scope::GlobalShare, Scope::EqualShare];
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Scope::Local => "local",
             Scope::Global => "global",
             Scope::GlobalShare => "global-share",
+            Scope::EqualShare => "equal-share",
         }
     }
 }
@@ -86,6 +94,7 @@ impl Selection {
             }
         }
         let counts = match (self.scope, keep) {
+            (_, Keep::Share(p)) => self.cover(scores, &protected, p)?,
             (Scope::Local, Keep::PerLayer(k)) => vec![k; map.n_layers()],
             (Scope::Local, Keep::Total(total)) => spread(total, map.n_layers()),
             (_, Keep::PerLayer(k)) => self.share(scores, &protected, k * map.n_layers())?,
@@ -100,26 +109,55 @@ impl Selection {
                     map.layers[moe]
                 )));
             }
-            let mut layer = protected[moe].clone();
-            let rest = scores.ranking(moe).into_iter().filter(|e| !protected[moe].contains(e));
-            layer.extend(rest.take(count - layer.len()));
+            let mut layer = order(scores, moe, &protected[moe]);
+            layer.truncate(count);
             layer.sort_unstable();
             kept.push(layer);
         }
         Ok(kept)
     }
 
-    /// How many experts each layer keeps when all compete: first the floors, then the best of the rest.
+    /// The fewest experts of each layer.
+    fn floors(&self, map: &ExpertMap, protected: &[Vec<usize>]) -> Vec<usize> {
+        (0..map.n_layers()).map(|m| self.floor[m].max(protected[m].len()).min(map.experts[m])).collect()
+    }
+
+    /// The fewest experts of each layer that hold the share `p` of its positive scores.
+    fn cover(&self, scores: &ScoreTable, protected: &[Vec<usize>], p: f64) -> Result<Vec<usize>, LensError> {
+        if !(0.0..=1.0).contains(&p) {
+            return Err(LensError::Select(format!("cannot keep the share {p} of the scores; help: a share is 0 to 1")));
+        }
+        let mut counts = self.floors(&scores.map, protected);
+        for (moe, count) in counts.iter_mut().enumerate() {
+            let covered = covered(scores, moe, &protected[moe]);
+            // A sum of shares falls short of 1 by rounding.
+            *count = (*count).max(covered.iter().position(|&c| c >= p - 1e-12).unwrap_or(covered.len() - 1));
+        }
+        Ok(counts)
+    }
+
+    /// How many experts each layer keeps when all compete: first the floors, then the best of the rest; or, for equal
+    /// shares, always the next of the layer that has least.
     fn share(&self, scores: &ScoreTable, protected: &[Vec<usize>], total: usize) -> Result<Vec<usize>, LensError> {
         let map = &scores.map;
-        let mut counts: Vec<usize> =
-            (0..map.n_layers()).map(|m| self.floor[m].max(protected[m].len()).min(map.experts[m])).collect();
+        let mut counts = self.floors(map, protected);
         let least: usize = counts.iter().sum();
         if total < least || total > map.total() {
             return Err(LensError::Select(format!(
                 "cannot keep {total} experts in all layers together; help: keep between {least} (what the layers need at least) and {}",
                 map.total()
             )));
+        }
+        if self.scope == Scope::EqualShare {
+            let covered: Vec<Vec<f64>> = (0..map.n_layers()).map(|m| covered(scores, m, &protected[m])).collect();
+            for _ in least..total {
+                let open = (0..map.n_layers()).filter(|&m| counts[m] < map.experts[m]);
+                let Some(moe) = open.min_by(|&a, &b| covered[a][counts[a]].total_cmp(&covered[b][counts[b]])) else {
+                    break;
+                };
+                counts[moe] += 1;
+            }
+            return Ok(counts);
         }
         let scaled = self.scaled(scores);
         let mut rest: Vec<(usize, usize)> = Vec::new(); // (layer, unit), beyond each layer's floor
@@ -146,6 +184,25 @@ impl Selection {
     }
 }
 
+/// Experts of a layer in the order in which they are kept: the protected, then the best.
+fn order(scores: &ScoreTable, moe: usize, protected: &[usize]) -> Vec<usize> {
+    let rest = scores.ranking(moe).into_iter().filter(|e| !protected.contains(e));
+    protected.iter().copied().chain(rest).collect()
+}
+
+/// The share of a layer's positive scores that its first 0, 1, 2, .. experts in that order hold; 1 if there are none.
+fn covered(scores: &ScoreTable, moe: usize, protected: &[usize]) -> Vec<f64> {
+    let values = &scores.values[scores.map.range(moe)];
+    let sum: f64 = values.iter().filter(|v| **v > 0.0).sum();
+    let mut held = 0.0;
+    let mut covered = vec![if sum > 0.0 { 0.0 } else { 1.0 }];
+    for expert in order(scores, moe, protected) {
+        held += values[expert].max(0.0);
+        covered.push(if sum > 0.0 { held / sum } else { 1.0 });
+    }
+    covered
+}
+
 /// `total` places shared evenly, the first layers getting what is left over.
 fn spread(total: usize, layers: usize) -> Vec<usize> {
     (0..layers).map(|l| total / layers + usize::from(l < total % layers)).collect()
@@ -154,7 +211,7 @@ fn spread(total: usize, layers: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ExpertMap, MetricInfo};
+    use crate::MetricInfo;
 
     fn table(values: &[f64]) -> ScoreTable {
         ScoreTable {
@@ -178,6 +235,23 @@ mod tests {
         s.protect.clear();
         s.scope = Scope::GlobalShare; // shares .04 .36 .32 .28 | .57 .29 .14 0
         assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![1, 2], vec![0, 1]]);
+    }
+
+    /// ESFT's rule by hand: shares of layer 0 are .4 .3 .2 .1, of layer 1 .9 .1 0 0.
+    #[test]
+    fn shares_are_covered_by_the_fewest() {
+        let t = table(&[2.0, 4.0, 3.0, 1.0, 0.9, 0.1, 0.0, -5.0]);
+        let mut s = Selection { floor: vec![1, 1], ..Selection::default() };
+        assert_eq!(s.select(&t, Keep::Share(0.7)).unwrap(), [vec![1, 2], vec![0]]);
+        assert_eq!(s.select(&t, Keep::Share(0.71)).unwrap(), [vec![0, 1, 2], vec![0]]);
+        assert_eq!(s.select(&t, Keep::Share(1.0)).unwrap(), [vec![0, 1, 2, 3], vec![0, 1]]);
+        assert_eq!(s.select(&t, Keep::Share(0.0)).unwrap(), [vec![1], vec![0]], "the floor stays");
+        assert!(s.select(&t, Keep::Share(1.5)).is_err());
+        s.scope = Scope::EqualShare;
+        assert_eq!(s.select(&t, Keep::Total(4)).unwrap(), [vec![0, 1, 2], vec![0]]);
+        assert_eq!(s.select(&t, Keep::Total(8)).unwrap().concat().len(), 8);
+        s.protect = vec![(0, 3)];
+        assert_eq!(s.select(&t, Keep::Total(3)).unwrap(), [vec![1, 3], vec![0]], "the protected one counts");
     }
 
     #[test]

@@ -32,6 +32,37 @@ fn gates(recorder: &Recorder, layer: usize) -> &Recorded<f32> {
     &recorder.floats()[&format!("topk_weights.{layer}")]
 }
 
+/// Slots whose gate is below a share of the token's largest are emptied, the others stay or are scaled up.
+#[test]
+fn low_gates_are_skipped() {
+    for (name, path, texts) in moe_cases() {
+        let model = open(&path);
+        let layer = model.spec().moe_layers()[0];
+        let before = record(&model, &texts[0], &[Site::Routing]);
+        let (ids_before, gates_before) = (&ids(&before, layer).values, &gates(&before, layer).values);
+        let k = ids(&before, layer).shape[1];
+        for (by, renormalise) in [(0.0, false), (0.6, false), (0.6, true), (1.5, false)] {
+            let op = if renormalise { Op::SkipRenormalise { by } } else { Op::Skip { by } };
+            let run = run_with(&model, &texts[0], &[in_layer(layer, Site::Routing, op)]).0;
+            let (found_ids, found) = (&ids(&run, layer).values, &gates(&run, layer).values);
+            let mut emptied = 0;
+            for row in (0..ids_before.len()).step_by(k) {
+                let old = &gates_before[row..row + k];
+                let stays: Vec<bool> = (0..k).map(|j| j == 0 || old[j] >= by * old[0]).collect();
+                let left: f32 = (0..k).filter(|&j| stays[j]).map(|j| old[j]).sum();
+                let factor = if renormalise { old.iter().sum::<f32>() / left } else { 1.0 };
+                for j in 0..k {
+                    let (id, gate) = if stays[j] { (ids_before[row + j], factor * old[j]) } else { (-1, 0.0) };
+                    assert_eq!(found_ids[row + j], id, "{name}, {by}, row {row}, slot {j}");
+                    assert!((found[row + j] - gate).abs() < 1e-6, "{name}, {by}, row {row}, slot {j}");
+                    emptied += usize::from(!stays[j]);
+                }
+            }
+            assert_eq!(emptied == 0, by == 0.0, "{name}, {by}: {emptied} slots are emptied");
+        }
+    }
+}
+
 /// I2 and I3: interventions on all but the kept experts are the routing modes.
 #[test]
 fn masking_and_dropping_are_the_routing_modes() {

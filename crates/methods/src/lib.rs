@@ -3,6 +3,7 @@
 //! Nothing here opens files, starts threads or prints. A method declares itself by a [`Card`] in [`METHODS`]; expert
 //! scores are entries of [`METRICS`]; a method with a command implements [`Run`] on its arguments and works in a [`Lab`].
 
+pub mod assignment;
 mod card;
 pub mod contrast;
 mod error;
@@ -10,7 +11,9 @@ pub mod experts;
 mod lab;
 mod method;
 pub mod patterns;
+pub mod relatives;
 mod report;
+pub mod routing;
 
 pub use card::{Card, Kind};
 pub use error::MethodError;
@@ -26,4 +29,12 @@ pub const METHODS: &[Method] = &[
     Method::score(&experts::easy_ep::CARD),
     Method::score(&experts::controls::CARD),
     Method::command::<experts::mote::Mote>(&experts::mote::CARD),
+    Method::command::<relatives::naee::Naee>(&relatives::naee::CARD),
+    Method::command::<relatives::mone::Mone>(&relatives::mone::CARD),
+    Method::command::<relatives::merge_experts::MergeExperts>(&relatives::merge_experts::CARD),
+    Method::command::<relatives::aimer::Aimer>(&relatives::aimer::CARD),
+    Method::score(&relatives::esft::CARD),
+    Method::command::<routing::flame::RoutingMetrics>(&routing::flame::CARD),
+    Method::command::<routing::closer_look::CloserLook>(&routing::closer_look::CARD),
+    Method::command::<routing::contribution::Contribution>(&routing::contribution::CARD),
 ];

@@ -25,6 +25,9 @@ pub struct Report {
     /// Files to keep: plans, lists, adapters. Not part of the JSON document.
     #[serde(skip)]
     pub files: Vec<OutputFile>,
+    /// Experts with changed weights, to be written as a model folder. Not part of the JSON document.
+    #[serde(skip)]
+    pub experts: Vec<(quorate_lens::ExpertId, quorate_residency::Expert)>,
 }
 
 /// A table.
@@ -81,9 +84,16 @@ impl Report {
         &mut self.tables[last]
     }
 
-    /// Adds a map of one number per expert, numbered by `map`.
-    pub fn map(&mut self, name: &str, about: &str, map: &quorate_lens::ExpertMap, values: &[f64], diverging: bool) {
-        let values = map.rows(values).into_iter().map(|row| row.into_iter().map(Some).collect()).collect();
+    /// Adds a map of one number per expert, numbered by `map`; `None` where there is none.
+    pub fn map<V: Clone + Into<Option<f64>>>(
+        &mut self,
+        name: &str,
+        about: &str,
+        map: &quorate_lens::ExpertMap,
+        values: &[V],
+        diverging: bool,
+    ) {
+        let values = map.rows(values).into_iter().map(|row| row.into_iter().map(Into::into).collect()).collect();
         let (name, about, layers) = (name.to_string(), about.to_string(), map.layers.clone());
         self.maps.push(HeatMap { name, about, layers, values, diverging });
     }

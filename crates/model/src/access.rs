@@ -2,12 +2,13 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_kernels::{self as kernels, ExpertRef, Pack};
+use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
-use crate::forward::kernel_act;
+use crate::ffn::{self, Gated, kernel_act};
 use crate::ops::{tensor, values};
-use crate::{Model, ModelError};
+use crate::routing::{Keep, route};
+use crate::{Model, ModelError, Routing, RoutingMode};
 
 impl Model {
     /// Outputs, before any gate, of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
@@ -18,14 +19,60 @@ impl Model {
     pub fn all_expert_outputs(&self, layer: usize, x: &Tensor) -> Result<Tensor, ModelError> {
         let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
         let (n, d) = x.dims2()?;
+        let e = moe.n_experts;
+        let experts: Vec<Option<Gated<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
+        let ids = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
+        let routing = Routing { k: e, ids, gates: tensor(vec![1.0; n * e], &[n, e])? };
+        let (pool, pack) = (self.pool(), Pack::Always);
+        let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, &routing)?;
+        ffn::expert_down(pool, pack, &experts, d, &hidden, &routing)
+    }
+
+    /// How tokens with router logits `logits [n, E]` (values of the site `router_logits`) would be routed in decoder layer
+    /// `layer` with the experts that `kept [E]` flags, `None` for all, whatever the model keeps now.
+    ///
+    /// # Errors
+    /// A layer without experts, flags or logits of another number of experts, or logits that are NaN.
+    pub fn route(
+        &self,
+        layer: usize,
+        logits: &[f32],
+        kept: Option<&[bool]>,
+        mode: RoutingMode,
+    ) -> Result<Routing, ModelError> {
+        let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        if !logits.len().is_multiple_of(moe.n_experts) || kept.is_some_and(|k| k.len() != moe.n_experts) {
+            let (experts, flags) = (moe.n_experts, kept.map_or(0, <[bool]>::len));
+            let message = format!(
+                "layer {layer} has {experts} experts; {} logits and {flags} flags do not fit them",
+                logits.len()
+            );
+            return Err(ModelError::Keep(message));
+        }
+        let logits = tensor(logits.to_vec(), &[logits.len() / moe.n_experts, moe.n_experts])?;
+        route(moe, layer, &logits, None, kept.map(|kept| Keep { kept, mode }))
+    }
+
+    /// Activations `act(gate x)` of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
+    /// `ffn_in`): `[n, E, I]`, before they meet `up x`.
+    ///
+    /// # Errors
+    /// A layer without experts, or experts that are not in memory.
+    pub fn all_expert_activations(&self, layer: usize, x: &Tensor) -> Result<Tensor, ModelError> {
+        let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
+        let (n, _) = x.dims2()?;
         let (e, width) = (moe.n_experts, moe.intermediate_size);
-        let weights: Vec<Option<ExpertRef<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
-        let ids: Vec<u32> = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
-        let (mut hidden, mut out) = (vec![0.0; n * e * width], vec![0.0; n * e * d]);
-        let (x, act) = (values(x)?, kernel_act(moe.act));
-        kernels::expert_hidden(self.pool(), Pack::Always, &weights, &x, n, e, &ids, act, &mut hidden)?;
-        kernels::expert_down(self.pool(), Pack::Always, &weights, &hidden, n, e, &ids, &mut out)?;
-        tensor(out, &[n, e, d])
+        let x = values(x)?;
+        let (mut out, mut one) = (vec![0.0; n * e * width], vec![0.0; n * width]);
+        for expert in 0..e {
+            let gate = self.expert_weights(layer, expert)?.gate.as_ref();
+            kernels::matmul(self.pool(), Pack::Always, gate, &x, n, None, &mut one);
+            for (t, row) in one.chunks_exact(width).enumerate() {
+                out[(t * e + expert) * width..][..width].copy_from_slice(row);
+            }
+        }
+        kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
+        tensor(out, &[n, e, width])
     }
 
     /// The weights of a routed expert in memory.
@@ -43,7 +90,7 @@ impl Model {
     /// A layer without experts.
     pub fn router_weight(&self, layer: usize) -> Result<&Matrix, ModelError> {
         self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
-        self.matrix(Role::Router(layer))
+        Ok(self.weights().matrix(Role::Router(layer))?)
     }
 
     /// Puts another expert in the place of one that is in memory, until its experts are loaded anew. The files stay as

@@ -146,6 +146,14 @@ pub enum ModelError {
     /// A keep list that does not fit the model.
     #[error("{0}")]
     Keep(String),
+    /// An overlay that does not fit the model.
+    #[error("overlay of {role}: {problem}")]
+    Overlay {
+        /// The weight.
+        role: quorate_formats::Role,
+        /// What is wrong, and what would help.
+        problem: String,
+    },
     /// An error of a lens.
     #[error("{0}")]
     Lens(String),

@@ -1,12 +1,17 @@
 //! The one forward pass. It is driven by [`ModelSpec`] and calls a lens at the sites
 //! that the lens has declared.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use quorate_formats::Role;
 use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm};
-use quorate_kernels::{self as kernels, Act, AttnSegment, AttnShape, ExpertRef, NO_EXPERT, Pack};
+use quorate_kernels::{self as kernels, NO_EXPERT, Pack};
 
-use crate::ops::{self, values};
+use crate::attention::Attention;
+use crate::ffn::{self, Gated};
+use crate::ops::{self, Angles, values};
+use crate::overlay::Weight;
 use crate::routing::{Keep, route};
 use crate::{At, Flow, KvCache, Lens, Model, ModelError, Routing, Rows, Segment, Site, SiteSet};
 
@@ -37,8 +42,7 @@ struct Pass<'a> {
     rows: &'a Rows,
     lens: &'a mut dyn Lens,
     pack: Pack,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    angles: Arc<Angles>,
 }
 
 /// One layer of a pass.
@@ -52,6 +56,9 @@ impl Model {
     /// Runs new tokens of one or several sequences through the model and appends them to `cache`.
     ///
     /// When a segment has more than one token, every row's values are the same whatever else is in the batch.
+    ///
+    /// Gradients go from the logits back to every value that is tracked: one to which a lens added a `Var` (see
+    /// [`crate::Taps`]), or a weight of the [`crate::Overlay`]. The values computed are the same with and without.
     ///
     /// # Errors
     /// Tokens outside the vocabulary, slots that do not exist, experts that are not loaded, and whatever the lens reports.
@@ -68,7 +75,7 @@ impl Model {
         }
         // With prompts among them, rows do not depend on their neighbours; pure decoding takes the faster way.
         let pack = if rows.spans.iter().all(|s| s.len == 1) { Pack::BySize } else { Pack::Always };
-        let outcome = Pass { model: self, rows: &rows, lens, pack, cos: Vec::new(), sin: Vec::new() }.run(cache);
+        let outcome = Pass { model: self, rows: &rows, lens, pack, angles: Arc::default() }.run(cache);
         let logits = match outcome {
             Ok(logits) => {
                 rows.spans.iter().for_each(|s| cache.advance(s.slot, &rows.token[s.row0..s.row0 + s.len]));
@@ -101,13 +108,19 @@ impl Pass<'_> {
         let norm = ops::rms_norm(model.pool(), &picked, model.vector(Role::FinalNorm)?, spec.norm_eps)?;
         let norm = self.visit(last, Site::FinalNorm, norm, None)?;
         let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
-        let logits = ops::linear(model.pool(), self.pack, &norm, model.matrix(head)?, None)?;
+        let logits = ops::linear(model.pool(), self.pack, &norm, &model.matrix(head)?, None)?;
         Ok(Some(self.visit(last, Site::Logits, logits, None)?))
     }
 
     /// Embedding rows of the tokens, `[N, d]`.
     fn embed(&self) -> Result<Tensor, Exit> {
-        let matrix = self.model.matrix(Role::Embed)?;
+        let matrix = match self.model.matrix(Role::Embed)?.weight {
+            Weight::Stored(matrix) => matrix,
+            Weight::Open(tensor) => {
+                let rows: Vec<usize> = self.rows.token.iter().map(|&token| token as usize).collect();
+                return Ok(ops::pick_rows(tensor, &rows)?);
+            }
+        };
         let (d, row_bytes) = (matrix.cols, matrix.data().len() / matrix.rows);
         let mut x = vec![0.0; self.rows.len() * d];
         for (row, &token) in x.chunks_exact_mut(d).zip(&self.rows.token) {
@@ -117,18 +130,18 @@ impl Pass<'_> {
         Ok(ops::tensor(x, &[self.rows.len(), d])?)
     }
 
-    /// Cosines and sines of every row's position, `[N, rope_dim / 2]`.
+    /// Turns by every row's position.
     fn rotations(&mut self, spec: &LayerSpec) {
         let rope = &spec.attn.rope;
-        self.cos.clear();
-        self.sin.clear();
+        let mut angles = Angles::default();
         for &position in &self.rows.position {
             for &f in &rope.inv_freq {
                 let (sin, cos) = (position as f32 * f).sin_cos();
-                self.cos.push(cos * rope.attention_factor);
-                self.sin.push(sin * rope.attention_factor);
+                angles.cos.push(cos * rope.attention_factor);
+                angles.sin.push(sin * rope.attention_factor);
             }
         }
+        self.angles = Arc::new(angles);
     }
 
     fn layer(&mut self, here: Here, spec: &LayerSpec, x: Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
@@ -162,7 +175,7 @@ impl Pass<'_> {
         let pack = self.pack;
         let project = |w, bias, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
             let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
-            let mut y = ops::linear(model.pool(), pack, &h, model.matrix(w)?, bias)?;
+            let mut y = ops::linear(model.pool(), pack, &h, &model.matrix(w)?, bias)?;
             if let (Some(norm), QkNorm::Whole | QkNorm::PerHead) = (norm, attn.qk_norm) {
                 y = ops::rms_norm(model.pool(), &y, model.vector(norm)?, eps)?;
             }
@@ -177,21 +190,24 @@ impl Pass<'_> {
         let q = self.visit(here, Site::AttnQ, q, None)?;
         let k = self.visit(here, Site::AttnK, k, None)?;
         let v = self.visit(here, Site::AttnV, v, None)?;
-        let q = ops::rope(model.pool(), &q, attn.rope.dim, &self.cos, &self.sin)?;
-        let k = ops::rope(model.pool(), &k, attn.rope.dim, &self.cos, &self.sin)?;
+        let q = ops::rope(model.pool(), &q, attn.rope.dim, &self.angles)?;
+        let k = ops::rope(model.pool(), &k, attn.rope.dim, &self.angles)?;
         let q = self.visit(here, Site::AttnQRot, q, None)?;
         let k = self.visit(here, Site::AttnKRot, k, None)?;
 
         self.append(l, attn.n_kv_heads * dim, &k, &v, cache)?;
+        let attention = Attention { pool: model.pool(), spec: attn, rows: self.rows, cache, layer: l };
         let z = if here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern) {
-            self.attend_in_the_open(here, spec, &q, cache)?
+            let scores = self.visit(here, Site::AttnScores, attention.scores(&q, &k)?, None)?;
+            let pattern = self.visit(here, Site::AttnPattern, attention.pattern(&scores)?, None)?;
+            attention.mix(&pattern, &v)?
         } else {
-            self.attend(l, spec, &q, cache)?
+            attention.at_once(&q, &k, &v)?
         };
         let z = self.visit(here, Site::Z, z, None)?;
         let z = z.reshape((n, attn.n_heads * dim))?;
         let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
-        let out = ops::linear(model.pool(), self.pack, &z, model.matrix(Role::O(l))?, bias)?;
+        let out = ops::linear(model.pool(), self.pack, &z, &model.matrix(Role::O(l))?, bias)?;
         self.visit(here, Site::AttnOut, out, None)
     }
 
@@ -204,104 +220,19 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Attention by the kernel, which keeps no scores. `[N, H, head_dim]`.
-    fn attend(&self, l: usize, spec: &LayerSpec, q: &Tensor, cache: &KvCache) -> Result<Tensor, ModelError> {
-        let attn = &spec.attn;
-        let shape = AttnShape {
-            n_heads: attn.n_heads,
-            n_kv_heads: attn.n_kv_heads,
-            head_dim: attn.head_dim,
-            scale: attn.scale,
-            window: attn.sliding_window,
-        };
-        let segments: Vec<AttnSegment<'_>> = (self.rows.spans.iter())
-            .map(|span| {
-                let (k, v) = cache.layer(span.slot, l);
-                AttnSegment { row0: span.row0, len: span.len, pos0: span.pos0, k, v }
-            })
-            .collect();
-        let mut z = vec![0.0; q.elem_count()];
-        kernels::attention(self.model.pool(), &shape, &values(q)?, &segments, &mut z);
-        ops::tensor(z, q.dims())
-    }
-
-    /// The same attention step by step, for lenses on its scores or its pattern.
-    fn attend_in_the_open(
-        &mut self,
-        here: Here,
-        spec: &LayerSpec,
-        q: &Tensor,
-        cache: &KvCache,
-    ) -> Result<Tensor, Exit> {
-        let (attn, rows) = (&spec.attn, self.rows);
-        let (heads, dim, group) = (attn.n_heads, attn.head_dim, attn.n_heads / attn.n_kv_heads);
-        let longest = rows.position.iter().max().map_or(0, |p| p + 1);
-        let at = |key: usize, h: usize| (key * attn.n_kv_heads + h / group) * dim;
-        let visible = |n: usize| {
-            let end = rows.position[n] + 1;
-            attn.sliding_window.map_or(0, |w| end.saturating_sub(w))..end
-        };
-        let shape = [rows.len(), heads, longest];
-        let mut scores = vec![f32::NEG_INFINITY; shape.iter().product()];
-        let query = values(q)?;
-        for (row, head_scores) in scores.chunks_exact_mut(longest).enumerate() {
-            let (n, h) = (row / heads, row % heads);
-            let (k, _) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
-            for key in visible(n) {
-                let k = &k[at(key, h)..at(key, h) + dim];
-                head_scores[key] = attn.scale * kernels::dot(&query[row * dim..(row + 1) * dim], k);
-            }
-        }
-        drop(query);
-        let scores = self.visit(here, Site::AttnScores, ops::tensor(scores, &shape)?, None)?;
-        let mut pattern = vec![0.0; shape.iter().product()];
-        let scores = values(&scores)?;
-        for (row, pattern) in pattern.chunks_exact_mut(longest).enumerate() {
-            let keys = visible(row / heads);
-            pattern[keys.clone()].copy_from_slice(&scores[row * longest..][keys.clone()]);
-            crate::routing::softmax(&mut pattern[keys]);
-        }
-        drop(scores);
-        let pattern = self.visit(here, Site::AttnPattern, ops::tensor(pattern, &shape)?, None)?;
-        let pattern = values(&pattern)?;
-        let mut z = vec![0.0; rows.len() * heads * dim];
-        for (row, z) in z.chunks_exact_mut(dim).enumerate() {
-            let (n, h) = (row / heads, row % heads);
-            let (_, v) = cache.layer(rows.spans[rows.segment[n]].slot, here.layer);
-            for key in visible(n) {
-                let p = pattern[row * longest + key];
-                let v = &v[at(key, h)..at(key, h) + dim];
-                z.iter_mut().zip(v).for_each(|(z, v)| *z += p * v);
-            }
-        }
-        Ok(ops::tensor(z, &[rows.len(), heads, dim])?)
-    }
-
     /// A dense gated FFN with weights `[gate, up, down]`.
     fn dense(&mut self, here: Here, roles: [Role; 3], act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
         let model = self.model;
         let [gate, up, down] = roles;
-        let (gate, up) = (model.matrix(gate)?, model.matrix(up)?);
-        let n = self.rows.len();
-        let mut hidden = vec![0.0; n * gate.rows];
-        kernels::gated_hidden(
-            model.pool(),
-            self.pack,
-            gate.as_ref(),
-            up.as_ref(),
-            &values(x)?,
-            n,
-            kernel_act(act),
-            &mut hidden,
-        );
-        let hidden = ops::tensor(hidden, &[n, gate.rows])?;
+        let weights = Gated { gate: model.matrix(gate)?, up: model.matrix(up)?, down: model.matrix(down)? };
+        let hidden = ffn::hidden(model.pool(), self.pack, &weights, act, x)?;
         let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
-        Ok(ops::linear(model.pool(), self.pack, &hidden, model.matrix(down)?, None)?)
+        Ok(ops::linear(model.pool(), self.pack, &hidden, &weights.down, None)?)
     }
 
     fn moe(&mut self, here: Here, moe: &MoeSpec, x: &Tensor) -> Result<Tensor, Exit> {
         let (model, l, n) = (self.model, here.layer, self.rows.len());
-        let logits = ops::linear(model.pool(), self.pack, x, model.matrix(Role::Router(l))?, None)?;
+        let logits = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::Router(l))?, None)?;
         let logits = self.visit(here, Site::RouterLogits, logits, None)?;
         let mut selection = None;
         if here.sites.contains(Site::Selection) {
@@ -310,7 +241,7 @@ impl Pass<'_> {
         }
         let selection = selection.as_ref().map(values).transpose()?;
         let keep = model.kept(l).map(|kept| Keep { kept, mode: model.routing_mode() });
-        let mut routing = route(moe, l, &values(&logits)?, selection.as_deref(), keep)?;
+        let mut routing = route(moe, l, &logits, selection.as_deref(), keep)?;
         if here.sites.contains(Site::Routing) {
             let at = At { site: Site::Routing, layer: l, rows: self.rows, routing: None };
             let flow = self.lens.routing(&at, &mut routing)?;
@@ -324,35 +255,25 @@ impl Pass<'_> {
         let roles = [Role::SharedGate(l), Role::SharedUp(l), Role::SharedDown(l)];
         let mut always = self.dense(here, roles, moe.act, x)?;
         if shared.gated {
-            let gate = ops::linear(model.pool(), self.pack, x, model.matrix(Role::SharedExpertGate(l))?, None)?;
-            let (gate, width) = (values(&gate)?, model.spec().hidden_size);
-            let scaled =
-                (values(&always)?.iter().enumerate()).map(|(i, v)| v / (1.0 + (-gate[i / width]).exp())).collect();
-            always = ops::tensor(scaled, &[n, width])?;
+            let gate = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::SharedExpertGate(l))?, None)?;
+            always = ops::sigmoid_gated(&always, &gate)?;
         }
         Ok(ops::add(model.pool(), &out, &always)?)
     }
 
     /// The chosen experts on `x [N, d]`, gated and summed, `[N, d]`.
     fn experts(&mut self, here: Here, moe: &MoeSpec, x: &Tensor, routing: &Routing) -> Result<Tensor, Exit> {
-        let (model, l, n, k) = (self.model, here.layer, self.rows.len(), routing.k);
-        let d = model.spec().hidden_size;
-        let weights: Vec<Option<ExpertRef<'_>>> = (0..moe.n_experts).map(|e| model.expert(l, e)).collect();
-        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && weights[id as usize].is_none()) {
+        let (model, l, d) = (self.model, here.layer, self.model.spec().hidden_size);
+        let experts: Vec<Option<Gated<'_>>> = (0..moe.n_experts).map(|e| model.expert(l, e)).collect();
+        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && experts[id as usize].is_none()) {
             return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
         }
-        let mut hidden = vec![0.0; n * k * moe.intermediate_size];
-        let act = kernel_act(moe.act);
-        kernels::expert_hidden(model.pool(), self.pack, &weights, &values(x)?, n, k, &routing.ids, act, &mut hidden)?;
-        let hidden = ops::tensor(hidden, &[n, k, moe.intermediate_size])?;
+        let (pool, pack) = (model.pool(), self.pack);
+        let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, routing)?;
         let hidden = self.visit(here, Site::ExpertHidden, hidden, Some(routing))?;
-        let mut slots = vec![0.0; n * k * d];
-        kernels::expert_down(model.pool(), self.pack, &weights, &values(&hidden)?, n, k, &routing.ids, &mut slots)?;
-        let slots = self.visit(here, Site::ExpertOut, ops::tensor(slots, &[n, k, d])?, Some(routing))?;
-        let mut out = vec![0.0; n * d];
-        let gates = values(&routing.gates)?;
-        kernels::combine(model.pool(), &values(&slots)?, &gates, &routing.ids, n, k, d, &mut out);
-        self.visit(here, Site::MoeOut, ops::tensor(out, &[n, d])?, Some(routing))
+        let slots = ffn::expert_down(pool, pack, &experts, d, &hidden, routing)?;
+        let slots = self.visit(here, Site::ExpertOut, slots, Some(routing))?;
+        self.visit(here, Site::MoeOut, ffn::combine(pool, &slots, routing)?, Some(routing))
     }
 
     fn pick_logit_rows(&self, x: &Tensor) -> Result<Tensor, ModelError> {
@@ -360,11 +281,7 @@ impl Pass<'_> {
         if picked.len() == self.rows.len() {
             return Ok(x.clone());
         }
-        let d = x.dim(1)?;
-        let v = values(x)?;
-        let mut y = Vec::with_capacity(picked.len() * d);
-        picked.iter().for_each(|&row| y.extend_from_slice(&v[row * d..(row + 1) * d]));
-        ops::tensor(y, &[picked.len(), d])
+        ops::pick_rows(x, picked)
     }
 
     /// Shows a value to the lens if the lens has declared the site; the value goes on as the lens leaves it.
@@ -397,14 +314,6 @@ fn check_routing(routing: &Routing, layer: usize, n: usize, moe: &MoeSpec) -> Re
         return Err(ModelError::LensRouting { layer, slots, ids, gates, bad_id });
     }
     Ok(())
-}
-
-pub(crate) fn kernel_act(act: Activation) -> Act {
-    match act {
-        Activation::Silu => Act::Silu,
-        Activation::GeluTanh => Act::GeluTanh,
-        Activation::Gelu => Act::Gelu,
-    }
 }
 
 /// Bytes that a process holds, about, besides weights and KV cache: the program itself and the buffers of a forward pass

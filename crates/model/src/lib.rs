@@ -4,17 +4,22 @@
 //! This crate must never read a clock, print, or know a paper.
 
 mod access;
+mod attention;
 mod batch;
 mod cache;
 mod error;
+mod ffn;
 mod forward;
 mod generate;
+mod grad;
 mod lens;
 mod model;
 pub mod ops;
+mod overlay;
 mod routing;
 pub mod sampling;
 mod site;
+mod taps;
 pub mod text;
 
 pub use batch::{LogitRows, Phase, Rows, Segment, Span};
@@ -24,6 +29,8 @@ pub use forward::{Forward, buffer_bytes};
 pub use generate::{Event, Finish, GenerateOptions, Generation, PREFILL_CHUNK};
 pub use lens::{At, Chain, Flow, Lens, NoLens};
 pub use model::{KeptExperts, LoadProgress, Model};
+pub use overlay::{LowRank, Overlay, Patch};
 pub use quorate_kernels::NO_EXPERT;
 pub use routing::{Routing, RoutingMode, drop_slots, softmax};
 pub use site::{Site, SiteSet, Units};
+pub use taps::{Tap, Taps};

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use quorate_formats::spec::ModelSpec;
 use quorate_formats::{Checkpoint, Role};
-use quorate_kernels::{ExpertRef, Pool};
+use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
-use quorate_residency::{Matrix, Weights};
+use quorate_residency::Weights;
 
+use crate::ffn::Gated;
+use crate::overlay::{Installed, Linear, Overlay, Vector};
 use crate::text::Tokenizer;
 use crate::{ModelError, RoutingMode};
 
@@ -19,9 +21,10 @@ pub struct Model {
     checkpoint: Arc<Checkpoint>,
     weights: Weights,
     tokenizer: Tokenizer,
-    pool: Pool,
+    pool: Arc<Pool>,
     kept: Vec<Option<Vec<bool>>>,
     mode: RoutingMode,
+    overlay: Installed,
 }
 
 /// Kept experts of one MoE layer: `None` keeps all.
@@ -54,7 +57,8 @@ impl Model {
         let mut weights = Weights::open(checkpoint.clone(), memory_limit);
         weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];
-        Ok(Model { checkpoint, weights, tokenizer, pool: Pool::new(threads), kept, mode: RoutingMode::Mask })
+        let (pool, overlay) = (Arc::new(Pool::new(threads)), Installed::default());
+        Ok(Model { checkpoint, weights, tokenizer, pool, kept, mode: RoutingMode::Mask, overlay })
     }
 
     /// Loads exactly these experts, given per MoE layer by global id, and frees all others. Tokens are routed by `mode`.
@@ -151,7 +155,7 @@ impl Model {
     }
 
     /// The compute threads.
-    pub fn pool(&self) -> &Pool {
+    pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
@@ -169,16 +173,43 @@ impl Model {
         &mut self.weights
     }
 
-    pub(crate) fn matrix(&self, role: Role) -> Result<&Matrix, ModelError> {
-        Ok(self.weights.matrix(role)?)
+    /// Puts changed weights over the model's own; an overlay that was there before is replaced. Everything that runs the
+    /// model then computes with them.
+    ///
+    /// # Errors
+    /// A weight that the model does not have, a tensor of another shape or type, values that are not numbers, or a low-rank
+    /// term where there is no product. The overlay that was there stays.
+    pub fn set_overlay(&mut self, overlay: Overlay) -> Result<(), ModelError> {
+        self.overlay = Installed::new(self.spec(), overlay)?;
+        Ok(())
     }
 
-    pub(crate) fn vector(&self, role: Role) -> Result<&[f32], ModelError> {
-        Ok(self.weights.vector(role)?)
+    /// Takes the overlay off and gives the model its own weights back.
+    pub fn take_overlay(&mut self) -> Overlay {
+        std::mem::take(&mut self.overlay).overlay
     }
 
-    pub(crate) fn expert(&self, layer: usize, expert: usize) -> Option<ExpertRef<'_>> {
+    /// The overlay; empty if there is none.
+    pub fn overlay(&self) -> &Overlay {
+        &self.overlay.overlay
+    }
+
+    pub(crate) fn matrix(&self, role: Role) -> Result<Linear<'_>, ModelError> {
+        Ok(self.overlay.matrix(role, self.weights.matrix(role)?))
+    }
+
+    pub(crate) fn vector(&self, role: Role) -> Result<Vector<'_>, ModelError> {
+        Ok(self.overlay.vector(role, self.weights.vector(role)?))
+    }
+
+    /// A routed expert, if its weights are in memory.
+    pub(crate) fn expert(&self, layer: usize, expert: usize) -> Option<Gated<'_>> {
         let weights = self.weights.expert(layer, expert)?;
-        Some(ExpertRef { gate: weights.gate.as_ref(), up: weights.up.as_ref(), down: weights.down.as_ref() })
+        let [gate, up, down] = Role::of_expert(layer, expert);
+        Some(Gated {
+            gate: self.overlay.matrix(gate, &weights.gate),
+            up: self.overlay.matrix(up, &weights.up),
+            down: self.overlay.matrix(down, &weights.down),
+        })
     }
 }

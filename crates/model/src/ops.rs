@@ -1,13 +1,16 @@
-//! Tensor operations of the forward pass on the kernels. Tensors are candle's, contiguous f32 on the CPU.
+//! Tensor operations of the forward pass on the kernels, and the way of the gradient through each. Tensors are candle's,
+//! contiguous f32 on the CPU.
 
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use quorate_kernels as kernels;
-use quorate_kernels::{Pack, Pool};
-use quorate_residency::Matrix;
+use quorate_kernels::{MatRef, Pack, Pool};
 
 use crate::ModelError;
+use crate::grad::attach;
+use crate::overlay::{Linear, Vector, Weight};
 
 /// Borrowed values of a tensor.
 pub struct Values<Guard> {
@@ -42,27 +45,127 @@ pub fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor, ModelError> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// `y = x W^T + b`; `x [n, in]`, `w [out, in]`.
+/// `y = x W^T + scale (x A^T) B^T + b`; `x [n, in]`, `W [out, in]`.
 pub(crate) fn linear(
-    pool: &Pool,
+    pool: &Arc<Pool>,
     pack: Pack,
     x: &Tensor,
-    w: &Matrix,
+    w: &Linear<'_>,
+    bias: Option<Vector<'_>>,
+) -> Result<Tensor, ModelError> {
+    let (fixed, open) = match bias {
+        Some(Vector::Stored(bias)) => (Some(bias), None),
+        Some(Vector::Open(bias)) => (None, Some(bias)),
+        None => (None, None),
+    };
+    let mut y = product(pool, pack, x, w.weight, fixed)?;
+    if let Some(low_rank) = w.low_rank {
+        let h = product(pool, pack, x, Weight::Open(&low_rank.a), None)?;
+        let delta = product(pool, pack, &h, Weight::Open(&low_rank.b), None)?;
+        y = add_scaled(&y, &delta, low_rank.scale)?;
+    }
+    match open {
+        Some(bias) => Ok(y.broadcast_add(bias)?),
+        None => Ok(y),
+    }
+}
+
+/// `y = x W^T + b`.
+fn product(
+    pool: &Arc<Pool>,
+    pack: Pack,
+    x: &Tensor,
+    w: Weight<'_>,
     bias: Option<&[f32]>,
 ) -> Result<Tensor, ModelError> {
-    let x = values(x)?;
-    let n = x.len() / w.cols;
-    let mut y = vec![0.0; n * w.rows];
-    kernels::matmul(pool, pack, w.as_ref(), &x, n, bias, &mut y);
-    tensor(y, &[n, w.rows])
+    let (rows, cols) = w.shape()?;
+    let v = values(x)?;
+    let n = v.len() / cols;
+    let mut y = vec![0.0; n * rows];
+    match w {
+        Weight::Stored(w) => {
+            kernels::matmul(pool, pack, w.as_ref(), &v, n, bias, &mut y);
+            attach(&[x], y, &[n, rows], || {
+                let (pool, w) = (pool.clone(), w.clone());
+                move |node| Ok(vec![Some(times_transposed(&pool, w.as_ref(), node.dy, n))])
+            })
+        }
+        Weight::Open(w) => {
+            kernels::matmul(pool, pack, MatRef::of_f32(rows, cols, &values(w)?), &v, n, bias, &mut y);
+            attach(&[x, w], y, &[n, rows], || {
+                let pool = pool.clone();
+                move |node| {
+                    let [x, w] = [values(node.args[0])?, values(node.args[1])?];
+                    let dx = || times_transposed(&pool, MatRef::of_f32(rows, cols, &w), node.dy, n);
+                    // dW = dy^T x: the product of the rows of dy^T with the transpose of x^T.
+                    let dw = || times_transposed(&pool, MatRef::of_f32(n, cols, &x), &turned(node.dy, n, rows), rows);
+                    Ok(vec![node.args[0].track_op().then(dx), node.args[1].track_op().then(dw)])
+                }
+            })
+        }
+    }
+}
+
+/// `x W` of `n` rows.
+pub(crate) fn times_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize) -> Vec<f32> {
+    let mut y = vec![0.0; n * w.cols];
+    kernels::matmul_transposed(pool, w, x, n, &mut y);
+    y
+}
+
+/// The transpose of `x [rows, cols]`.
+pub(crate) fn turned(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    for (r, row) in x.chunks_exact(cols.max(1)).enumerate() {
+        for (c, v) in row.iter().enumerate() {
+            y[c * rows + r] = *v;
+        }
+    }
+    y
 }
 
 /// RMSNorm over the last `weight.len()` values of each row; keeps the shape.
-pub(crate) fn rms_norm(pool: &Pool, x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor, ModelError> {
+pub(crate) fn rms_norm(pool: &Arc<Pool>, x: &Tensor, weight: Vector<'_>, eps: f32) -> Result<Tensor, ModelError> {
     let v = values(x)?;
     let mut y = vec![0.0; v.len()];
-    kernels::rms_norm(pool, &v, weight.len(), weight, eps, &mut y);
-    tensor(y, x.dims())
+    match weight {
+        Vector::Stored(w) => {
+            kernels::rms_norm(pool, &v, w.len(), w, eps, &mut y);
+            attach(&[x], y, x.dims(), || {
+                let w = w.to_vec();
+                move |node| Ok(vec![Some(rms_norm_backward(&values(node.args[0])?, &w, eps, node.dy).0)])
+            })
+        }
+        Vector::Open(weight) => {
+            let w = values(weight)?;
+            kernels::rms_norm(pool, &v, w.len(), &w, eps, &mut y);
+            attach(&[x, weight], y, x.dims(), || {
+                move |node| {
+                    let (dx, dw) = rms_norm_backward(&values(node.args[0])?, &values(node.args[1])?, eps, node.dy);
+                    Ok(vec![Some(dx), Some(dw)])
+                }
+            })
+        }
+    }
+}
+
+/// Of `y = r x * w` with `r = 1 / sqrt(mean(x^2) + eps)`: `dx = r (w dy) - r^3 x mean(w dy x)`, `dw = sum over rows of r x dy`.
+fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let d = w.len();
+    let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; d]);
+    let mut scaled = vec![0.0; d];
+    for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+        let r = 1.0 / (kernels::norm_sq(x) / d as f32 + eps).sqrt();
+        for (i, s) in scaled.iter_mut().enumerate() {
+            *s = w[i] * dy[i];
+            dw[i] += r * x[i] * dy[i];
+        }
+        let back = r * r * r * kernels::dot(&scaled, x) / d as f32;
+        for (i, dx) in dx.iter_mut().enumerate() {
+            *dx = r * scaled[i] - back * x[i];
+        }
+    }
+    (dx, dw)
 }
 
 /// Sum of two tensors of one shape.
@@ -70,19 +173,82 @@ pub(crate) fn add(pool: &Pool, a: &Tensor, b: &Tensor) -> Result<Tensor, ModelEr
     let (va, vb) = (values(a)?, values(b)?);
     let mut y = vec![0.0; va.len()];
     kernels::add(pool, &va, &vb, &mut y);
-    tensor(y, a.dims())
+    attach(&[a, b], y, a.dims(), || |node| Ok(vec![Some(node.dy.to_vec()), Some(node.dy.to_vec())]))
+}
+
+/// `a + scale b`.
+fn add_scaled(a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor, ModelError> {
+    let y = values(a)?.iter().zip(&*values(b)?).map(|(a, b)| a + scale * b).collect();
+    attach(&[a, b], y, a.dims(), || {
+        move |node| Ok(vec![Some(node.dy.to_vec()), Some(node.dy.iter().map(|dy| scale * dy).collect())])
+    })
 }
 
 /// Clamp to `[-c, c]`.
 pub(crate) fn clip(x: &Tensor, c: f32) -> Result<Tensor, ModelError> {
     let y = values(x)?.iter().map(|v| v.clamp(-c, c)).collect();
-    tensor(y, x.dims())
+    attach(&[x], y, x.dims(), || {
+        move |node| {
+            let x = values(node.args[0])?;
+            Ok(vec![Some(x.iter().zip(node.dy).map(|(x, dy)| if x.abs() <= c { *dy } else { 0.0 }).collect())])
+        }
+    })
 }
 
-/// Rotary embedding of `x [n, heads, head_dim]`; `cos`, `sin` `[n, rope_dim / 2]`.
-pub(crate) fn rope(pool: &Pool, x: &Tensor, rope_dim: usize, cos: &[f32], sin: &[f32]) -> Result<Tensor, ModelError> {
+/// Cosines and sines of every row's position, `[N, rope_dim / 2]` each.
+#[derive(Debug, Default)]
+pub(crate) struct Angles {
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
+}
+
+/// Rotary embedding of `x [n, heads, head_dim]`. Its gradient is turned back by the same angles.
+pub(crate) fn rope(pool: &Arc<Pool>, x: &Tensor, rope_dim: usize, angles: &Arc<Angles>) -> Result<Tensor, ModelError> {
     let (n, heads, head_dim) = x.dims3()?;
     let mut y = values(x)?.to_vec();
-    kernels::rope(pool, &mut y, n, heads, head_dim, rope_dim, cos, sin);
-    tensor(y, x.dims())
+    kernels::rope(pool, &mut y, n, heads, head_dim, rope_dim, &angles.cos, &angles.sin);
+    attach(&[x], y, x.dims(), || {
+        let (pool, angles) = (pool.clone(), angles.clone());
+        move |node| {
+            let back: Vec<f32> = angles.sin.iter().map(|s| -s).collect();
+            let mut dx = node.dy.to_vec();
+            kernels::rope(&pool, &mut dx, n, heads, head_dim, rope_dim, &angles.cos, &back);
+            Ok(vec![Some(dx)])
+        }
+    })
+}
+
+/// Rows of `x [N, d]` by their numbers.
+pub(crate) fn pick_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor, ModelError> {
+    let d = x.dim(1)?;
+    let v = values(x)?;
+    let mut y = Vec::with_capacity(rows.len() * d);
+    rows.iter().for_each(|&row| y.extend_from_slice(&v[row * d..(row + 1) * d]));
+    attach(&[x], y, &[rows.len(), d], || {
+        let rows = rows.to_vec();
+        move |node| {
+            let mut dx = vec![0.0; node.args[0].elem_count()];
+            for (&row, dy) in rows.iter().zip(node.dy.chunks_exact(d)) {
+                dx[row * d..(row + 1) * d].iter_mut().zip(dy).for_each(|(dx, dy)| *dx += dy);
+            }
+            Ok(vec![Some(dx)])
+        }
+    })
+}
+
+/// `x[t] * sigmoid(gate[t])`; `x [n, d]`, `gate [n, 1]`.
+pub(crate) fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelError> {
+    let d = x.dim(1)?;
+    let g = values(gate)?;
+    let y = values(x)?.iter().enumerate().map(|(i, v)| v / (1.0 + (-g[i / d]).exp())).collect();
+    attach(&[x, gate], y, x.dims(), || {
+        move |node| {
+            let [x, gate] = [values(node.args[0])?, values(node.args[1])?];
+            let s: Vec<f32> = gate.iter().map(|g| 1.0 / (1.0 + (-g).exp())).collect();
+            let dx = node.dy.iter().enumerate().map(|(i, dy)| dy * s[i / d]).collect();
+            let rows = x.chunks_exact(d).zip(node.dy.chunks_exact(d)).zip(&s);
+            let dgate = rows.map(|((x, dy), s)| kernels::dot(x, dy) * s * (1.0 - s)).collect();
+            Ok(vec![Some(dx), Some(dgate)])
+        }
+    })
 }

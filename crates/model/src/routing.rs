@@ -1,11 +1,16 @@
 //! From router logits to chosen experts and gates, for every router family and every way of removing experts.
 
-use candle_core::{Device, Tensor};
+mod gradient;
+
+use candle_core::Tensor;
 use quorate_formats::spec::{MoeSpec, RouterScore};
 use quorate_kernels::NO_EXPERT;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelError;
+use crate::grad::attach;
+use crate::ops::values;
+use gradient::GateGradient;
 
 /// Chosen experts of every token row, in rank order, and the gates with which their outputs are summed.
 #[derive(Clone, Debug)]
@@ -14,7 +19,7 @@ pub struct Routing {
     pub k: usize,
     /// Global expert ids, `[N, k]` row by row; [`NO_EXPERT`] is an empty slot.
     pub ids: Vec<u32>,
-    /// Gates, `[N, k]`; 0 in empty slots.
+    /// Gates, `[N, k]`; 0 in empty slots. They are differentiable in the logits; the choice itself is a constant.
     pub gates: Tensor,
 }
 
@@ -68,17 +73,20 @@ pub(crate) struct Keep<'a> {
 pub(crate) fn route(
     moe: &MoeSpec,
     layer: usize,
-    logits: &[f32],
+    logits: &Tensor,
     selection: Option<&[f32]>,
     keep: Option<Keep<'_>>,
 ) -> Result<Routing, ModelError> {
     let (e, k) = (moe.n_experts, moe.top_k);
-    let n = logits.len() / e;
+    let z = values(logits)?;
+    let n = z.len() / e;
     let mut ids = vec![NO_EXPERT; n * k];
     let mut gates = vec![0f32; n * k];
+    // With gradient, the choice before slots were dropped is needed on the way back.
+    let mut chosen = if logits.track_op() { vec![NO_EXPERT; n * k] } else { Vec::new() };
     let mut row = Row { masked: vec![0.0; e], choice: vec![0.0; e] };
     for t in 0..n {
-        let z = &logits[t * e..(t + 1) * e];
+        let z = &z[t * e..(t + 1) * e];
         let bias = selection.map(|s| &s[t * e..(t + 1) * e]);
         let unusable = z.iter().any(|&v| v.is_nan() || v == f32::INFINITY);
         if unusable || bias.is_some_and(|b| b.iter().any(|v| v.is_nan())) {
@@ -87,6 +95,9 @@ pub(crate) fn route(
         row.fill(moe, z, bias, keep.as_ref());
         let (ids, gates) = (&mut ids[t * k..(t + 1) * k], &mut gates[t * k..(t + 1) * k]);
         top_k(&row.choice, &row.masked, ids);
+        if let Some(chosen) = chosen.get_mut(t * k..(t + 1) * k) {
+            chosen.copy_from_slice(ids);
+        }
         let source = match &keep {
             Some(Keep { mode: RoutingMode::Mask, .. }) => &row.masked,
             _ => z,
@@ -96,7 +107,12 @@ pub(crate) fn route(
             drop_slots(ids, gates, |id| !kept[id as usize], *mode == RoutingMode::DropRenormalise);
         }
     }
-    Ok(Routing { k, ids, gates: Tensor::from_vec(gates, (n, k), &Device::Cpu)? })
+    let gates = attach(&[logits], gates, &[n, k], || {
+        let keep = keep.map(|keep| (keep.kept.to_vec(), keep.mode));
+        let gradient = GateGradient { moe: moe.clone(), chosen, keep };
+        move |node| Ok(vec![Some(gradient.back(&values(node.args[0])?, node.dy))])
+    })?;
+    Ok(Routing { k, ids, gates })
 }
 
 struct Row {
@@ -212,6 +228,7 @@ pub fn softmax(values: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
     use quorate_formats::spec::{Activation, RouterSpec};
 
     fn moe(score: RouterScore, norm: bool) -> MoeSpec {
@@ -226,7 +243,8 @@ mod tests {
     }
 
     fn run(moe: &MoeSpec, z: &[f32], bias: Option<&[f32]>, keep: Option<Keep<'_>>) -> (Vec<u32>, Vec<f32>) {
-        let r = route(moe, 0, z, bias, keep).unwrap();
+        let z = Tensor::new(z, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let r = route(moe, 0, &z, bias, keep).unwrap();
         (r.ids, r.gates.flatten_all().unwrap().to_vec1().unwrap())
     }
 
@@ -283,6 +301,7 @@ mod tests {
         let (ids, gates) = run(&m, &[inf, inf, 1.0, inf], None, None);
         assert_eq!(ids, [2, NO_EXPERT]);
         close(&gates, &[1.0, 0.0]);
-        assert!(route(&m, 3, &[0.0, f32::NAN, 0.0, 0.0], None, None).is_err());
+        let nan = Tensor::new(&[[0.0, f32::NAN, 0.0, 0.0]], &Device::Cpu).unwrap();
+        assert!(route(&m, 3, &nan, None, None).is_err());
     }
 }

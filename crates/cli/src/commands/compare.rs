@@ -5,16 +5,19 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_eval::compare::{Cell, Comparison, Row, Source};
-use quorate_eval::compare_tables::Tables;
+use quorate_eval::compare_tables::{Tables, relatives_table};
 use quorate_eval::tasks::{Task, load_tasks};
 use quorate_formats::write_file;
 use quorate_lens::{Keep, Scope};
-use quorate_methods::{DEFAULT_METRIC, METRICS};
+use quorate_methods::relatives::{Aligner, RELATIVES, RelativesComparison};
+use quorate_methods::{DEFAULT_METRIC, Lab, METRICS, MethodError};
 use quorate_model::RoutingMode;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::common::{Common, interrupted, parse_count, say};
 use crate::experts::{ModeArg, ScopeArg, need_experts};
+use crate::method::Outside;
 
 /// Arguments of `compare`.
 #[derive(Args)]
@@ -25,6 +28,7 @@ first. Finished cells are kept in OUT.json, so that an interrupted comparison go
 
 Examples:
   quorate compare --routing -o results
+  quorate compare --relatives 60 --keep 16,8 --metrics peu -o relatives
   quorate compare --keep 8 --metrics easy-ep,peu,reap --limit 50 -o quick")]
 pub struct Compare {
     /// Task files or folders; left out with the embedded model, its own tasks
@@ -51,6 +55,9 @@ pub struct Compare {
     /// Also compare the scopes and routing modes, with the own pattern and the first metric
     #[arg(long)]
     routing: bool,
+    /// Also compare the relatives (naee, mone, merging, ...) on at most N questions of each task, calibrated on its texts
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    relatives: Option<usize>,
     /// Writes OUT.md (tables) and OUT.json (cells)
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
@@ -71,10 +78,14 @@ impl Compare {
         let experts = model.spec().moe_layers().into_iter().filter_map(|l| model.spec().moe(l));
         let experts = experts.map(|m| m.n_experts).min().unwrap_or(0);
         let rows = self.rows(&metrics, experts);
-        let mut comparison = Comparison::new(model, library, tasks, self.saved(&fingerprint, &inputs)?)?;
-        let save = |cells: &[Cell]| -> Result<()> {
-            let document = json!({ "fingerprint": fingerprint, "inputs": inputs, "split": self.split,
+        let Saved { cells, mut relatives } = self.saved(&fingerprint, &inputs)?;
+        let mut comparison = Comparison::new(model, library, tasks, cells)?;
+        let save = |cells: &[Cell], relatives: &Option<Relatives>| -> Result<()> {
+            let mut document = json!({ "fingerprint": fingerprint, "inputs": inputs, "split": self.split,
                 "limit": self.limit, "cells": cells });
+            if let Some(relatives) = relatives {
+                document["relatives"] = json!(relatives);
+            }
             Ok(write_file(&self.file("json"), serde_json::to_string(&document)?.as_bytes())?)
         };
         let n_tasks = comparison.tasks().len();
@@ -82,14 +93,19 @@ impl Compare {
         for (i, row) in rows.iter().enumerate() {
             for task in 0..n_tasks {
                 if !comparison.cell(row, task, &mut || !interrupted())? {
-                    save(&comparison.cells)?;
-                    bail!("interrupted; what is done so far is kept, give the same command again to go on");
+                    save(&comparison.cells, &relatives)?;
+                    bail!(INTERRUPTED);
                 }
                 progress.set((i * n_tasks + task + 1) as u64);
             }
-            save(&comparison.cells)?;
+            save(&comparison.cells, &relatives)?;
         }
         progress.finish();
+        let mut section = String::new();
+        if let Some(limit) = self.relatives {
+            section =
+                self.relatives(common, limit, &mut relatives, &mut |relatives| save(&comparison.cells, relatives))?;
+        }
         let tables = Tables {
             cells: &comparison.cells,
             tasks: comparison.tasks().iter().map(|t| t.name.as_str()).collect(),
@@ -101,15 +117,20 @@ impl Compare {
         let mode = RoutingMode::from(self.mode).name();
         let (split, limit, scope) = (&self.split, self.limit, scope.name());
         let routing = if self.routing { " --routing" } else { "" };
+        let routing = match self.relatives {
+            Some(n) => format!("{routing} --relatives {n}"),
+            None => routing.to_string(),
+        };
         let text = format!(
             "# Answers with few experts\n\nMade by `quorate compare{routing} -o {}`: model `{fingerprint}`, split `{split}`, up to {limit} items per \
              task, scope `{scope}`, routing mode `{mode}`.\n\n{}",
             self.output.display(),
-            tables.markdown()
+            tables.markdown() + &section
         );
         write_file(&self.file("md"), text.as_bytes())?;
         if common.json {
-            return common.print_json(&json!({ "cells": comparison.cells }));
+            let relatives = self.relatives.and(relatives).map(|r| r.cells);
+            return common.print_json(&json!({ "cells": comparison.cells, "relatives": relatives }));
         }
         Ok(say!("{text}")?)
     }
@@ -146,10 +167,66 @@ impl Compare {
         name.into()
     }
 
+    /// Compares the relatives, going on where `known` stopped; returns their section of OUT.md.
+    fn relatives(
+        &self,
+        common: &Common,
+        limit: usize,
+        known: &mut Option<Relatives>,
+        save: &mut dyn FnMut(&Option<Relatives>) -> Result<()>,
+    ) -> Result<String> {
+        let paths = common.task_paths(&self.tasks)?;
+        let mut tests = load_tasks(&paths, Some(&self.split))?;
+        tests.iter_mut().for_each(|task| task.items.truncate(limit));
+        let calibration = load_tasks(&paths, Some(CALIBRATION_SPLIT))?;
+        let inputs = inputs(&tests, &inputs(&calibration, ""));
+        let comparison = RelativesComparison::new(self.keep.clone(), self.mode.into());
+        let earlier = known.get_or_insert_with(|| Relatives { inputs: inputs.clone(), limit, cells: Vec::new() });
+        if earlier.inputs != inputs {
+            bail!(
+                "{} has relatives on {} questions per task, or other texts; help: give --relatives {1}, remove it or give another -o",
+                self.file("json").display(),
+                earlier.limit
+            );
+        }
+        let mut model = common.open_model(None)?;
+        common.load_all_experts(&mut model)?;
+        let mut outside = Outside::new(common, &self.tasks);
+        let mut lab = Lab::new(model, &mut outside);
+        let mut aligner = Aligner::default();
+        for test in &tests {
+            let Some(own) = calibration.iter().find(|c| c.name == test.name) else {
+                bail!(
+                    "task `{}` has no file of the split `{CALIBRATION_SPLIT}`; help: the relatives need texts to calibrate on",
+                    test.name
+                );
+            };
+            let Some(Relatives { cells, .. }) = known else { continue };
+            let outcome = comparison.task(&mut lab, &mut aligner, own, test, cells);
+            save(known)?;
+            match outcome {
+                Err(MethodError::Interrupted) => bail!(INTERRUPTED),
+                outcome => outcome?,
+            }
+        }
+        let names: Vec<(&str, &str)> = RELATIVES.iter().map(|r| (r.name, r.about)).collect();
+        let cells = known.as_ref().map_or(&[][..], |k| &k.cells);
+        let asked: std::collections::HashSet<&str> = cells.iter().map(|c| c.task.as_str()).collect();
+        Ok(format!(
+            "\n### The relatives beside PEU, REAP and random experts\n\nMean exact match over {} tasks, the first {limit} questions of \
+             each; every row is calibrated on the same {} texts of the task at most (`{CALIBRATION_SPLIT}`). Every layer keeps equally \
+             many, but for the rows of equal shares, which keep so many on average; routing mode `{}` where experts are removed.\n\n{}",
+            asked.len(),
+            comparison.texts,
+            comparison.mode.name(),
+            relatives_table(cells, &names, &self.keep)
+        ))
+    }
+
     /// Cells of an earlier run of the same comparison.
-    fn saved(&self, fingerprint: &str, inputs: &str) -> Result<Vec<Cell>> {
+    fn saved(&self, fingerprint: &str, inputs: &str) -> Result<Saved> {
         let path = self.file("json");
-        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Vec::new()) };
+        let Ok(text) = std::fs::read_to_string(&path) else { return Ok(Saved::default()) };
         let saved: serde_json::Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         if saved["fingerprint"] != json!(fingerprint) || saved["inputs"] != json!(inputs) {
             bail!(
@@ -157,8 +234,30 @@ impl Compare {
                 path.display()
             );
         }
-        serde_json::from_value(saved["cells"].clone()).with_context(|| path.display().to_string())
+        serde_json::from_value(saved).with_context(|| path.display().to_string())
     }
+}
+
+/// The split whose texts calibrate the relatives.
+const CALIBRATION_SPLIT: &str = "train-sample";
+const INTERRUPTED: &str = "interrupted; what is done so far is kept, give the same command again to go on";
+
+/// What OUT.json holds of an earlier run.
+#[derive(Default, Deserialize)]
+struct Saved {
+    cells: Vec<Cell>,
+    #[serde(default)]
+    relatives: Option<Relatives>,
+}
+
+/// The relatives' part of OUT.json.
+#[derive(Serialize, Deserialize)]
+struct Relatives {
+    /// A hash of questions and calibration texts.
+    inputs: String,
+    /// Questions per task at most.
+    limit: usize,
+    cells: Vec<Cell>,
 }
 
 /// A hash of what the answers depend on besides the model: task items and patterns.

@@ -432,7 +432,7 @@ fn methods_are_listed_and_explained() {
     let json = quorate!["methods", "--json"].json();
     for method in json.as_array().unwrap() {
         has_fields(&method["card"], &["id", "title", "paper", "year", "needs", "cost", "metrics", "run", "about"]);
-        assert!(method["metrics"].as_array().is_some_and(|m| !m.is_empty()), "{method}");
+        assert!(method["metrics"].is_array(), "{method}");
     }
     let one = quorate!["methods", "premoe"].ok();
     assert!(one.contains("needs: ") && one.contains("run:   quorate "), "{one}");

@@ -6,5 +6,6 @@ mod bad_models;
 mod commands;
 mod interrupts;
 mod patterns;
+mod relatives;
 mod run;
 mod support;

@@ -34,6 +34,57 @@ fn matmul_of_all_sizes() {
 }
 
 #[test]
+fn products_with_the_transpose() {
+    let (mut random, pools) = (Random(21), pools(2));
+    for dtype in TYPES {
+        for size in (1..=70).step_by(3) {
+            let (rows, cols) = (1 + random.below(70), size * dtype.block_len());
+            let n = random.below(30);
+            let w = Weights::new(dtype, rows, cols, &random.nasty(rows * cols));
+            let x = random.nasty(n * rows);
+            let column = |c: usize| (0..rows).map(move |r| (r, r * cols + c));
+            for pool in &pools {
+                let mut y = vec![f32::NAN; n * cols];
+                matmul_transposed(pool, w.get(), &x, n, &mut y);
+                for (i, y) in y.iter().enumerate() {
+                    let (t, c) = (i / cols, i % cols);
+                    let terms = column(c).map(|(r, at)| w.exact[at] * f64::from(x[t * rows + r]));
+                    let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), v| (sum + v, size + v.abs()));
+                    let tolerance = (4.0 + (rows as f64).sqrt()) * EPS * size + 1e-37;
+                    near(*y, sum, tolerance, format_args!("{:?} {dtype:?} {rows}x{cols} n{n} {t},{c}", pool.isa()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn slot_products_are_the_products_of_their_experts() {
+    let (mut random, pools) = (Random(22), pools(2));
+    let (rows, cols, ids) = (20, 32, [2, NO_EXPERT, 0, 2, 2, 0]);
+    let weights: Vec<Weights> =
+        (0..3).map(|_| Weights::new(DType::BF16, rows, cols, &random.values(rows * cols))).collect();
+    let refs: Vec<_> = weights.iter().enumerate().map(|(e, w)| (e != 1).then(|| w.get())).collect();
+    for pool in &pools {
+        for (side, inner, outer) in [(Side::Rows, cols, rows), (Side::Columns, rows, cols)] {
+            let x = random.values(3 * inner);
+            let (mut y, mut one) = (vec![f32::NAN; 6 * outer], vec![0.0; outer]);
+            slot_products(pool, side, &refs, &x, 2, &ids, &mut y).unwrap();
+            for (s, y) in y.chunks(outer).enumerate() {
+                let x = &x[s / 2 * inner..][..inner];
+                match (ids[s], side) {
+                    (NO_EXPERT, _) => one.fill(0.0),
+                    (e, Side::Rows) => matmul(pool, Pack::Always, weights[e as usize].get(), x, 1, None, &mut one),
+                    (e, Side::Columns) => matmul_transposed(pool, weights[e as usize].get(), x, 1, &mut one),
+                }
+                assert_eq!(y, one, "{side:?} slot {s}");
+            }
+            assert!(slot_products(pool, side, &refs, &x, 2, &[1; 6], &mut vec![0.0; 6 * outer]).is_err());
+        }
+    }
+}
+
+#[test]
 fn matmul_of_all_token_counts() {
     let (mut random, pools) = (Random(2), pools(1));
     for dtype in TYPES {

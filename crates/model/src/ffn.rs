@@ -1,0 +1,317 @@
+//! Gated feed-forward networks, dense and of experts, and the way of the gradient through them.
+//!
+//! Experts whose weights lie as matrices are computed at once, tokens grouped by expert. Those that an overlay opened (a
+//! tracked weight, or a low-rank term) are computed one by one and put in their slots.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use quorate_formats::spec::Activation;
+use quorate_kernels::{self as kernels, Act, ExpertRef, MatRef, NO_EXPERT, Pack, Pool, Side};
+use quorate_residency::Matrix;
+
+use crate::grad::{Grads, Node, attach};
+use crate::ops::{self, linear, values};
+use crate::overlay::{Linear, Weight};
+use crate::{ModelError, Routing};
+
+/// The weights of one expert, or of a dense block.
+#[derive(Clone, Copy)]
+pub(crate) struct Gated<'a> {
+    pub gate: Linear<'a>,
+    pub up: Linear<'a>,
+    pub down: Linear<'a>,
+}
+
+/// A product of grouped slots.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Hidden,
+    Down,
+}
+
+impl<'a> Gated<'a> {
+    /// Whether the kernels can take these weights as they are.
+    fn plain(&self, half: Half) -> bool {
+        match half {
+            Half::Hidden => self.gate.stored().is_some() && self.up.stored().is_some(),
+            Half::Down => self.down.stored().is_some(),
+        }
+    }
+
+    /// For the kernels; a matrix that lies as a tensor is empty here.
+    fn as_ref(&self) -> ExpertRef<'a> {
+        ExpertRef { gate: base(&self.gate), up: base(&self.up), down: base(&self.down) }
+    }
+}
+
+fn base<'a>(linear: &Linear<'a>) -> MatRef<'a> {
+    match linear.weight {
+        Weight::Stored(matrix) => matrix.as_ref(),
+        Weight::Open(_) => MatRef::of_f32(0, 0, &[]),
+    }
+}
+
+/// Some experts' matrices: of each, one or two.
+type Matrices = Vec<Option<Vec<Matrix>>>;
+
+/// `act(gate x) * (up x)`, `[n, I]`, of `x [n, d]`.
+pub(crate) fn hidden(
+    pool: &Arc<Pool>,
+    pack: Pack,
+    ffn: &Gated<'_>,
+    act: Activation,
+    x: &Tensor,
+) -> Result<Tensor, ModelError> {
+    let act = kernel_act(act);
+    let (Some(gate), Some(up)) = (ffn.gate.stored(), ffn.up.stored()) else {
+        let gate = linear(pool, pack, x, &ffn.gate, None)?;
+        return gated(&gate, &linear(pool, pack, x, &ffn.up, None)?, pool, act);
+    };
+    let v = values(x)?;
+    let n = v.len() / gate.cols;
+    let mut y = vec![0.0; n * gate.rows];
+    kernels::gated_hidden(pool, pack, gate.as_ref(), up.as_ref(), &v, n, act, &mut y);
+    attach(&[x], y, &[n, gate.rows], || {
+        let (pool, matrices) = (pool.clone(), vec![Some(vec![gate.clone(), up.clone()])]);
+        move |node| hidden_backward(&pool, &matrices, &vec![0; n], 1, act, node)
+    })
+}
+
+/// `act(gate) * up`, value by value.
+fn gated(gate: &Tensor, up: &Tensor, pool: &Arc<Pool>, act: Act) -> Result<Tensor, ModelError> {
+    let mut y = values(gate)?.to_vec();
+    kernels::act_inplace(pool, act, &mut y);
+    y.iter_mut().zip(&*values(up)?).for_each(|(y, u)| *y *= u);
+    attach(&[gate, up], y, gate.dims(), || {
+        let pool = pool.clone();
+        move |node| {
+            let (dg, du) = gated_backward(&pool, act, &values(node.args[0])?, values(node.args[1])?.to_vec(), node.dy);
+            Ok(vec![Some(dg), Some(du)])
+        }
+    })
+}
+
+/// Inner activations of the chosen experts, `[n, k, I]`, of `x [n, d]`.
+pub(crate) fn expert_hidden(
+    pool: &Arc<Pool>,
+    pack: Pack,
+    experts: &[Option<Gated<'_>>],
+    act: Activation,
+    width: usize,
+    x: &Tensor,
+    routing: &Routing,
+) -> Result<Tensor, ModelError> {
+    let (k, n, kernel) = (routing.k, x.dim(0)?, kernel_act(act));
+    let (plain, ids) = split(experts, Half::Hidden, &routing.ids);
+    let mut y = vec![0.0; n * k * width];
+    kernels::expert_hidden(pool, pack, &plain, &values(x)?, n, k, &ids, kernel, &mut y)?;
+    let together = attach(&[x], y, &[n * k, width], || {
+        let (pool, ids) = (pool.clone(), ids.clone());
+        let matrices = held(experts, &ids, |e| vec![e.gate.stored(), e.up.stored()]);
+        move |node| hidden_backward(&pool, &matrices, &ids, k, kernel, node)
+    })?;
+    let all = one_by_one(experts, Half::Hidden, routing, together, |expert, slots| {
+        let tokens: Vec<usize> = slots.iter().map(|&s| s as usize / k).collect();
+        hidden(pool, pack, expert, act, &ops::pick_rows(x, &tokens)?)
+    })?;
+    Ok(all.reshape((n, k, width))?)
+}
+
+/// Outputs of the chosen experts before their gates, `[n, k, d]`, of `hidden [n, k, I]`.
+pub(crate) fn expert_down(
+    pool: &Arc<Pool>,
+    pack: Pack,
+    experts: &[Option<Gated<'_>>],
+    d: usize,
+    hidden: &Tensor,
+    routing: &Routing,
+) -> Result<Tensor, ModelError> {
+    let (n, k, width) = hidden.dims3()?;
+    let hidden = hidden.reshape((n * k, width))?;
+    let (plain, ids) = split(experts, Half::Down, &routing.ids);
+    let mut y = vec![0.0; n * k * d];
+    kernels::expert_down(pool, pack, &plain, &values(&hidden)?, n, k, &ids, &mut y)?;
+    let together = attach(&[&hidden], y, &[n * k, d], || {
+        let (pool, ids) = (pool.clone(), ids.clone());
+        let matrices = held(experts, &ids, |e| vec![e.down.stored()]);
+        move |node| Ok(vec![Some(slots(&pool, Side::Columns, &matrices, 0, node.dy, 1, &ids, width)?)])
+    })?;
+    let all = one_by_one(experts, Half::Down, routing, together, |expert, slots| {
+        let rows: Vec<usize> = slots.iter().map(|&s| s as usize).collect();
+        linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, None)
+    })?;
+    Ok(all.reshape((n, k, d))?)
+}
+
+/// The gated sum over each token's slots: `slots [n, k, d]` to `[n, d]`.
+pub(crate) fn combine(pool: &Pool, slots: &Tensor, routing: &Routing) -> Result<Tensor, ModelError> {
+    let (n, k, d) = slots.dims3()?;
+    let mut y = vec![0.0; n * d];
+    kernels::combine(pool, &values(slots)?, &values(&routing.gates)?, &routing.ids, n, k, d, &mut y);
+    attach(&[slots, &routing.gates], y, &[n, d], || {
+        let ids = routing.ids.clone();
+        move |node| {
+            let [slots, gates] = [values(node.args[0])?, values(node.args[1])?];
+            let (mut dslots, mut dgates) = (vec![0.0; slots.len()], vec![0.0; gates.len()]);
+            for s in (0..ids.len()).filter(|&s| ids[s] != NO_EXPERT) {
+                let (dy, at) = (&node.dy[s / k * d..][..d], s * d..(s + 1) * d);
+                dgates[s] = kernels::dot(&slots[at.clone()], dy);
+                dslots[at].iter_mut().zip(dy).for_each(|(ds, dy)| *ds = gates[s] * dy);
+            }
+            Ok(vec![Some(dslots), Some(dgates)])
+        }
+    })
+}
+
+/// The experts that are computed at once, and the ids without the others.
+fn split<'a>(experts: &[Option<Gated<'a>>], half: Half, ids: &[u32]) -> (Vec<Option<ExpertRef<'a>>>, Vec<u32>) {
+    let open = |id: &u32| *id != NO_EXPERT && experts[*id as usize].is_some_and(|e| !e.plain(half));
+    let ids = ids.iter().map(|id| if open(id) { NO_EXPERT } else { *id }).collect();
+    (experts.iter().map(|e| e.as_ref().map(Gated::as_ref)).collect(), ids)
+}
+
+/// Handles on the matrices of the experts that occur, for the way back.
+fn held<'a>(
+    experts: &[Option<Gated<'a>>],
+    ids: &[u32],
+    matrices: impl Fn(&Gated<'a>) -> Vec<Option<&'a Matrix>>,
+) -> Matrices {
+    let mut used = vec![false; experts.len()];
+    ids.iter().filter(|&&id| id != NO_EXPERT).for_each(|&id| used[id as usize] = true);
+    let clone = |(expert, used): (&Option<Gated<'a>>, bool)| {
+        let matrices = expert.as_ref().filter(|_| used).map(&matrices)?;
+        matrices.into_iter().map(|m| m.cloned()).collect()
+    };
+    experts.iter().zip(used).map(clone).collect()
+}
+
+/// Computes the experts that `split` left out, each on its slots, and adds them to where the others left zeros.
+fn one_by_one(
+    experts: &[Option<Gated<'_>>],
+    half: Half,
+    routing: &Routing,
+    together: Tensor,
+    compute: impl Fn(&Gated<'_>, &[u32]) -> Result<Tensor, ModelError>,
+) -> Result<Tensor, ModelError> {
+    let mut slots_of = vec![Vec::new(); experts.len()];
+    for (slot, &id) in (0u32..).zip(&routing.ids) {
+        if id != NO_EXPERT {
+            slots_of[id as usize].push(slot);
+        }
+    }
+    let (mut places, mut parts) = (Vec::new(), Vec::new());
+    for (expert, slots) in experts.iter().zip(&slots_of) {
+        let Some(expert) = expert.as_ref().filter(|e| !slots.is_empty() && !e.plain(half)) else { continue };
+        parts.push(compute(expert, slots)?);
+        places.extend_from_slice(slots);
+    }
+    if parts.is_empty() {
+        return Ok(together);
+    }
+    let count = places.len();
+    let places = Tensor::from_vec(places, count, &Device::Cpu)?;
+    Ok(together.index_add(&places, &Tensor::cat(&parts, 0)?, 0)?)
+}
+
+/// One product of every slot with the `which`-th matrix of its expert.
+#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+fn slots(
+    pool: &Pool,
+    side: Side,
+    matrices: &Matrices,
+    which: usize,
+    x: &[f32],
+    per_row: usize,
+    ids: &[u32],
+    width: usize,
+) -> Result<Vec<f32>, ModelError> {
+    let matrices: Vec<_> = matrices.iter().map(|m| m.as_ref().map(|m| m[which].as_ref())).collect();
+    let mut y = vec![0.0; ids.len() * width];
+    kernels::slot_products(pool, side, &matrices, x, per_row, ids, &mut y)?;
+    Ok(y)
+}
+
+/// The gradient of `x` through `act(gate x) * (up x)` of its `k` slots. The two products are computed again, which takes
+/// less memory than to keep them.
+fn hidden_backward(pool: &Pool, matrices: &Matrices, ids: &[u32], k: usize, act: Act, node: &Node<'_>) -> Grads {
+    let x = values(node.args[0])?;
+    let mut dx = vec![0.0; x.len()];
+    if k == 0 || ids.iter().all(|&id| id == NO_EXPERT) {
+        return Ok(vec![Some(dx)]);
+    }
+    let (d, width) = (x.len() * k / ids.len(), node.dy.len() / ids.len());
+    let gate = slots(pool, Side::Rows, matrices, 0, &x, k, ids, width)?;
+    let up = slots(pool, Side::Rows, matrices, 1, &x, k, ids, width)?;
+    let (dgate, dup) = gated_backward(pool, act, &gate, up, node.dy);
+    for (which, dy) in [dgate, dup].iter().enumerate() {
+        let dslots = slots(pool, Side::Columns, matrices, which, dy, 1, ids, d)?;
+        for (slot, dslot) in dslots.chunks_exact(d).enumerate() {
+            dx[slot / k * d..][..d].iter_mut().zip(dslot).for_each(|(dx, ds)| *dx += ds);
+        }
+    }
+    Ok(vec![Some(dx)])
+}
+
+/// Of `h = act(g) u`: `dg = dh u act'(g)` and `du = dh act(g)`.
+fn gated_backward(pool: &Pool, act: Act, gate: &[f32], up: Vec<f32>, dh: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let mut du = gate.to_vec();
+    kernels::act_inplace(pool, act, &mut du);
+    let mut dg = up;
+    for (((dg, du), &g), dh) in dg.iter_mut().zip(&mut du).zip(gate).zip(dh) {
+        *dg *= dh * slope(act, g, *du);
+        *du *= dh;
+    }
+    (dg, du)
+}
+
+/// The derivative of an activation at `x`, where its value is `y`.
+fn slope(act: Act, x: f32, y: f32) -> f32 {
+    match act {
+        Act::Silu => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            s + y * (1.0 - s)
+        }
+        Act::GeluTanh => {
+            let (a, b) = ((2.0 / std::f32::consts::PI).sqrt(), 0.044_715);
+            let t = (a * (x + b * x * x * x)).tanh();
+            0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * a * (1.0 + 3.0 * b * x * x)
+        }
+        Act::Gelu => {
+            let density = (-0.5 * x * x).exp() / (2.0 * std::f32::consts::PI).sqrt();
+            // y is x times the distribution function; near zero their quotient loses its digits.
+            let distribution = if x.abs() < 1e-2 { 0.5 + x * density } else { y / x };
+            distribution + x * density
+        }
+    }
+}
+
+pub(crate) fn kernel_act(act: Activation) -> Act {
+    match act {
+        Activation::Silu => Act::Silu,
+        Activation::GeluTanh => Act::GeluTanh,
+        Activation::Gelu => Act::Gelu,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slopes_are_those_of_the_activations() {
+        let pool = Pool::new(1);
+        for act in [Act::Silu, Act::GeluTanh, Act::Gelu] {
+            for x in [-6.0f32, -1.5, -0.3, -0.005, 0.0, 0.005, 0.02, 0.7, 3.0, 8.0] {
+                let at = |x: f32| {
+                    let mut y = [x];
+                    kernels::act_inplace(&pool, act, &mut y);
+                    y[0]
+                };
+                let step = 1e-2;
+                let numeric = (at(x + step) - at(x - step)) / (2.0 * step);
+                assert!((slope(act, x, at(x)) - numeric).abs() < 1e-4, "{act:?} at {x}: {numeric}");
+            }
+        }
+    }
+}
