@@ -1,0 +1,182 @@
+//! Products of tiles of rows of blocks with many tokens: a chunk of a tile is unpacked and turned,
+//! so that a vector holds four columns of all its rows, and then multiplied with every token while
+//! it is in the nearest cache.
+
+use super::{CHUNK, GROUPS, Quant, Rounded, Store, blocks_of, chunk_bytes, with_quant};
+use crate::simd::{Isa, MAX_LANES, Simd, kernel, transpose};
+use crate::tile::Rows;
+
+/// Values of a row of a packed chunk: codes (four to a value), scales, mins.
+const UNITS: usize = CHUNK / 4 + 2 * GROUPS;
+
+/// Values that a packed chunk takes.
+pub(crate) const fn packed_len(isa: Isa) -> usize {
+    UNITS * isa.tile_rows()
+}
+
+/// Tokens that are multiplied at once: their sums stay in registers.
+const fn tokens_at_once(isa: Isa) -> usize {
+    if isa.registers() == 32 { 6 } else { 3 }
+}
+
+/// `out[t * tile_rows + r]` is the product of row `first + r` and token `x[t]`, for all `r` below
+/// `tile_rows`; behind the last row it is repeated.
+///
+/// # Safety
+/// The machine must have `isa`; `w` must be valid, of a type with blocks, and have row `first`; each
+/// of `x` must hold `cols` values in chunks, `packed` [`packed_len`] values, and `out` a row of
+/// `tile_rows` for each token.
+pub(crate) unsafe fn multiply_rounded(
+    isa: Isa,
+    w: &Rows,
+    first: usize,
+    x: &[*const Rounded],
+    packed: *mut f32,
+    out: *mut f32,
+) {
+    std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
+    for chunk in 0..w.cols.div_ceil(CHUNK) {
+        let cols = (w.cols - chunk * CHUNK).min(CHUNK);
+        let (group, signed) = with_quant!(w.dtype, Q => {
+            pack_chunk::<Q>(isa, w, first, chunk, packed);
+            (Q::GROUP, Q::SIGNED)
+        }, else unreachable!("{} has no blocks", w.dtype.name()));
+        multiply_chunk(isa, packed, group, cols / group, signed, x, chunk, out);
+    }
+}
+
+/// A row of a chunk, unpacked. Its value is `scale * code - min`.
+#[repr(C, align(64))]
+struct Unpacked {
+    codes: Store,
+    scales: [f32; GROUPS],
+    mins: [f32; GROUPS],
+}
+
+kernel! {
+    /// Packs a chunk of the tile that begins at row `first`: `packed[u * tile_rows + r]` is unit `u` of row `first + r`.
+    ///
+    /// # Safety
+    /// As for [`multiply_rounded`].
+    unsafe fn pack_chunk<S, Q: Quant>(w: &Rows, first: usize, chunk: usize, packed: *mut f32) {
+        let n = blocks_of::<Q>((w.cols - chunk * CHUNK).min(CHUNK));
+        const ROW: Unpacked = Unpacked { codes: Store([0; CHUNK]), scales: [0.0; GROUPS], mins: [0.0; GROUPS] };
+        let mut rows = [ROW; MAX_LANES];
+        for half in 0..2 {
+            for (r, row) in rows[..S::LANES].iter_mut().enumerate() {
+                unpack::<S, Q>(w.row(first + half * S::LANES + r).add(chunk * chunk_bytes::<Q>()), n, row);
+            }
+            for u in (0..UNITS).step_by(S::LANES) {
+                let mut v = [S::zero(); MAX_LANES];
+                for r in 0..S::LANES {
+                    v[r] = S::load((&raw const rows[r]).cast::<f32>().add(u));
+                }
+                transpose::<S>(&mut v);
+                for i in 0..S::LANES {
+                    S::store(packed.add((2 * (u + i) + half) * S::LANES), v[i]);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn unpack<S: Simd, Q: Quant>(p: *const u8, n: usize, row: &mut Unpacked) {
+    Q::scales::<S>(p, n, &mut row.scales, &mut row.mins);
+    Q::codes::<S>(p, n, &mut row.codes);
+    let bias = if Q::SIGNED && S::BIASED { 128 } else { 0 };
+    if bias > 0 {
+        for code in &mut row.codes.0 {
+            *code ^= bias;
+        }
+    }
+    if !Q::MINS {
+        let offset = f32::from(Q::OFFSET + bias);
+        for (min, scale) in row.mins.iter_mut().zip(&row.scales) {
+            *min = scale * offset;
+        }
+    }
+}
+
+kernel! {
+    /// Adds the products of a packed chunk, of `groups` groups, to `out`.
+    ///
+    /// # Safety
+    /// As for [`multiply_rounded`].
+    unsafe fn multiply_chunk<S>(
+        packed: *const f32, group: usize, groups: usize, signed: bool, x: &[*const Rounded], chunk: usize,
+        out: *mut f32,
+    ) {
+        let most = const { tokens_at_once(S::ISA) };
+        let blocks = x.len().div_ceil(most);
+        let mut start = 0;
+        for block in 0..blocks {
+            let end = (block + 1) * x.len() / blocks;
+            let (x, out) = (&x[start..end], out.add(start * 2 * S::LANES));
+            macro_rules! by_tokens {
+                ($($m:literal)*) => {
+                    match (x.len(), signed && !S::BIASED) {
+                        $(($m, false) if $m <= most => {
+                            outer::<S, $m, false>(packed, group, groups, x, chunk, out);
+                        })*
+                        $(($m, true) if $m <= most => {
+                            outer::<S, $m, true>(packed, group, groups, x, chunk, out);
+                        })*
+                        _ => {}
+                    }
+                };
+            }
+            by_tokens!(1 2 3 4 5 6);
+            start = end;
+        }
+    }
+}
+
+/// [`multiply_chunk`] for `M` tokens.
+#[inline(always)]
+unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
+    packed: *const f32,
+    group: usize,
+    groups: usize,
+    x: &[*const Rounded],
+    chunk: usize,
+    out: *mut f32,
+) {
+    let width = 2 * S::LANES;
+    let mut tokens = [std::ptr::null(); M];
+    let mut sums = [[S::zero(); 2]; M];
+    for t in 0..M {
+        tokens[t] = x[t].add(chunk);
+        for half in 0..2 {
+            sums[t][half] = S::load(out.add(t * width + half * S::LANES));
+        }
+    }
+    for g in 0..groups {
+        let mut whole = [[S::splat_i32(0); 2]; M];
+        for c in (g * group..(g + 1) * group).step_by(4) {
+            let codes = packed.add(c / 4 * width).cast::<u8>();
+            let codes = [S::load_i32(codes), S::load_i32(codes.add(4 * S::LANES))];
+            for t in 0..M {
+                let x = S::splat_i32(Rounded::codes(tokens[t]).add(c).cast::<i32>().read());
+                for half in 0..2 {
+                    whole[t][half] = S::dot4::<SIGNED>(whole[t][half], codes[half], x);
+                }
+            }
+        }
+        let scales = packed.add((CHUNK / 4 + g) * width);
+        for half in 0..2 {
+            let scale = S::load(scales.add(half * S::LANES));
+            let min = S::load(scales.add(GROUPS * width + half * S::LANES));
+            for t in 0..M {
+                let (worth, less) = Rounded::scales(tokens[t], group);
+                let sum = S::fma(min, S::splat(*less.add(g)), sums[t][half]);
+                sums[t][half] = S::fma(S::from_i32(whole[t][half]), S::mul(scale, S::splat(*worth.add(g))), sum);
+            }
+        }
+    }
+    for t in 0..M {
+        for half in 0..2 {
+            S::store(out.add(t * width + half * S::LANES), sums[t][half]);
+        }
+    }
+}
