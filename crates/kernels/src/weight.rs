@@ -95,13 +95,19 @@ pub(crate) fn dequantize_with(isa: Isa, dtype: DType, src: &[u8], out: &mut [f32
     unsafe { widen(isa, dtype, src.as_ptr(), out) }
 }
 
+/// Widens `out.len()` values.
+///
+/// # Safety
+/// The machine must have `isa`, and `src` hold `out.len()` values, in whole blocks.
+pub(crate) unsafe fn widen(isa: Isa, dtype: DType, src: *const u8, out: &mut [f32]) {
+    with_quant!(dtype, Q => widen_blocks::<Q>(isa, src, out), else widen_plain(isa, dtype, src, out));
+}
+
 kernel! {
     /// # Safety
-    /// `src` must hold `out.len()` values.
-    unsafe fn widen<S>(dtype: DType, src: *const u8, out: &mut [f32]) {
-        with_quant!(dtype, Q => widen_blocks::<S, Q>(src, out), else {
-            with_weight!(dtype, W => widen_all::<S, W>(src, out))
-        });
+    /// As for [`widen`].
+    unsafe fn widen_plain<S>(dtype: DType, src: *const u8, out: &mut [f32]) {
+        with_weight!(dtype, W => widen_all::<S, W>(src, out));
     }
 }
 
@@ -117,11 +123,14 @@ unsafe fn widen_all<S: Simd, W: Weight>(src: *const u8, out: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-unsafe fn widen_blocks<S: Simd, Q: Quant>(src: *const u8, out: &mut [f32]) {
-    let (len, bytes) = const { (Q::DTYPE.block_len(), Q::DTYPE.block_bytes()) };
-    for (i, out) in out.chunks_exact_mut(len).enumerate() {
-        widen_chunk::<S, Q>(src.add(i * bytes), 1, out.as_mut_ptr());
+kernel! {
+    /// # Safety
+    /// As for [`widen`].
+    unsafe fn widen_blocks<S, Q: Quant>(src: *const u8, out: &mut [f32]) {
+        let (len, bytes) = const { (Q::DTYPE.block_len(), Q::DTYPE.block_bytes()) };
+        for (i, out) in out.chunks_exact_mut(len).enumerate() {
+            widen_chunk::<S, Q>(src.add(i * bytes), 1, out.as_mut_ptr());
+        }
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) unsafe fn rounded_dots(
 
 kernel! {
     /// [`rounded_dots`] for the first `T` tokens.
-    unsafe fn dots<S, Q: Quant, T>(
+    unsafe fn dots<S, Q: Quant; T>(
         w: &Rows, first: usize, count: usize, x: [*const Rounded; 4], out: *mut f32, width: usize,
     ) {
         for r in 0..count {

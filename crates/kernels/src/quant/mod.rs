@@ -7,14 +7,22 @@
 //!
 //! A row is worked on in chunks of [`CHUNK`] values: one block, or up to eight small ones.
 
+#![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
+
 mod blocks;
 mod codebooks;
+mod dots;
 mod grids;
+mod rounded;
 mod super_blocks;
+mod tiles;
 
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
+pub(crate) use dots::rounded_dots;
+pub(crate) use rounded::{Rounded, round_row};
 pub(crate) use super_blocks::*;
+pub(crate) use tiles::{multiply_rounded, packed_len};
 
 use crate::DType;
 use crate::simd::Simd;

@@ -7,7 +7,7 @@ use super::CHUNK;
 use crate::simd::{Simd, kernel};
 
 /// Below this magnitude 32 values count as zeros: the inverse of their scale would overflow.
-pub(crate) const LEAST: f32 = 1e-35;
+const LEAST: f32 = 1e-35;
 
 /// A chunk of a row.
 #[derive(Clone, Copy)]

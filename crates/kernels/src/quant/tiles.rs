@@ -53,6 +53,10 @@ struct Unpacked {
     mins: [f32; GROUPS],
 }
 
+impl Unpacked {
+    const ZERO: Self = Self { codes: Store([0; CHUNK]), scales: [0.0; GROUPS], mins: [0.0; GROUPS] };
+}
+
 kernel! {
     /// Packs a chunk of the tile that begins at row `first`: `packed[u * tile_rows + r]` is unit `u` of row `first + r`.
     ///
@@ -60,8 +64,7 @@ kernel! {
     /// As for [`multiply_rounded`].
     unsafe fn pack_chunk<S, Q: Quant>(w: &Rows, first: usize, chunk: usize, packed: *mut f32) {
         let n = blocks_of::<Q>((w.cols - chunk * CHUNK).min(CHUNK));
-        const ROW: Unpacked = Unpacked { codes: Store([0; CHUNK]), scales: [0.0; GROUPS], mins: [0.0; GROUPS] };
-        let mut rows = [ROW; MAX_LANES];
+        let mut rows = [const { Unpacked::ZERO }; MAX_LANES];
         for half in 0..2 {
             for (r, row) in rows[..S::LANES].iter_mut().enumerate() {
                 unpack::<S, Q>(w.row(first + half * S::LANES + r).add(chunk * chunk_bytes::<Q>()), n, row);

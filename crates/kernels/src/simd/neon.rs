@@ -54,10 +54,6 @@ impl Simd for Neon {
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        widen_f16(vdup_n_u16(p.cast::<u16>().read_unaligned()))
-    }
-    #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {
         vcvtq_f32_s32(v)
     }

@@ -14,11 +14,7 @@ unsafe fn dot_128(w: int8x16_t, x: int8x16_t) -> int32x4_t {
 }
 
 #[inline(always)]
-unsafe fn both(
-    a: uint8x16x2_t,
-    b: uint8x16x2_t,
-    f: impl Fn(uint8x16_t, uint8x16_t) -> uint8x16_t,
-) -> uint8x16x2_t {
+unsafe fn both(a: uint8x16x2_t, b: uint8x16x2_t, f: impl Fn(uint8x16_t, uint8x16_t) -> uint8x16_t) -> uint8x16x2_t {
     uint8x16x2_t(f(a.0, b.0), f(a.1, b.1))
 }
 

@@ -56,10 +56,6 @@ impl Simd for Portable {
         p.cast::<[i8; N]>().read_unaligned().map(f32::from)
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        [widen_half(p.cast::<u16>().read_unaligned()); N]
-    }
-    #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {
         v.map(|x| x as f32)
     }

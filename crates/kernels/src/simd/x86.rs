@@ -57,11 +57,6 @@ impl Simd for Avx512 {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        let h = _mm_set1_epi16(p.cast::<i16>().read_unaligned());
-        _mm512_broadcastss_ps(_mm_cvtph_ps(h))
-    }
-    #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {
         _mm512_cvtepi32_ps(v)
     }
@@ -156,10 +151,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self::V {
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)))
-    }
-    #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned()))
     }
     #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {

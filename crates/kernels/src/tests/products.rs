@@ -157,10 +157,10 @@ fn gated_hidden_with_all_activations() {
 }
 
 /// Experts of a type, of which the third is missing.
-struct Experts {
-    d: usize,
-    i: usize,
-    weights: Vec<[Weights; 3]>,
+pub(super) struct Experts {
+    pub d: usize,
+    pub i: usize,
+    pub weights: Vec<[Weights; 3]>,
 }
 
 impl Experts {
@@ -173,7 +173,7 @@ impl Experts {
         Self { d, i, weights }
     }
 
-    fn get(&self) -> Vec<Option<ExpertRef<'_>>> {
+    pub(super) fn get(&self) -> Vec<Option<ExpertRef<'_>>> {
         let refs = self
             .weights
             .iter()
@@ -183,7 +183,7 @@ impl Experts {
 }
 
 /// Ids of `n` times `k` slots: some empty, none of expert 2, expert 0 often.
-fn some_ids(random: &mut Random, slots: usize, experts: usize) -> Vec<u32> {
+pub(super) fn some_ids(random: &mut Random, slots: usize, experts: usize) -> Vec<u32> {
     let mut id = || match random.below(experts + 3) {
         2 => NO_EXPERT,
         e if e >= experts => 0,
