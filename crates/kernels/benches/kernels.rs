@@ -82,27 +82,30 @@ impl Bench {
         let types = [DType::F32, DType::F16, DType::BF16];
         for (rows, cols) in [(1024, 256), (4096, 2048)] {
             for (dtype, n) in types.iter().flat_map(|t| [1, 2, 4, 8, 16, 64, 512].map(|n| (*t, n))) {
-                self.product(dtype, n, rows, cols);
+                self.product(dtype, n, rows, cols, "");
             }
         }
         for (n, rows, cols) in [(512, 128, 256), (512, 256, 128)] {
-            self.product(DType::BF16, n, rows, cols);
+            self.product(DType::BF16, n, rows, cols, "");
         }
     }
 
-    /// Weights in blocks: one token with 64 MiB of them, to be compared with reading as much; and many tokens.
+    /// Weights in blocks: few tokens with 64 MiB of them, to be compared with reading as much, and many tokens.
     fn blocks(&self) {
         for dtype in DType::ALL.iter().copied().filter(|t| t.is_quantized()) {
             let cols = 2048;
             let many = (64 << 20) / dtype.row_bytes(cols).expect("whole blocks");
-            for (n, rows) in [(1, many), (2, many), (4, many), (32, 4096), (512, 4096)] {
-                self.product(dtype, n, rows, cols);
+            for n in [1, 2, 4] {
+                self.product(dtype, n, many, cols, ", 64 MiB");
+            }
+            for n in [32, 512] {
+                self.product(dtype, n, 4096, cols, "");
             }
         }
     }
 
-    fn product(&self, dtype: DType, n: usize, rows: usize, cols: usize) {
-        let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]", dtype.name());
+    fn product(&self, dtype: DType, n: usize, rows: usize, cols: usize, note: &str) {
+        let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]{note}", dtype.name());
         if !self.wants(&name) {
             return;
         }

@@ -15,7 +15,7 @@ use crate::{DType, MatRef};
 const PACK_FROM: usize = 12;
 
 /// The same for weights in blocks.
-const PACK_BLOCKS_FROM: usize = 5;
+const PACK_BLOCKS_FROM: usize = 3;
 
 /// Whether weights are multiplied from packed tiles, or straight from their rows by dot products. The two add in different
 /// orders, so that the last bits of a result differ.

@@ -20,11 +20,21 @@ pub(crate) struct Rounded {
     /// Minus the sum of the rounded values: of every 32, and of every 16.
     less32: [f32; 8],
     less16: [f32; 16],
+    /// The sum of the codes.
+    sums32: [i32; 8],
+    sums16: [i32; 16],
 }
 
 impl Rounded {
-    pub(crate) const ZERO: Self =
-        Self { codes: [0; CHUNK], scale32: [0.0; 8], scale16: [0.0; 16], less32: [0.0; 8], less16: [0.0; 16] };
+    pub(crate) const ZERO: Self = Self {
+        codes: [0; CHUNK],
+        scale32: [0.0; 8],
+        scale16: [0.0; 16],
+        less32: [0.0; 8],
+        less16: [0.0; 16],
+        sums32: [0; 8],
+        sums16: [0; 16],
+    };
 
     /// The codes of the chunk at `p`.
     #[inline(always)]
@@ -40,6 +50,12 @@ impl Rounded {
         } else {
             ((&raw const (*p).scale16).cast(), (&raw const (*p).less16).cast())
         }
+    }
+
+    /// The sums of the codes of each `group` values.
+    #[inline(always)]
+    pub(super) const unsafe fn sums(p: *const Self, group: usize) -> *const i32 {
+        if group == 32 { (&raw const (*p).sums32).cast() } else { (&raw const (*p).sums16).cast() }
     }
 }
 
@@ -84,9 +100,11 @@ unsafe fn round_chunk<S: Simd>(x: *const f32, out: &mut Rounded) {
         let sum = |from: usize| out.codes[from..from + 16].iter().map(|c| i32::from(*c)).sum::<i32>();
         let sums = [sum(32 * g), sum(32 * g + 16)];
         out.scale32[g] = scale;
+        out.sums32[g] = sums[0] + sums[1];
         out.less32[g] = -scale * (sums[0] + sums[1]) as f32;
         for (half, sum) in sums.into_iter().enumerate() {
             out.scale16[2 * g + half] = scale;
+            out.sums16[2 * g + half] = sum;
             out.less16[2 * g + half] = -scale * sum as f32;
         }
     }

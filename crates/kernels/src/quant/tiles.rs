@@ -9,6 +9,9 @@ use crate::tile::Rows;
 /// Values of a row of a packed chunk: codes (four to a value), scales, mins.
 const UNITS: usize = CHUNK / 4 + 2 * GROUPS;
 
+/// What makes signed bytes unsigned.
+const BIAS: u8 = 128;
+
 /// Values that a packed chunk takes.
 pub(crate) const fn packed_len(isa: Isa) -> usize {
     UNITS * isa.tile_rows()
@@ -37,15 +40,27 @@ pub(crate) unsafe fn multiply_rounded(
     std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
-        let (group, signed) = with_quant!(w.dtype, Q => {
+        let form = with_quant!(w.dtype, Q => {
             pack_chunk::<Q>(isa, w, first, chunk, packed);
-            (Q::GROUP, Q::SIGNED)
+            Form { group: Q::GROUP, groups: cols / Q::GROUP, signed: Q::SIGNED, offset: Q::OFFSET, mins: Q::MINS }
         }, else unreachable!("{} has no blocks", w.dtype.name()));
-        multiply_chunk(isa, packed, group, cols / group, signed, x, chunk, out);
+        multiply_chunk(isa, packed, form, x, chunk, out);
     }
 }
 
-/// A row of a chunk, unpacked. Its value is `scale * code - min`.
+/// What the codes of a packed chunk mean.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Values in a group, and groups in the chunk.
+    group: usize,
+    groups: usize,
+    signed: bool,
+    /// What is taken from all codes.
+    offset: u8,
+    mins: bool,
+}
+
+/// A row of a chunk, unpacked.
 #[repr(C, align(64))]
 struct Unpacked {
     codes: Store,
@@ -87,16 +102,9 @@ kernel! {
 unsafe fn unpack<S: Simd, Q: Quant>(p: *const u8, n: usize, row: &mut Unpacked) {
     Q::scales::<S>(p, n, &mut row.scales, &mut row.mins);
     Q::codes::<S>(p, n, &mut row.codes);
-    let bias = if Q::SIGNED && S::BIASED { 128 } else { 0 };
-    if bias > 0 {
+    if Q::SIGNED && S::BIASED {
         for code in &mut row.codes.0 {
-            *code ^= bias;
-        }
-    }
-    if !Q::MINS {
-        let offset = f32::from(Q::OFFSET + bias);
-        for (min, scale) in row.mins.iter_mut().zip(&row.scales) {
-            *min = scale * offset;
+            *code ^= BIAS;
         }
     }
 }
@@ -107,9 +115,12 @@ kernel! {
     /// # Safety
     /// As for [`multiply_rounded`].
     unsafe fn multiply_chunk<S>(
-        packed: *const f32, group: usize, groups: usize, signed: bool, x: &[*const Rounded], chunk: usize,
-        out: *mut f32,
+        packed: *const f32, form: Form, x: &[*const Rounded], chunk: usize, out: *mut f32,
     ) {
+        let mut form = form;
+        if form.signed && S::BIASED {
+            form = Form { signed: false, offset: BIAS, ..form };
+        }
         let most = const { tokens_at_once(S::ISA) };
         let blocks = x.len().div_ceil(most);
         let mut start = 0;
@@ -118,12 +129,12 @@ kernel! {
             let (x, out) = (&x[start..end], out.add(start * 2 * S::LANES));
             macro_rules! by_tokens {
                 ($($m:literal)*) => {
-                    match (x.len(), signed && !S::BIASED) {
+                    match (x.len(), form.signed) {
                         $(($m, false) if $m <= most => {
-                            outer::<S, $m, false>(packed, group, groups, x, chunk, out);
+                            outer::<S, $m, false>(packed, form, x, chunk, out);
                         })*
                         $(($m, true) if $m <= most => {
-                            outer::<S, $m, true>(packed, group, groups, x, chunk, out);
+                            outer::<S, $m, true>(packed, form, x, chunk, out);
                         })*
                         _ => {}
                     }
@@ -139,8 +150,7 @@ kernel! {
 #[inline(always)]
 unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
     packed: *const f32,
-    group: usize,
-    groups: usize,
+    form: Form,
     x: &[*const Rounded],
     chunk: usize,
     out: *mut f32,
@@ -154,8 +164,13 @@ unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
             sums[t][half] = S::load(out.add(t * width + half * S::LANES));
         }
     }
+    let Form { group, groups, mins, .. } = form;
+    let offset = i32::from(form.offset);
     for g in 0..groups {
         let mut whole = [[S::splat_i32(0); 2]; M];
+        for t in 0..M {
+            whole[t] = [S::splat_i32(-offset * *Rounded::sums(tokens[t], group).add(g)); 2];
+        }
         for c in (g * group..(g + 1) * group).step_by(4) {
             let codes = packed.add(c / 4 * width).cast::<u8>();
             let codes = [S::load_i32(codes), S::load_i32(codes.add(4 * S::LANES))];
@@ -169,11 +184,17 @@ unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
         let scales = packed.add((CHUNK / 4 + g) * width);
         for half in 0..2 {
             let scale = S::load(scales.add(half * S::LANES));
-            let min = S::load(scales.add(GROUPS * width + half * S::LANES));
             for t in 0..M {
-                let (worth, less) = Rounded::scales(tokens[t], group);
-                let sum = S::fma(min, S::splat(*less.add(g)), sums[t][half]);
-                sums[t][half] = S::fma(S::from_i32(whole[t][half]), S::mul(scale, S::splat(*worth.add(g))), sum);
+                let (worth, _) = Rounded::scales(tokens[t], group);
+                let scale = S::mul(scale, S::splat(*worth.add(g)));
+                sums[t][half] = S::fma(S::from_i32(whole[t][half]), scale, sums[t][half]);
+            }
+            if mins {
+                let min = S::load(scales.add(GROUPS * width + half * S::LANES));
+                for t in 0..M {
+                    let (_, less) = Rounded::scales(tokens[t], group);
+                    sums[t][half] = S::fma(min, S::splat(*less.add(g)), sums[t][half]);
+                }
             }
         }
     }
