@@ -15,7 +15,7 @@ use crate::{DType, MatRef};
 const PACK_FROM: usize = 12;
 
 /// The same for weights in blocks.
-const PACK_BLOCKS_FROM: usize = 3;
+const PACK_BLOCKS_FROM: usize = 5;
 
 /// Whether weights are multiplied from packed tiles, or straight from their rows by dot products. The two add in different
 /// orders, so that the last bits of a result differ.
@@ -330,10 +330,12 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 }
 
 /// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is
-/// `[n, rows]`. Weights without blocks are widened exactly, and all arithmetic is in `f32`. With weights
-/// in blocks every 32 values of `x` are rounded to signed bytes of a common scale (an `x` is off by
-/// at most 1/254 of the greatest magnitude among its 32), and codes are multiplied as whole numbers; what is
-/// not finite makes its row's results none.
+/// `[n, rows]`. Weights without blocks are widened exactly, and all arithmetic is in `f32`.
+///
+/// With weights in blocks every 32 values of `x` are rounded to signed bytes of a common scale, so that a value is off by
+/// at most 1/254 of the greatest magnitude among its 32, and codes are multiplied as whole numbers; the sums of
+/// blocks are gathered in `f32`. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
+/// beyond 2^100 or so, even if all its codes are 0.)
 ///
 /// # Panics
 /// If a slice has not the length of its shape.

@@ -196,8 +196,8 @@ impl Quant for IQ3_S {
 #[inline(always)]
 unsafe fn shifted<S: Simd>(entries: [usize; 4], down: u32) -> S::B {
     let values = entries.map(|i| GRID_1[i]);
-    let bits = (down & 1) * 0xff | (down >> 1 & 1) * 0xff00 | (down >> 2 & 1) * 0xff_0000 | (down >> 3) * 0xff00_0000;
-    let shift = S::or(S::spread_bits(bits), S::splat_byte(1));
+    let bits = [0, 1, 2, 3].map(|j| if down >> j & 1 == 1 { 0xff } else { 0 });
+    let shift = S::or(S::spread_bits(u32::from_le_bytes(bits)), S::splat_byte(1));
     S::add_bytes(S::load32(values.as_ptr().cast()), shift)
 }
 

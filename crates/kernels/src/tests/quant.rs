@@ -61,7 +61,9 @@ impl Weights {
         let mut values = vec![0.0; len];
         let mut sane = |block: &[u8]| {
             dequantize_with(Isa::Portable, dtype, block, &mut values);
-            values.iter().all(|v| v.abs() < 1e20)
+            // Only this type can hide a scale that overflows behind codes of zero.
+            let huge = dtype == DType::MXFP4 && block[0] > 190;
+            !huge && values.iter().all(|v| v.abs() < 1e20)
         };
         for block in bytes[1..].chunks_exact_mut(size) {
             block.copy_from_slice(&blocks[random.below(blocks.len() / size) * size..][..size]);
