@@ -6,7 +6,7 @@ use super::{CHUNK, GROUPS, Quant, Rounded, Store, blocks_of, chunk_bytes, with_q
 use crate::simd::{Isa, MAX_LANES, Simd, kernel, transpose};
 use crate::tile::Rows;
 
-/// Values of a row of a packed chunk: codes (four to a value), scales, mins.
+/// Units of a row of a packed chunk: codes (four to a unit), scales, mins.
 const UNITS: usize = CHUNK / 4 + 2 * GROUPS;
 
 /// What makes signed bytes unsigned.
@@ -84,7 +84,8 @@ kernel! {
             for (r, row) in rows[..S::LANES].iter_mut().enumerate() {
                 unpack::<S, Q>(w.row(first + half * S::LANES + r).add(chunk * chunk_bytes::<Q>()), n, row);
             }
-            for u in (0..UNITS).step_by(S::LANES) {
+            let units = if Q::MINS { UNITS } else { UNITS - GROUPS };
+            for u in (0..units).step_by(S::LANES) {
                 let mut v = [S::zero(); MAX_LANES];
                 for r in 0..S::LANES {
                     v[r] = S::load((&raw const rows[r]).cast::<f32>().add(u));
@@ -110,7 +111,7 @@ unsafe fn unpack<S: Simd, Q: Quant>(p: *const u8, n: usize, row: &mut Unpacked) 
 }
 
 kernel! {
-    /// Adds the products of a packed chunk, of `groups` groups, to `out`.
+    /// Adds the products of a packed chunk to `out`.
     ///
     /// # Safety
     /// As for [`multiply_rounded`].
