@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::spec::ModelSpec;
-use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope};
+use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope, read_experts};
 use quorate_methods::DEFAULT_METRIC;
 use quorate_model::{KvCache, Model, RoutingMode, buffer_bytes};
 
@@ -35,6 +35,9 @@ pub struct ExpertArgs {
     /// Experts kept whatever their score, as LAYER:EXPERT pairs
     #[arg(long, value_name = "L:E,..", value_delimiter = ',', value_parser = parse_pair)]
     pub protect: Vec<(usize, usize)>,
+    /// The same from a JSON list of {layer, expert}, such as super_experts.json of `quorate super-experts`
+    #[arg(long, value_name = "FILE")]
+    pub protect_file: Option<PathBuf>,
     /// How the distance between prompts and tasks is measured
     #[arg(long, value_enum, default_value_t = KeyArg::Hidden)]
     pub key: KeyArg,
@@ -161,7 +164,23 @@ impl ExpertArgs {
             (None, None) => None,
         };
         let mode = self.mode.unwrap_or_default().into();
-        Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protect.clone() })
+        Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protected()? })
+    }
+
+    /// Whether some experts are kept whatever their score.
+    fn protects(&self) -> bool {
+        !self.protect.is_empty() || self.protect_file.is_some()
+    }
+
+    /// The experts of `--protect` and of `--protect-file`.
+    fn protected(&self) -> Result<Vec<(usize, usize)>> {
+        let mut protect = self.protect.clone();
+        if let Some(path) = &self.protect_file {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let experts = read_experts(&path.display().to_string(), &text)?;
+            protect.extend(experts.into_iter().map(|id| (id.layer, id.expert)));
+        }
+        Ok(protect)
     }
 
     /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan.
@@ -219,10 +238,10 @@ pub fn need_experts(model: &Model) -> Result<()> {
 /// task's experts is refused if there is no task.
 pub fn open(common: &Common, experts: &ExpertArgs, task: &str) -> Result<(Model, Library)> {
     quorate_methods::metric(&experts.metric)?;
-    let chooses = experts.keep.is_some() || experts.share.is_some() || !experts.protect.is_empty();
+    let chooses = experts.keep.is_some() || experts.share.is_some() || experts.protects();
     if task == "none" && chooses {
         bail!(
-            "--keep, --share and --protect choose among the experts of a task, but --task is `none`; help: give --task NAME"
+            "--keep, --share, --protect and --protect-file choose among the experts of a task, but --task is `none`; help: give --task NAME"
         );
     }
     let model = common.open_model(experts.memory)?;

@@ -35,6 +35,9 @@ struct MethodArgs {
     /// Folder for the report (report.json) and what the method makes: plans, lists, adapters
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// The report as one HTML page, to be opened in a browser; it loads nothing from elsewhere
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 /// The program's command with a sub-command for each method that has one.
@@ -81,6 +84,9 @@ pub fn run(common: &Common, method: &Method, runner: Runner, matches: &ArgMatche
         write_files(common, folder, &report)?;
         write_model(common, &folder.join(MODEL_FOLDER), &checkpoint, &report)?;
     }
+    if let Some(file) = &args.html {
+        write_page(common, file, &report)?;
+    }
     if common.json {
         return common.print_json(&report);
     }
@@ -102,6 +108,13 @@ fn write_files(common: &Common, folder: &Path, report: &Report) -> Result<()> {
         write_file(&folder.join(&file.name), &file.bytes)?;
         common.note(&format!("{}: {}", folder.join(&file.name).display(), file.about));
     }
+    Ok(())
+}
+
+/// Writes a report as one HTML page.
+fn write_page(common: &Common, file: &Path, report: &Report) -> Result<()> {
+    write_file(file, quorate_page::page(report)?.as_bytes())?;
+    common.note(&format!("{}: the report, to be opened in a browser", file.display()));
     Ok(())
 }
 
@@ -188,8 +201,17 @@ pub fn text(report: &Report) -> Result<String> {
     for table in &report.tables {
         write!(out, "\n{} ({})\n{}", table.name, table.about, grid(table))?;
     }
+    let mut shown = Vec::new();
     for map in &report.maps {
-        writeln!(out, "\n{} ({}): {} layers, in --json and -o DIR", map.name, map.about, map.layers.len())?;
+        // Of a group of like maps (`GROUP: NAME`) one line.
+        let name = map.name.split_once(": ").map_or(map.name.as_str(), |(group, _)| group);
+        if !shown.contains(&name) {
+            shown.push(name);
+            writeln!(out, "\n{name} ({}): {} layers, in --json, -o DIR and --html FILE", map.about, map.layers.len())?;
+        }
+    }
+    if let Some(cards) = &report.cards {
+        writeln!(out, "\ncards ({}): {} experts, in --json, -o DIR and --html FILE", cards.about, cards.cards.len())?;
     }
     for note in &report.notes {
         writeln!(out, "\n{note}")?;

@@ -1,5 +1,6 @@
 //! Task items as tokens.
 
+use quorate_model::text::EncodedToken;
 use quorate_model::{Model, ModelError, Segment};
 
 use crate::tasks::TaskItem;
@@ -18,9 +19,19 @@ pub struct EncodedItem {
 /// # Errors
 /// Whatever the tokenizer refuses.
 pub fn encode_text(model: &Model, text: &str) -> Result<Vec<u32>, ModelError> {
-    let tokenizer = model.tokenizer();
-    let begins_itself = tokenizer.bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos));
-    Ok(tokenizer.encode(text, !begins_itself)?)
+    Ok(model.tokenizer().encode(text, adds_special(model, text))?)
+}
+
+/// The same tokens with the places they stand for.
+///
+/// # Errors
+/// As [`encode_text`].
+pub fn encode_text_with_offsets(model: &Model, text: &str) -> Result<Vec<EncodedToken>, ModelError> {
+    Ok(model.tokenizer().encode_with_offsets(text, adds_special(model, text))?)
+}
+
+fn adds_special(model: &Model, text: &str) -> bool {
+    !model.tokenizer().bos_token().is_some_and(|bos| !bos.is_empty() && text.starts_with(bos))
 }
 
 impl EncodedItem {

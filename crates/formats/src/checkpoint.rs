@@ -1,15 +1,18 @@
 //! A model on disk: its specification, and where the bytes of each weight lie.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::bind::{Bound, bind};
 use crate::config::read_json;
 use crate::families::{self, Family};
-use crate::role::{self, Role};
+use crate::role::Role;
 use crate::safetensors::HEADER_BYTES_MAX;
+use crate::shape;
+use crate::source::Recipe;
 use crate::spec::ModelSpec;
 use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
 
@@ -27,9 +30,7 @@ pub struct Checkpoint {
     files: Vec<DataFile>,
     /// By file, then offset.
     tensors: Vec<TensorLoc>,
-    /// Role to index into `tensors`.
-    roles: HashMap<Role, usize>,
-    unused: Vec<String>,
+    bound: Bound,
     fingerprint: String,
 }
 
@@ -60,15 +61,12 @@ impl Checkpoint {
             }
             Weights::Index(index) => open_shards(&folder, &index)?,
         };
-        let roles = bind(path, &spec, family, &files, &tensors)?;
-        let used: HashSet<usize> = roles.values().copied().collect();
-        let unused = tensors.iter().enumerate().filter(|(i, _)| !used.contains(i));
-        let mut unused: Vec<String> = unused.map(|(_, t)| t.name.clone()).collect();
-        unused.sort_unstable();
-        let by_role = roles.iter().map(|(&role, &i)| (role, &tensors[i]));
+        let bound = bind(path, &config, &spec, family, &files, &tensors)?;
+        let stored = |role: &Role| bound.recipes.get(role).and_then(|r| r.stored().first().copied());
+        let by_role = bound.roles.iter().map(|(role, loc)| (*role, stored(role).unwrap_or(loc)));
         let fingerprint = fingerprint::fingerprint(&spec, &tensors, by_role, &files)?;
         let path = path.to_owned();
-        Ok(Self { path, folder, config, spec, family, files, tensors, roles, unused, fingerprint })
+        Ok(Self { path, folder, config, spec, family, files, tensors, bound, fingerprint })
     }
 
     /// The path that was opened.
@@ -118,25 +116,35 @@ impl Checkpoint {
 
     /// Names of the tensors that the model does not need.
     pub fn unused_tensors(&self) -> &[String] {
-        &self.unused
+        &self.bound.unused
     }
 
-    /// Where a weight lies.
+    /// Where a weight lies; of one with a [`Checkpoint::recipe`], where its parts begin, and type and size in memory.
     ///
     /// # Errors
     /// The model has no such weight.
     pub fn tensor(&self, role: Role) -> Result<&TensorLoc> {
-        self.roles.get(&role).map(|&i| &self.tensors[i]).ok_or(FormatError::NoRole { role })
+        self.bound.roles.get(&role).ok_or(FormatError::NoRole { role })
+    }
+
+    /// How a weight's values come out of stored bytes that are not the weight as it is; `None` if they are.
+    pub fn recipe(&self, role: Role) -> Option<&Recipe> {
+        self.bound.recipes.get(&role)
+    }
+
+    /// The name of a weight's tensor in this model's files, were it a tensor of its own.
+    pub fn name_of(&self, role: Role) -> String {
+        self.bound.prefix.name(&self.family.names.of(role))
     }
 
     /// The model's roles: embedding, head and final norm, then layer by layer, routed experts last in each.
     pub fn roles(&self) -> impl Iterator<Item = Role> {
-        role::roles(&self.spec)
+        shape::roles(&self.spec)
     }
 
     /// The shape of a weight, if the model has it.
     pub fn expected_shape(&self, role: Role) -> Option<Vec<usize>> {
-        role::expected_shape(&self.spec, role)
+        shape::expected_shape(&self.spec, role)
     }
 
     /// Fills `buf` with the first bytes of a tensor; for all of it, `buf` has [`TensorLoc::len`] bytes.
@@ -174,7 +182,7 @@ impl Checkpoint {
     }
 
     fn sum(&self, which: impl Fn(Role) -> bool, what: impl Fn(&TensorLoc) -> u64) -> u64 {
-        self.roles.iter().filter(|(role, _)| which(**role)).map(|(_, &i)| what(&self.tensors[i])).sum()
+        self.bound.roles.iter().filter(|(role, _)| which(**role)).map(|(_, loc)| what(loc)).sum()
     }
 
     /// A file beside the weights, e.g. `tokenizer.json`, if it is there.
@@ -264,35 +272,4 @@ fn check_shard_name(index: &Path, name: &str) -> Result<()> {
         return Ok(());
     };
     Err(FormatError::ShardName { path: index.to_owned(), name: name.to_owned(), problem })
-}
-
-/// Finds the tensor of each role and checks shape and type.
-fn bind(
-    path: &Path,
-    spec: &ModelSpec,
-    family: &Family,
-    files: &[DataFile],
-    tensors: &[TensorLoc],
-) -> Result<HashMap<Role, usize>> {
-    let by_name: HashMap<&str, usize> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
-    let mut roles = HashMap::new();
-    for role in role::roles(spec) {
-        let name = family.names.of(role);
-        let expected = role::expected_shape(spec, role).expect("`roles` lists what the model has");
-        let Some(&i) = by_name.get(name.as_str()) else {
-            return Err(FormatError::MissingTensor { path: path.to_owned(), tensor: name, expected });
-        };
-        let t = &tensors[i];
-        let file = || files[t.file].path().to_owned();
-        if t.shape != expected {
-            let found = t.shape.clone();
-            return Err(FormatError::Shape { path: file(), tensor: name, expected, found });
-        }
-        if t.dtype.computable().is_none() {
-            let found = t.dtype.name().to_owned();
-            return Err(FormatError::DType { path: file(), tensor: name, found, expected: "F32, F16 or BF16" });
-        }
-        roles.insert(role, i);
-    }
-    Ok(roles)
 }

@@ -64,6 +64,11 @@ impl Config {
                 help: "name a folder with config.json and *.safetensors files",
             });
         };
+        // Models with other senses keep the language model's part in an object of its own.
+        let root = match root.opt_section("text_config")? {
+            Some(text) if text.get("model_type").is_some() => text,
+            _ => root,
+        };
         Ok(Self { root, generation: read_section(&folder.join("generation_config.json"))? })
     }
 
@@ -239,6 +244,19 @@ impl Section {
             list.iter().map(|v| whole(v).and_then(|n| usize::try_from(n).ok())).collect::<Option<Vec<_>>>()
         });
         list.map(Some).ok_or_else(|| self.refuse(key, "a list of whole numbers expected"))
+    }
+
+    /// A list of finite numbers; `None` if absent or null.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn opt_numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let number = |v: &Value| v.as_f64().filter(|v| v.is_finite());
+        let list = value.as_array().and_then(|list| list.iter().map(number).collect::<Option<Vec<_>>>());
+        list.map(Some).ok_or_else(|| self.refuse(key, "a list of numbers expected"))
     }
 
     /// A list of texts; `None` if absent or null.

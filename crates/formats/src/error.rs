@@ -64,6 +64,14 @@ pub enum FormatError {
         /// What is wrong.
         problem: String,
     },
+    /// A GGUF header cannot be what a writer wrote, or is of a kind that is not read.
+    #[error("{}: bad GGUF file: {problem}; help: download or convert the file again", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A file ends too early.
     #[error(
         "{} is truncated: {what} needs a file of {expected} bytes, found {found}; help: download it again",

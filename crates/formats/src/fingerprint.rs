@@ -31,7 +31,7 @@ pub(crate) fn fingerprint<'a>(
     }
 
     let mut sampled: Vec<&TensorLoc> = roles.filter(|(role, _)| !role.is_expert()).map(|(_, t)| t).collect();
-    sampled.sort_by_key(|t| &t.name);
+    sampled.sort_by_key(|t| (&t.name, t.offset, t.len));
     let count = sampled.len().min(SAMPLES_MAX);
     for i in 0..count {
         let t = sampled[i * sampled.len() / count];

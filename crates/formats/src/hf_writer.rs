@@ -159,7 +159,7 @@ fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece<'static>> {
     let role_of: HashMap<&str, Role> =
         checkpoint.roles().filter_map(|role| Some((checkpoint.tensor(role).ok()?.name.as_str(), role))).collect();
     let renumber = |role: fn(usize, usize) -> Role, l: usize, e: usize| {
-        kept_of[&l].binary_search(&e).ok().map(|new| checkpoint.family().names.of(role(l, new)))
+        kept_of[&l].binary_search(&e).ok().map(|new| checkpoint.name_of(role(l, new)))
     };
     let piece = |loc: &crate::TensorLoc| {
         let mut shape = loc.shape.clone();

@@ -3,16 +3,20 @@
 //! Knows safetensors, Hugging Face folders and the families' names. It computes nothing with weights and keeps none
 //! in memory: a [`Checkpoint`] is an index of checked byte ranges, `residency` reads them.
 
+mod bind;
 pub mod checkpoint;
 pub mod config;
 pub mod datafile;
 mod error;
 pub mod families;
 mod fingerprint;
+pub mod gguf;
 pub mod hf_writer;
 pub mod role;
 pub mod rope;
 pub mod safetensors;
+pub mod shape;
+pub mod source;
 pub mod spec;
 pub mod writer;
 
@@ -21,7 +25,9 @@ pub use config::Config;
 pub use datafile::DataFile;
 pub use error::{FormatError, Result};
 pub use families::{FAMILIES, Family};
+pub use gguf::{GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};
 pub use hf_writer::{write_edited_hf, write_pruned_hf};
 pub use role::Role;
 pub use safetensors::{SafetensorsFile, StoredDType, TensorLoc};
+pub use source::Recipe;
 pub use writer::{Sink, TensorOut, check_output, safetensors_bytes, write_file, write_safetensors};

@@ -1,8 +1,6 @@
-//! What a weight is for, its name in a family's files, and its shape by the specification.
+//! What a weight is for, and its name in a family's files.
 
 use std::fmt;
-
-use crate::spec::{FfnSpec, ModelSpec, MoeSpec, QkNorm};
 
 /// A weight's place in the model. The first number is the decoder layer, the second the expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,6 +51,66 @@ pub enum Role {
     SharedDown(usize),
     /// The shared expert's own gate `[1, d]`.
     SharedExpertGate(usize),
+    /// Learned vector of each position `[P, d]`.
+    PositionEmbed,
+    /// Bias of the output matrix `[V]`.
+    LmHeadBias,
+    /// Bias of the final norm `[d]`.
+    FinalNormBias,
+    /// Bias of the norm before attention `[d]`.
+    AttnNormBias(usize),
+    /// Bias of the norm before the feed-forward block `[d]`.
+    FfnNormBias(usize),
+    /// Norm after attention `[d]`.
+    AttnPostNorm(usize),
+    /// Norm after the feed-forward block `[d]`.
+    FfnPostNorm(usize),
+    /// Sink logit of each head `[H]`.
+    Sinks(usize),
+    /// Down projection of the queries `[q_lora_rank, d]`; then [`Role::Q`] is the up projection.
+    QA(usize),
+    /// Norm of the queries' latent vector `[q_lora_rank]`.
+    QANorm(usize),
+    /// Down projection to the latent vector of keys and values and to the rotated key `[kv_lora_rank + rope dim, d]`.
+    KvA(usize),
+    /// Norm of the latent vector of keys and values `[kv_lora_rank]`.
+    KvANorm(usize),
+    /// Up projection `[H * (nope_dim + v_head_dim), kv_lora_rank]`: per head the key's rows, then the value's.
+    KvB(usize),
+    /// Bias of the router's logits `[E]`.
+    RouterBias(usize),
+    /// Added to the scores for the choice of experts `[E]`.
+    SelectionBias(usize),
+    /// Factor on each expert's gate `[E]`.
+    ExpertScale(usize),
+    /// Bias of the up projection of a dense block `[I]`.
+    DenseUpBias(usize),
+    /// Bias of the down projection of a dense block `[d]`.
+    DenseDownBias(usize),
+    /// Biases of the experts' gate projections `[E, I]`.
+    ExpertGateBias(usize),
+    /// Biases of the experts' up projections `[E, I]`.
+    ExpertUpBias(usize),
+    /// Biases of the experts' down projections `[E, d]`.
+    ExpertDownBias(usize),
+    /// Input projection of a delta layer: q, k, v (and z, if grouped).
+    DeltaQkv(usize),
+    /// Output gate projection of a delta layer `[Nv * dv, d]`; absent if grouped.
+    DeltaZ(usize),
+    /// Projection to beta and decay of a delta layer: grouped `[2 Nv, d]`, else beta `[Nv, d]`.
+    DeltaBa(usize),
+    /// Projection to the decay of a delta layer `[Nv, d]`; absent if grouped.
+    DeltaA(usize),
+    /// Causal convolution over q, k, v `[2 Nk dk + Nv dv, kernel]`.
+    DeltaConv(usize),
+    /// Logarithm of the decay rate `[Nv]`.
+    DeltaALog(usize),
+    /// Bias of the decay `[Nv]`.
+    DeltaDtBias(usize),
+    /// Norm of each value head's output `[dv]`.
+    DeltaNorm(usize),
+    /// Output projection of a delta layer `[d, Nv * dv]`.
+    DeltaOut(usize),
     /// Gate projection of a routed expert `[I, d]`.
     ExpertGate(usize, usize),
     /// Up projection of a routed expert `[I, d]`.
@@ -67,12 +125,90 @@ impl Role {
         matches!(self, Self::ExpertGate(..) | Self::ExpertUp(..) | Self::ExpertDown(..))
     }
 
+    /// The decoder layer; `None` of what is outside the layers.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Self::Embed
+            | Self::PositionEmbed
+            | Self::LmHead
+            | Self::LmHeadBias
+            | Self::FinalNorm
+            | Self::FinalNormBias => None,
+            Self::AttnNorm(l)
+            | Self::FfnNorm(l)
+            | Self::Q(l)
+            | Self::K(l)
+            | Self::V(l)
+            | Self::O(l)
+            | Self::QBias(l)
+            | Self::KBias(l)
+            | Self::VBias(l)
+            | Self::OBias(l)
+            | Self::QNorm(l)
+            | Self::KNorm(l)
+            | Self::Router(l)
+            | Self::DenseGate(l)
+            | Self::DenseUp(l)
+            | Self::DenseDown(l)
+            | Self::SharedGate(l)
+            | Self::SharedUp(l)
+            | Self::SharedDown(l)
+            | Self::SharedExpertGate(l)
+            | Self::AttnNormBias(l)
+            | Self::FfnNormBias(l)
+            | Self::AttnPostNorm(l)
+            | Self::FfnPostNorm(l)
+            | Self::Sinks(l)
+            | Self::QA(l)
+            | Self::QANorm(l)
+            | Self::KvA(l)
+            | Self::KvANorm(l)
+            | Self::KvB(l)
+            | Self::RouterBias(l)
+            | Self::SelectionBias(l)
+            | Self::ExpertScale(l)
+            | Self::DenseUpBias(l)
+            | Self::DenseDownBias(l)
+            | Self::ExpertGateBias(l)
+            | Self::ExpertUpBias(l)
+            | Self::ExpertDownBias(l)
+            | Self::DeltaQkv(l)
+            | Self::DeltaZ(l)
+            | Self::DeltaBa(l)
+            | Self::DeltaA(l)
+            | Self::DeltaConv(l)
+            | Self::DeltaALog(l)
+            | Self::DeltaDtBias(l)
+            | Self::DeltaNorm(l)
+            | Self::DeltaOut(l)
+            | Self::ExpertGate(l, _)
+            | Self::ExpertUp(l, _)
+            | Self::ExpertDown(l, _) => Some(l),
+        }
+    }
+
     /// The three weights of a routed expert: gate, up, down.
     pub fn of_expert(layer: usize, expert: usize) -> [Self; 3] {
         [Self::ExpertGate(layer, expert), Self::ExpertUp(layer, expert), Self::ExpertDown(layer, expert)]
     }
 
-    /// Whether the weight is a vector (norm or bias); all others are matrices.
+    /// Whether the weight is that of an RMSNorm of the residual stream or of queries and keys: one that
+    /// [`NormKind::RmsPlusOne`] stores around zero.
+    pub fn is_plain_norm(self) -> bool {
+        matches!(
+            self,
+            Self::FinalNorm
+                | Self::AttnNorm(_)
+                | Self::FfnNorm(_)
+                | Self::AttnPostNorm(_)
+                | Self::FfnPostNorm(_)
+                | Self::QNorm(_)
+                | Self::KNorm(_)
+        )
+    }
+
+    /// Whether the weight is a vector (norm or bias), or small numbers that are kept like one, row after row; all others are
+    /// matrices.
     pub fn is_vector(self) -> bool {
         matches!(
             self,
@@ -85,6 +221,28 @@ impl Role {
                 | Self::OBias(_)
                 | Self::QNorm(_)
                 | Self::KNorm(_)
+                | Self::LmHeadBias
+                | Self::FinalNormBias
+                | Self::AttnNormBias(_)
+                | Self::FfnNormBias(_)
+                | Self::AttnPostNorm(_)
+                | Self::FfnPostNorm(_)
+                | Self::Sinks(_)
+                | Self::QANorm(_)
+                | Self::KvANorm(_)
+                | Self::RouterBias(_)
+                | Self::SelectionBias(_)
+                | Self::ExpertGateBias(_)
+                | Self::ExpertUpBias(_)
+                | Self::ExpertDownBias(_)
+                | Self::DeltaConv(_)
+                | Self::PositionEmbed
+                | Self::ExpertScale(_)
+                | Self::DenseUpBias(_)
+                | Self::DenseDownBias(_)
+                | Self::DeltaALog(_)
+                | Self::DeltaDtBias(_)
+                | Self::DeltaNorm(_)
         )
     }
 }
@@ -95,6 +253,9 @@ impl fmt::Display for Role {
             Self::Embed => return f.write_str("the token embedding"),
             Self::LmHead => return f.write_str("the output matrix"),
             Self::FinalNorm => return f.write_str("the final norm"),
+            Self::PositionEmbed => return f.write_str("the position embedding"),
+            Self::LmHeadBias => return f.write_str("the output bias"),
+            Self::FinalNormBias => return f.write_str("the final norm's bias"),
             Self::ExpertGate(l, e) => return write!(f, "layer {l} expert {e} gate"),
             Self::ExpertUp(l, e) => return write!(f, "layer {l} expert {e} up"),
             Self::ExpertDown(l, e) => return write!(f, "layer {l} expert {e} down"),
@@ -118,6 +279,33 @@ impl fmt::Display for Role {
             Self::SharedUp(l) => ("shared expert up", l),
             Self::SharedDown(l) => ("shared expert down", l),
             Self::SharedExpertGate(l) => ("shared expert's own gate", l),
+            Self::AttnNormBias(l) => ("attention norm bias", l),
+            Self::FfnNormBias(l) => ("feed-forward norm bias", l),
+            Self::AttnPostNorm(l) => ("norm after attention", l),
+            Self::FfnPostNorm(l) => ("norm after the feed-forward block", l),
+            Self::Sinks(l) => ("attention sinks", l),
+            Self::QA(l) => ("query down projection", l),
+            Self::QANorm(l) => ("query latent norm", l),
+            Self::KvA(l) => ("key/value down projection", l),
+            Self::KvANorm(l) => ("key/value latent norm", l),
+            Self::KvB(l) => ("key/value up projection", l),
+            Self::RouterBias(l) => ("router bias", l),
+            Self::SelectionBias(l) => ("selection bias", l),
+            Self::ExpertScale(l) => ("expert scale", l),
+            Self::DenseUpBias(l) => ("dense up bias", l),
+            Self::DenseDownBias(l) => ("dense down bias", l),
+            Self::ExpertGateBias(l) => ("expert gate biases", l),
+            Self::ExpertUpBias(l) => ("expert up biases", l),
+            Self::ExpertDownBias(l) => ("expert down biases", l),
+            Self::DeltaQkv(l) => ("delta input projection", l),
+            Self::DeltaZ(l) => ("delta gate projection", l),
+            Self::DeltaBa(l) => ("delta beta projection", l),
+            Self::DeltaA(l) => ("delta decay projection", l),
+            Self::DeltaConv(l) => ("delta convolution", l),
+            Self::DeltaALog(l) => ("delta decay rate", l),
+            Self::DeltaDtBias(l) => ("delta decay bias", l),
+            Self::DeltaNorm(l) => ("delta output norm", l),
+            Self::DeltaOut(l) => ("delta output projection", l),
         };
         write!(f, "layer {layer} {what}")
     }
@@ -153,6 +341,36 @@ pub struct TensorNames {
     pub expert_gate: &'static str,
     pub expert_up: &'static str,
     pub expert_down: &'static str,
+    pub position_embed: &'static str,
+    pub lm_head_bias: &'static str,
+    pub final_norm_bias: &'static str,
+    pub attn_norm_bias: &'static str,
+    pub ffn_norm_bias: &'static str,
+    pub attn_post_norm: &'static str,
+    pub ffn_post_norm: &'static str,
+    pub sinks: &'static str,
+    pub q_a: &'static str,
+    pub q_a_norm: &'static str,
+    pub kv_a: &'static str,
+    pub kv_a_norm: &'static str,
+    pub kv_b: &'static str,
+    pub router_bias: &'static str,
+    pub selection_bias: &'static str,
+    pub expert_scale: &'static str,
+    pub dense_up_bias: &'static str,
+    pub dense_down_bias: &'static str,
+    pub expert_gate_bias: &'static str,
+    pub expert_up_bias: &'static str,
+    pub expert_down_bias: &'static str,
+    pub delta_qkv: &'static str,
+    pub delta_z: &'static str,
+    pub delta_ba: &'static str,
+    pub delta_a: &'static str,
+    pub delta_conv: &'static str,
+    pub delta_a_log: &'static str,
+    pub delta_dt_bias: &'static str,
+    pub delta_norm: &'static str,
+    pub delta_out: &'static str,
 }
 
 impl TensorNames {
@@ -185,113 +403,37 @@ impl TensorNames {
             Role::ExpertGate(l, e) => (self.expert_gate, l, e),
             Role::ExpertUp(l, e) => (self.expert_up, l, e),
             Role::ExpertDown(l, e) => (self.expert_down, l, e),
+            Role::PositionEmbed => (self.position_embed, 0, 0),
+            Role::LmHeadBias => (self.lm_head_bias, 0, 0),
+            Role::FinalNormBias => (self.final_norm_bias, 0, 0),
+            Role::AttnNormBias(l) => (self.attn_norm_bias, l, 0),
+            Role::FfnNormBias(l) => (self.ffn_norm_bias, l, 0),
+            Role::AttnPostNorm(l) => (self.attn_post_norm, l, 0),
+            Role::FfnPostNorm(l) => (self.ffn_post_norm, l, 0),
+            Role::Sinks(l) => (self.sinks, l, 0),
+            Role::QA(l) => (self.q_a, l, 0),
+            Role::QANorm(l) => (self.q_a_norm, l, 0),
+            Role::KvA(l) => (self.kv_a, l, 0),
+            Role::KvANorm(l) => (self.kv_a_norm, l, 0),
+            Role::KvB(l) => (self.kv_b, l, 0),
+            Role::RouterBias(l) => (self.router_bias, l, 0),
+            Role::SelectionBias(l) => (self.selection_bias, l, 0),
+            Role::ExpertScale(l) => (self.expert_scale, l, 0),
+            Role::DenseUpBias(l) => (self.dense_up_bias, l, 0),
+            Role::DenseDownBias(l) => (self.dense_down_bias, l, 0),
+            Role::ExpertGateBias(l) => (self.expert_gate_bias, l, 0),
+            Role::ExpertUpBias(l) => (self.expert_up_bias, l, 0),
+            Role::ExpertDownBias(l) => (self.expert_down_bias, l, 0),
+            Role::DeltaQkv(l) => (self.delta_qkv, l, 0),
+            Role::DeltaZ(l) => (self.delta_z, l, 0),
+            Role::DeltaBa(l) => (self.delta_ba, l, 0),
+            Role::DeltaA(l) => (self.delta_a, l, 0),
+            Role::DeltaConv(l) => (self.delta_conv, l, 0),
+            Role::DeltaALog(l) => (self.delta_a_log, l, 0),
+            Role::DeltaDtBias(l) => (self.delta_dt_bias, l, 0),
+            Role::DeltaNorm(l) => (self.delta_norm, l, 0),
+            Role::DeltaOut(l) => (self.delta_out, l, 0),
         };
         template.replace("{l}", &layer.to_string()).replace("{e}", &expert.to_string())
-    }
-}
-
-/// The roles that a model has, layer by layer, experts last in each. Lazy: a false number of experts costs nothing
-/// before the first missing tensor.
-pub fn roles(spec: &ModelSpec) -> impl Iterator<Item = Role> {
-    let head = (!spec.tie_word_embeddings).then_some(Role::LmHead);
-    let layers = (0..spec.layers.len()).flat_map(move |l| {
-        let experts = spec.moe(l).map_or(0, |moe| moe.n_experts);
-        layer_roles(spec, l).into_iter().chain((0..experts).flat_map(move |e| Role::of_expert(l, e)))
-    });
-    [Role::Embed].into_iter().chain(head).chain([Role::FinalNorm]).chain(layers)
-}
-
-/// All roles of a layer but its routed experts.
-fn layer_roles(spec: &ModelSpec, l: usize) -> Vec<Role> {
-    let layer = &spec.layers[l];
-    let mut roles = vec![Role::AttnNorm(l), Role::FfnNorm(l), Role::Q(l), Role::K(l), Role::V(l), Role::O(l)];
-    if layer.attn.qkv_bias {
-        roles.extend([Role::QBias(l), Role::KBias(l), Role::VBias(l)]);
-    }
-    if layer.attn.o_bias {
-        roles.push(Role::OBias(l));
-    }
-    if layer.attn.qk_norm != QkNorm::None {
-        roles.extend([Role::QNorm(l), Role::KNorm(l)]);
-    }
-    match &layer.ffn {
-        FfnSpec::Dense { .. } => roles.extend([Role::DenseGate(l), Role::DenseUp(l), Role::DenseDown(l)]),
-        FfnSpec::Moe(moe) => {
-            roles.push(Role::Router(l));
-            if let Some(shared) = &moe.shared {
-                roles.extend([Role::SharedGate(l), Role::SharedUp(l), Role::SharedDown(l)]);
-                roles.extend(shared.gated.then_some(Role::SharedExpertGate(l)));
-            }
-        }
-    }
-    roles
-}
-
-/// The shape of a role's tensor; `None` if the model has no such weight.
-pub fn expected_shape(spec: &ModelSpec, role: Role) -> Option<Vec<usize>> {
-    let d = spec.hidden_size;
-    match role {
-        Role::Embed => Some(vec![spec.vocab_size, d]),
-        Role::LmHead => (!spec.tie_word_embeddings).then(|| vec![spec.vocab_size, d]),
-        Role::FinalNorm => Some(vec![d]),
-        Role::AttnNorm(l) | Role::FfnNorm(l) => spec.layers.get(l).map(|_| vec![d]),
-        Role::Q(l)
-        | Role::K(l)
-        | Role::V(l)
-        | Role::O(l)
-        | Role::QBias(l)
-        | Role::KBias(l)
-        | Role::VBias(l)
-        | Role::OBias(l)
-        | Role::QNorm(l)
-        | Role::KNorm(l) => attention_shape(spec, l, role),
-        Role::DenseGate(l) | Role::DenseUp(l) | Role::DenseDown(l) => match &spec.layers.get(l)?.ffn {
-            FfnSpec::Dense { intermediate_size: i, .. } if matches!(role, Role::DenseDown(_)) => Some(vec![d, *i]),
-            FfnSpec::Dense { intermediate_size: i, .. } => Some(vec![*i, d]),
-            FfnSpec::Moe(_) => None,
-        },
-        Role::Router(l)
-        | Role::SharedGate(l)
-        | Role::SharedUp(l)
-        | Role::SharedDown(l)
-        | Role::SharedExpertGate(l)
-        | Role::ExpertGate(l, _)
-        | Role::ExpertUp(l, _)
-        | Role::ExpertDown(l, _) => moe_shape(d, spec.moe(l)?, role),
-    }
-}
-
-fn attention_shape(spec: &ModelSpec, l: usize, role: Role) -> Option<Vec<usize>> {
-    let d = spec.hidden_size;
-    let attn = &spec.layers.get(l)?.attn;
-    let (q, kv) = (attn.n_heads * attn.head_dim, attn.n_kv_heads * attn.head_dim);
-    let norm = |whole: usize| match attn.qk_norm {
-        QkNorm::None => None,
-        QkNorm::Whole => Some(vec![whole]),
-        QkNorm::PerHead => Some(vec![attn.head_dim]),
-    };
-    match role {
-        Role::Q(_) => Some(vec![q, d]),
-        Role::K(_) | Role::V(_) => Some(vec![kv, d]),
-        Role::O(_) => Some(vec![d, q]),
-        Role::QBias(_) => attn.qkv_bias.then(|| vec![q]),
-        Role::KBias(_) | Role::VBias(_) => attn.qkv_bias.then(|| vec![kv]),
-        Role::OBias(_) => attn.o_bias.then(|| vec![d]),
-        Role::QNorm(_) => norm(q),
-        Role::KNorm(_) => norm(kv),
-        _ => None,
-    }
-}
-
-fn moe_shape(d: usize, moe: &MoeSpec, role: Role) -> Option<Vec<usize>> {
-    let shared = moe.shared.as_ref();
-    match role {
-        Role::Router(_) => Some(vec![moe.n_experts, d]),
-        Role::SharedGate(_) | Role::SharedUp(_) => shared.map(|s| vec![s.intermediate_size, d]),
-        Role::SharedDown(_) => shared.map(|s| vec![d, s.intermediate_size]),
-        Role::SharedExpertGate(_) => shared.filter(|s| s.gated).map(|_| vec![1, d]),
-        Role::ExpertGate(_, e) | Role::ExpertUp(_, e) => (e < moe.n_experts).then(|| vec![moe.intermediate_size, d]),
-        Role::ExpertDown(_, e) => (e < moe.n_experts).then(|| vec![d, moe.intermediate_size]),
-        _ => None,
     }
 }

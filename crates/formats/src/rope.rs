@@ -3,7 +3,7 @@
 use std::f64::consts::PI;
 
 use crate::config::{HEAD_DIM_MAX, POSITIONS_MAX, Section};
-use crate::spec::RopeSpec;
+use crate::spec::{LongRope, RopeSpec};
 use crate::{Config, Result};
 
 /// How the frequencies of the default embedding are changed for longer contexts.
@@ -42,6 +42,18 @@ pub enum RopeScaling {
         /// Wavelengths below `original / high` are kept.
         high_freq_factor: f64,
     },
+    /// Each frequency divided by a factor of its own (longrope, for sequences up to the original length).
+    PerPair {
+        /// The divisors, one for each pair.
+        factors: Vec<f64>,
+        /// Factor on cos and sin.
+        attention_factor: f64,
+    },
+    /// The base multiplied by `alpha^(dim / (dim - 2))` (Hunyuan).
+    Dynamic {
+        /// alpha.
+        alpha: f64,
+    },
 }
 
 /// The embedding that a configuration asks for, in its old (`rope_theta`, `rope_scaling`) or new form
@@ -54,6 +66,11 @@ pub fn from_config(config: &Config, head_dim: usize, default_theta: f64) -> Resu
     let section = match scaling {
         Some(scaling) => Some(scaling),
         None => config.opt_section("rope_parameters")?,
+    };
+    // A section for each kind of layer: here that of full attention.
+    let section = match section {
+        Some(section) => section.opt_section("full_attention")?.or(Some(section)),
+        None => None,
     };
     let own = |key: &str| section.as_ref().map_or(Ok(None), |s| s.opt_positive(key));
     let theta = match own("rope_theta")? {
@@ -72,18 +89,77 @@ pub fn from_config(config: &Config, head_dim: usize, default_theta: f64) -> Resu
         let problem = format!("{dim} of {head_dim} dimensions of a head would rotate; an even number expected");
         return Err(config.refuse("partial_rotary_factor", problem));
     }
-    let scaling = match &section {
-        Some(section) => scaling_of(config, section)?,
-        None => RopeScaling::Default,
+    let (scaling, long) = match &section {
+        Some(section) if is_longrope(section)? => {
+            let (short, long) = longrope(config, section, dim, theta)?;
+            (short, Some(long))
+        }
+        Some(section) => (scaling_of(config, section)?, None),
+        None => (RopeScaling::Default, None),
     };
     Ok(RopeSpec {
         dim,
         inv_freq: inverse_frequencies(dim, theta, &scaling),
         attention_factor: match scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::PerPair { attention_factor, .. } => {
+                attention_factor as f32
+            }
             _ => 1.0,
         },
+        interleaved: false,
+        long,
     })
+}
+
+fn is_longrope(section: &Section) -> Result<bool> {
+    let key = if section.get("rope_type").is_some() { "rope_type" } else { "type" };
+    Ok(matches!(section.opt_text(key)?, Some("longrope" | "su")))
+}
+
+/// Phi-3's scaling: factors for sequences up to the original length, and others beyond.
+fn longrope(config: &Config, section: &Section, dim: usize, theta: f64) -> Result<(RopeScaling, LongRope)> {
+    let original = original_positions(config, section)?;
+    let positions = config.count("max_position_embeddings", POSITIONS_MAX)? as f64;
+    let factor = section.opt_positive("factor")?.unwrap_or(positions / original);
+    let common = match section.opt_positive("attention_factor")? {
+        Some(given) => given,
+        None if factor <= 1.0 => 1.0,
+        None => (1.0 + factor.ln() / original.ln()).sqrt(),
+    };
+    let list = |key: &str| {
+        let list = section.opt_numbers(key)?.ok_or_else(|| section.missing(key))?;
+        if list.len() != dim / 2 || list.iter().any(|f| *f <= 0.0) {
+            return Err(section.refuse(key, format!("{} numbers above 0 expected", dim / 2)));
+        }
+        Ok(list)
+    };
+    let short = RopeScaling::PerPair {
+        factors: list("short_factor")?,
+        attention_factor: section.opt_positive("short_mscale")?.unwrap_or(common),
+    };
+    let long = RopeScaling::PerPair { factors: list("long_factor")?, attention_factor: common };
+    let long = LongRope {
+        above: original as usize,
+        inv_freq: inverse_frequencies(dim, theta, &long),
+        attention_factor: section.opt_positive("long_mscale")?.unwrap_or(common) as f32,
+    };
+    Ok((short, long))
+}
+
+/// YaRN's `0.1 mscale_all_dim ln(factor) + 1`, by whose square DeepSeek multiplies the softmax's factor; else 1.
+///
+/// # Errors
+/// Values that are no numbers.
+pub fn mscale_all_dim(config: &Config) -> Result<f64> {
+    let section = match config.opt_section("rope_scaling")? {
+        Some(section) => Some(section),
+        None => config.opt_section("rope_parameters")?,
+    };
+    let Some(section) = section else { return Ok(1.0) };
+    match (section.opt_number("mscale_all_dim")?, section.opt_positive("factor")?) {
+        (Some(m), Some(factor)) if m != 0.0 && factor > 1.0 => Ok(0.1 * m * factor.ln() + 1.0),
+        _ => Ok(1.0),
+    }
 }
 
 fn scaling_of(config: &Config, section: &Section) -> Result<RopeScaling> {
@@ -104,7 +180,11 @@ fn scaling_of(config: &Config, section: &Section) -> Result<RopeScaling> {
                 high_freq_factor: high,
             })
         }
-        _ => Err(section.refuse(key, "not supported; known: default, linear, llama3, yarn")),
+        "dynamic" if section.get("alpha").is_some() => Ok(RopeScaling::Dynamic { alpha: section.positive("alpha")? }),
+        _ => {
+            Err(section
+                .refuse(key, "not supported; known: default, dynamic with alpha, linear, llama3, longrope, yarn"))
+        }
     }
 }
 
@@ -149,17 +229,22 @@ fn yarn(config: &Config, section: &Section) -> Result<RopeScaling> {
 /// Inverse frequency of each of the `dim / 2` pairs: `theta^(-2j/dim)`, then scaled.
 pub fn inverse_frequencies(dim: usize, theta: f64, scaling: &RopeScaling) -> Vec<f32> {
     let ramp = yarn_ramp(dim, theta, scaling);
+    let theta = match *scaling {
+        RopeScaling::Dynamic { alpha } if dim > 2 => theta * alpha.powf(dim as f64 / (dim as f64 - 2.0)),
+        _ => theta,
+    };
     let frequency = |j: usize| {
         let f = theta.powf(-2.0 * j as f64 / dim as f64);
-        match *scaling {
-            RopeScaling::Default => f,
+        match scaling {
+            RopeScaling::Default | RopeScaling::Dynamic { .. } => f,
+            RopeScaling::PerPair { factors, .. } => f / factors.get(j).copied().unwrap_or(1.0),
             RopeScaling::Linear { factor } => f / factor,
             RopeScaling::Yarn { factor, .. } => {
                 let (low, high) = ramp;
                 let divided = ((j as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 f / factor * divided + f * (1.0 - divided)
             }
-            RopeScaling::Llama3 { factor, original_positions, low_freq_factor, high_freq_factor } => {
+            &RopeScaling::Llama3 { factor, original_positions, low_freq_factor, high_freq_factor } => {
                 let wavelength = 2.0 * PI / f;
                 if wavelength < original_positions / high_freq_factor {
                     f

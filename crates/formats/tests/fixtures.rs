@@ -18,40 +18,63 @@ fn windows(spec: &ModelSpec) -> Vec<Option<usize>> {
     spec.layers.iter().map(|l| l.attn.sliding_window).collect()
 }
 
+/// Tensors that a model's file has beside the language model: layers that predict further tokens, other senses.
+fn beside(checkpoint: &Checkpoint, tensor: &str) -> bool {
+    let next = format!("model.layers.{}.", checkpoint.spec().layers.len());
+    tensor.starts_with(&next) || tensor.starts_with("multi_modal_projector.") || tensor.starts_with("vision_model.")
+}
+
+/// Families of which there is no fixture, as no release of transformers computes them or none was made.
+const WITHOUT_FIXTURE: [&str; 4] = ["deepseek", "gemma2", "pangu_pro_moe", "qwen3_5_moe"];
+
 #[test]
-fn every_fixture_opens_and_uses_each_tensor_once() {
+fn every_fixture_opens_and_uses_each_tensor() {
     let mut families = HashSet::new();
     for name in FIXTURES {
         let checkpoint = open(name);
-        assert!(checkpoint.unused_tensors().is_empty(), "{name}: {:?}", checkpoint.unused_tensors());
-        let names: HashSet<_> = checkpoint.roles().map(|r| &checkpoint.tensor(r).unwrap().name).collect();
-        assert_eq!(names.len(), checkpoint.tensors().len(), "{name}");
+        let strange: Vec<_> = checkpoint.unused_tensors().iter().filter(|t| !beside(&checkpoint, t)).collect();
+        assert!(strange.is_empty(), "{name}: {strange:?}");
         for role in checkpoint.roles() {
             assert_eq!(checkpoint.expected_shape(role).unwrap(), checkpoint.tensor(role).unwrap().shape, "{name}");
         }
-        let data: u64 = checkpoint.tensors().iter().map(|t| t.len).sum();
-        assert_eq!(checkpoint.total_bytes(), data, "{name}");
+        if checkpoint.roles().all(|role| checkpoint.recipe(role).is_none()) {
+            let used = checkpoint.tensors().iter().filter(|t| !checkpoint.unused_tensors().contains(&t.name));
+            assert_eq!(checkpoint.total_bytes(), used.map(|t| t.len).sum::<u64>(), "{name}: each byte once");
+        }
         families.insert(checkpoint.family().name);
     }
-    assert_eq!(families.len(), FAMILIES.len(), "every family has a fixture");
+    let without: HashSet<_> = FAMILIES.iter().map(|f| f.name).filter(|f| !families.contains(f)).collect();
+    assert_eq!(without, HashSet::from(WITHOUT_FIXTURE), "families without a fixture");
 }
 
 #[test]
 fn rotary_frequencies_agree_with_the_reference() {
+    let mut compared = 0;
     for name in FIXTURES {
         let reference = SafetensorsFile::open(&fixture(name).join("reference.safetensors")).unwrap();
-        let expected = reference.read_f32("rope_inv_freq").unwrap();
-        let factor = reference.read_f32("rope_attention_scaling").unwrap()[0];
         for layer in &open(name).spec().layers {
-            let rope = &layer.attn.rope;
-            assert_eq!(rope.inv_freq.len(), expected.len(), "{name}");
-            assert_eq!(rope.dim, 2 * expected.len(), "{name}");
-            for (found, expected) in rope.inv_freq.iter().zip(&expected) {
+            let (attn, rope) = (&layer.attn, &layer.attn.rope);
+            let kind = if attn.sliding_window.is_some() { ".sliding_attention" } else { ".full_attention" };
+            // Some families turn each kind of layer by frequencies of its own.
+            let find = |what: &str| {
+                reference
+                    .read_f32(&format!("rope_{what}"))
+                    .or_else(|_| reference.read_f32(&format!("rope_{what}{kind}")))
+            };
+            let (Ok(expected), true) = (find("inv_freq"), rope.dim > 0) else { continue };
+            // The prompts of 24 tokens are long ones here.
+            let long = rope.long.as_ref().filter(|long| long.above < 24);
+            let (inv_freq, factor) =
+                long.map_or((&rope.inv_freq, rope.attention_factor), |l| (&l.inv_freq, l.attention_factor));
+            assert_eq!((inv_freq.len(), rope.dim), (expected.len(), 2 * expected.len()), "{name}");
+            for (found, expected) in inv_freq.iter().zip(&expected) {
                 assert!((found - expected).abs() <= 1e-6 * expected.abs(), "{name}: {found} {expected}");
             }
-            assert!((rope.attention_factor - factor).abs() < 1e-6, "{name}");
+            assert!((factor - find("attention_scaling").unwrap()[0]).abs() < 1e-6, "{name}");
+            compared += 1;
         }
     }
+    assert!(compared > 70, "{compared}");
 }
 
 #[test]

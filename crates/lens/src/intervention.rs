@@ -360,6 +360,8 @@ fn unit_count(site: Site, spec: &ModelSpec, layer: usize) -> Option<usize> {
         FfnSpec::Dense { .. } => None,
     };
     match (site, site.units()) {
+        (Site::Z, _) if layer.delta.is_some() => layer.delta.as_ref().map(|d| d.n_value_heads),
+        (_, Units::Head) if layer.delta.is_some() => None,
         (Site::AttnK | Site::AttnV | Site::AttnKRot, _) => Some(layer.attn.n_kv_heads),
         (_, Units::Head) => Some(layer.attn.n_heads),
         (_, Units::Expert) => moe.map(|m| m.n_experts),

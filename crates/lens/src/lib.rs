@@ -37,7 +37,7 @@ pub use score::{MetricInfo, ScoreTable};
 pub use select::{Keep, Scope, Selection};
 pub use select_text::Indices;
 pub use stats::{
-    BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Sum, confidence_bin,
+    BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Seen, Sum, confidence_bin,
 };
 pub use trace::{ItemTrace, LayerTrace, RoutingTrace, TraceRecorder};
-pub use unit::{ExpertId, on_experts};
+pub use unit::{ExpertId, on_experts, read_experts};

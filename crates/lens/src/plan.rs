@@ -65,7 +65,7 @@ impl Plan {
         Plan::parse(&text).map_err(|problem| LensError::invalid(path.display().to_string(), problem))
     }
 
-    fn parse(text: &str) -> Result<Plan, String> {
+    pub(crate) fn parse(text: &str) -> Result<Plan, String> {
         let plan: Plan = toml::from_str(text).map_err(|e| e.to_string())?;
         if plan.version != PLAN_VERSION {
             return Err(format!(

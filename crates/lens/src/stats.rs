@@ -165,6 +165,54 @@ impl PhaseStats {
         vec![("count".into(), &mut self.count), ("top_count".into(), &mut self.top_count)]
     }
 
+    /// Adds what the router alone tells of one token in MoE layer `moe`, whose experts are numbered from `start` on:
+    /// `logits [E]`, `ids [k]` in rank order, `gates [k]`. `confidence [k]` is room to work in.
+    pub(crate) fn add_routing(
+        &mut self,
+        moe: usize,
+        start: usize,
+        logits: &[f32],
+        ids: &[u32],
+        gates: &[f32],
+        confidence: &mut [f32],
+    ) {
+        self.tokens += u64::from(moe == 0);
+        confidences(logits, ids, confidence);
+        self.max_confidence[moe] += f64::from(confidence.iter().copied().fold(0.0, f32::max));
+        for (j, &id) in ids.iter().enumerate().filter(|(_, id)| **id != NO_EXPERT) {
+            let unit = start + id as usize;
+            self.count[unit] += 1;
+            self.top_count[unit] += u64::from(j == 0);
+            let (s, g) = (f64::from(logits[id as usize]), f64::from(gates[j]));
+            for (sum, value) in [(Sum::Gate, g), (Sum::GateSq, g * g), (Sum::TopLogit, if j == 0 { s } else { 0.0 })] {
+                self.sums[sum as usize][unit] += value;
+            }
+            let bin = unit * CONFIDENCE_BINS + confidence_bin(confidence[j]);
+            let sigmoid = 1.0 / (1.0 + (-s).exp());
+            for (sum, value) in [
+                (BinSum::Logit, s),
+                (BinSum::Sigmoid, sigmoid),
+                (BinSum::Max, s.max(sigmoid)),
+                (BinSum::Confidence, f64::from(confidence[j])),
+            ] {
+                self.bins[sum as usize][bin] += value;
+            }
+        }
+    }
+
+    /// Marks what was not seen as unknown: its sums become NaN.
+    fn see_only(&mut self, seen: Seen) {
+        for &sum in Sum::ALL.iter().filter(|s| !seen.tells(**s)) {
+            self.sums[sum as usize].fill(f64::NAN);
+        }
+        for &sum in BinSum::ALL.iter().filter(|s| !seen.tells_bins(**s)) {
+            self.bins[sum as usize].fill(f64::NAN);
+        }
+        if seen == Seen::Counts {
+            self.max_confidence.fill(f64::NAN);
+        }
+    }
+
     /// Adds the statistics of other tokens.
     pub fn merge(&mut self, other: &PhaseStats) {
         self.tokens += other.tokens;
@@ -178,7 +226,33 @@ impl PhaseStats {
     }
 }
 
-/// Statistics of a set of texts.
+/// What was seen of a routing that another engine recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Which experts were chosen, or only how often.
+    Counts,
+    /// The router's probabilities: logits up to a constant for each token.
+    Probabilities,
+    /// The router's logits.
+    Logits,
+}
+
+impl Seen {
+    fn tells(self, sum: Sum) -> bool {
+        match sum {
+            Sum::Gate | Sum::GateSq => self != Seen::Counts,
+            Sum::TopLogit => self == Seen::Logits,
+            Sum::Norm | Sum::NormSq | Sum::GateNorm | Sum::GateNormSq | Sum::Easy => false,
+        }
+    }
+
+    fn tells_bins(self, sum: BinSum) -> bool {
+        self == Seen::Logits || (self == Seen::Probabilities && sum == BinSum::Confidence)
+    }
+}
+
+/// Statistics of a set of texts. A sum that was not observed is NaN, and so is every score that needs it, also after
+/// merging: what is unknown of a part is unknown of the whole.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterStats {
     /// Which experts.
@@ -195,6 +269,13 @@ impl RouterStats {
     /// Nothing seen yet.
     pub fn new(map: ExpertMap) -> RouterStats {
         RouterStats { items: 0, prompt: PhaseStats::new(&map), answer: PhaseStats::new(&map), map }
+    }
+
+    /// Marks as unknown (NaN) whatever cannot be known from what was seen. First ranks are not counted where only the
+    /// chosen experts are known.
+    pub fn see_only(&mut self, seen: Seen) {
+        self.prompt.see_only(seen);
+        self.answer.see_only(seen);
     }
 
     /// Adds the statistics of other texts of the same model.
@@ -332,41 +413,23 @@ impl Profiler {
                 Phase::Prompt | Phase::PromptLast => &mut self.stats.prompt,
                 Phase::Answer | Phase::Decode => &mut self.stats.answer,
             };
-            stats.tokens += u64::from(moe == 0);
             let logits = &self.logits[row * e..(row + 1) * e];
             let ids = &routing.ids[row * k..(row + 1) * k];
+            stats.add_routing(moe, units.start, logits, ids, &gates[row * k..(row + 1) * k], &mut confidence);
             let (h, r) = (&self.resid[row * d..(row + 1) * d], &moe_out[row * d..(row + 1) * d]);
             let turn = turn(h, r);
-            confidences(logits, ids, &mut confidence);
-            stats.max_confidence[moe] += f64::from(confidence.iter().copied().fold(0.0, f32::max));
             for (j, &id) in ids.iter().enumerate().filter(|(_, id)| **id != NO_EXPERT) {
                 let slot = row * k + j;
-                let (s, g, norm) = (logits[id as usize], gates[slot], self.norms[slot]);
                 let unit = units.start + id as usize;
-                stats.count[unit] += 1;
-                stats.top_count[unit] += u64::from(j == 0);
-                let (s, g, norm) = (f64::from(s), f64::from(g), f64::from(norm));
+                let (g, norm) = (f64::from(gates[slot]), f64::from(self.norms[slot]));
                 for (sum, value) in [
-                    (Sum::Gate, g),
-                    (Sum::GateSq, g * g),
                     (Sum::Norm, norm),
                     (Sum::NormSq, norm * norm),
                     (Sum::GateNorm, g * norm),
                     (Sum::GateNormSq, g * g * norm * norm),
                     (Sum::Easy, g * norm * turn),
-                    (Sum::TopLogit, if j == 0 { s } else { 0.0 }),
                 ] {
                     stats.sums[sum as usize][unit] += value;
-                }
-                let bin = unit * CONFIDENCE_BINS + confidence_bin(confidence[j]);
-                let sigmoid = 1.0 / (1.0 + (-s).exp());
-                for (sum, value) in [
-                    (BinSum::Logit, s),
-                    (BinSum::Sigmoid, sigmoid),
-                    (BinSum::Max, s.max(sigmoid)),
-                    (BinSum::Confidence, f64::from(confidence[j])),
-                ] {
-                    stats.bins[sum as usize][bin] += value;
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use quorate_model::Site;
 use serde::{Deserialize, Serialize};
 
-use crate::{ExpertMap, Indices, Intervention, Op, PhaseSelector};
+use crate::{ExpertMap, Indices, Intervention, LensError, Op, PhaseSelector};
 
 /// A routed expert: decoder layer and global id within the layer. Written `LAYER:EXPERT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -62,6 +62,30 @@ impl ExpertMap {
     }
 }
 
+/// The experts of a JSON list `[{"layer": 1, "expert": 68, ..}, ..]`; what else its objects hold is not read. Expert -1 is a
+/// shared expert, in the lists of Super Experts' authors too; it is no routed one, and left out.
+///
+/// # Errors
+/// A text that is no such list; `what` names it.
+pub fn read_experts(what: &str, text: &str) -> Result<Vec<ExpertId>, LensError> {
+    #[derive(Deserialize)]
+    struct Entry {
+        layer: usize,
+        expert: i64,
+    }
+    let bad = |problem: String| {
+        let help = "help: a list of experts is like [{\"layer\": 1, \"expert\": 68}]";
+        LensError::invalid(what, format!("{problem}; {help}"))
+    };
+    let entries: Vec<Entry> = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    let routed = entries.iter().filter(|e| e.expert != -1);
+    let id = |e: &Entry| {
+        let expert = usize::try_from(e.expert).map_err(|_| bad(format!("there is no expert {}", e.expert)))?;
+        Ok(ExpertId { layer: e.layer, expert })
+    };
+    routed.map(id).collect()
+}
+
 /// One operation on a set of experts at all positions of `phase`: one intervention for each layer.
 pub fn on_experts(ids: &[ExpertId], site: Site, phase: PhaseSelector, op: &Op) -> Vec<Intervention> {
     let mut layers: Vec<usize> = ids.iter().map(|id| id.layer).collect();
@@ -92,6 +116,17 @@ mod tests {
         assert_eq!(map.unit(ExpertId { layer: 0, expert: 0 }), None);
         assert!("3-1".parse::<ExpertId>().is_err());
         assert_eq!(map.rows(&[0, 1, 2, 3, 4, 5]), [vec![0, 1, 2, 3], vec![4, 5]]);
+    }
+
+    #[test]
+    fn lists_of_experts_are_read_and_shared_ones_left_out() {
+        let text = r#"[{"layer": 2, "expert": 7, "output_max": 301.5}, {"layer": 1, "expert": -1}]"#;
+        assert_eq!(read_experts("x.json", text).unwrap(), [ExpertId { layer: 2, expert: 7 }]);
+        assert!(read_experts("x.json", "[]").unwrap().is_empty());
+        for wrong in ["{}", r#"[{"layer": 2}]"#, r#"[{"layer": 2, "expert": -7}]"#, "[[2, 7]"] {
+            let error = read_experts("x.json", wrong).unwrap_err().to_string();
+            assert!(error.starts_with("x.json: ") && error.contains("help: a list of experts"), "{error}");
+        }
     }
 
     #[test]

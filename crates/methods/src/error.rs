@@ -3,6 +3,7 @@
 use quorate_eval::tasks::TaskError;
 use quorate_lens::LensError;
 use quorate_model::ModelError;
+use quorate_train::TrainError;
 
 /// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +17,9 @@ pub enum MethodError {
     /// Task files.
     #[error(transparent)]
     Task(#[from] TaskError),
+    /// Training, or adapters.
+    #[error(transparent)]
+    Train(#[from] TrainError),
     /// What the method needs and does not have, and how to get it.
     #[error("{what}; help: {help}")]
     Needs {

@@ -6,8 +6,10 @@ use std::path::Path;
 use quorate_eval::encode::{EncodedItem, batches};
 use quorate_eval::evaluate::{EvalOptions, ItemScore, evaluate, teacher_forced};
 use quorate_eval::tasks::{Task, TaskItem};
+use quorate_formats::Role;
 use quorate_lens::{ExpertMap, Intervention, Interventions, LensError, Plan, RoutingTrace, TraceRecorder};
-use quorate_model::{KvCache, Lens, LogitRows, Model};
+use quorate_model::{KvCache, Lens, LogitRows, Model, Overlay};
+use quorate_train::{AnswerLoss, Example, Form, Hooks, Objective, StepReport, TrainError, TrainOptions, Trainer};
 
 use crate::MethodError;
 
@@ -38,6 +40,19 @@ pub trait World {
 
     /// Shows how far a stage is; `false` if the user wants to stop.
     fn progress(&mut self, stage: &str, done: u64, total: u64) -> bool;
+}
+
+/// What a training left.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// The parameters of the best evaluation, without gradients.
+    pub overlay: Overlay,
+    /// How many values were trained.
+    pub values: usize,
+    /// Steps done and validation loss (nats per answer token) of each evaluation.
+    pub curve: Vec<(u64, f64)>,
+    /// Steps of the best evaluation.
+    pub best: u64,
 }
 
 /// A method's workplace.
@@ -190,6 +205,46 @@ impl<'a> Lab<'a> {
         Ok(scores)
     }
 
+    /// Trains weights on answers, beginning with the model as it is, and keeps the parameters with the smallest validation
+    /// loss. The model is left as it was.
+    ///
+    /// # Errors
+    /// As [`Trainer::run`], no validation examples, or the user stops.
+    pub fn train(
+        &mut self,
+        stage: &str,
+        targets: &[(Role, Form)],
+        options: TrainOptions,
+        examples: &[Example],
+        validation: &[Example],
+    ) -> Result<Trained, MethodError> {
+        if validation.is_empty() {
+            return Err(MethodError::needs("nothing to validate on", "give items of the split `validation`"));
+        }
+        let mut trainer = Trainer::new(&self.model, targets, options)?;
+        let values = trainer.parameters().count();
+        let before = self.model.overlay().clone();
+        let (world, (part, parts)) = (&mut *self.world, (self.part.0 as u64, self.part.1 as u64));
+        let mut on_step = |r: &StepReport| world.progress(stage, part * r.steps + r.step, parts * r.steps);
+        let mut losses = Vec::new();
+        let mut evaluate = |model: &Model| {
+            let loss = mean_loss(model, validation)?;
+            losses.push(loss);
+            Ok(-loss)
+        };
+        let mut hooks = Hooks { on_step: &mut on_step, evaluate: Some(&mut evaluate), checkpoint: None };
+        let outcome = trainer.run(&mut self.model, examples, &mut AnswerLoss::new(), &mut hooks)?;
+        let overlay = self.model.take_overlay();
+        self.model.set_overlay(before)?;
+        if outcome.stopped {
+            return Err(MethodError::Interrupted);
+        }
+        let every = if options.eval_every == 0 { options.steps } else { options.eval_every };
+        let step = |i: usize| options.steps.min((i as u64 + 1) * every);
+        let curve = losses.into_iter().enumerate().map(|(i, loss)| (step(i), loss)).collect();
+        Ok(Trained { overlay, values, curve, best: outcome.best.map_or(outcome.steps, |(step, _)| step) })
+    }
+
     /// Makes interventions ready for the model.
     ///
     /// # Errors
@@ -207,4 +262,15 @@ impl<'a> Lab<'a> {
         let plan = Plan { version: quorate_lens::PLAN_VERSION, model, intervene: list, ..Plan::default() };
         Ok(plan.to_toml()?)
     }
+}
+
+/// Nats per answer token.
+fn mean_loss(model: &Model, examples: &[Example]) -> Result<f64, TrainError> {
+    let (mut sum, mut terms) = (0.0, 0);
+    for some in examples.chunks(BATCH_ITEMS / 4) {
+        let loss = AnswerLoss::new().loss(model, &some.iter().collect::<Vec<_>>())?;
+        sum += f64::from(loss.sum.to_scalar::<f32>()?);
+        terms += loss.terms;
+    }
+    Ok(sum / terms.max(1) as f64)
 }

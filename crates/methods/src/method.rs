@@ -2,6 +2,7 @@
 //! sub-commands, `quorate methods`, their JSON and their pages in the documentation.
 
 use clap::{ArgMatches, Args, Command, FromArgMatches};
+use quorate_formats::Checkpoint;
 use serde::Serialize;
 
 use crate::{Card, Lab, MethodError, Report};
@@ -50,7 +51,22 @@ fn run<P: Run>(card: &'static Card, matches: &ArgMatches, lab: &mut Lab<'_>) -> 
     let mut report = params.run(lab)?;
     report.method = card.id.to_string();
     report.title = card.title.to_string();
+    report.paper = card.paper.to_string();
     report.params = serde_json::to_value(&params).map_err(|e| MethodError::Outside(e.into()))?;
+    report.model = model_name(lab.model.checkpoint());
     report.fingerprint = lab.model.checkpoint().fingerprint().to_string();
     Ok(report)
+}
+
+/// A model in words: its folder, family, layers and experts.
+pub fn model_name(checkpoint: &Checkpoint) -> String {
+    let spec = checkpoint.spec();
+    let folder = checkpoint.folder().file_name().map_or_else(String::new, |n| format!("{}, ", n.to_string_lossy()));
+    let mut text = format!("{folder}{} of {} layers", spec.family, spec.layers.len());
+    let moe: Vec<_> = spec.layers.iter().enumerate().filter_map(|(l, _)| spec.moe(l)).collect();
+    if let Some(first) = moe.first() {
+        let most = moe.iter().map(|m| m.n_experts).max().unwrap_or(first.n_experts);
+        text += &format!(", {} with {most} experts, top-{}", moe.len(), first.top_k);
+    }
+    text
 }

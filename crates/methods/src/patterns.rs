@@ -4,6 +4,7 @@ use quorate_formats::spec::ModelSpec;
 use quorate_lens::{Coverage, Keep, LensError, Pattern, PatternInfo, ProfileData, Scope, Selection, coverage, overlap};
 use serde::Serialize;
 
+use crate::experts::unified::FREQUENCY;
 use crate::{DEFAULT_METRIC, Phases, all_tables};
 
 /// The phases that patterns were profiled with, if they agree.
@@ -57,6 +58,12 @@ pub fn merged(name: &str, patterns: &[&Pattern], phases: Phases) -> Result<Patte
     Ok(Pattern::build(info, data, |_| tables))
 }
 
+/// The metric to choose a pattern's experts by: [`DEFAULT_METRIC`], or frequency if the recording that the pattern comes from
+/// does not know enough for it.
+pub fn best_metric(pattern: &Pattern) -> &'static str {
+    if pattern.scores(DEFAULT_METRIC).is_ok() { DEFAULT_METRIC } else { FREQUENCY.name }
+}
+
 /// How well a pattern's kept experts would serve texts that were not profiled, and what it shares with others.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
@@ -73,7 +80,7 @@ pub struct Summary {
     /// Which tokens count.
     pub phases: String,
     /// Metric that chose the kept experts.
-    pub metric: &'static str,
+    pub metric: String,
     /// Coverage of the held-out texts at several numbers of experts; `None` if nothing was held out.
     pub heldout_coverage: Vec<KeptCoverage>,
     /// What it shares with the other patterns.
@@ -114,14 +121,14 @@ pub struct Share {
 /// Summarises a pattern beside others of the same model.
 ///
 /// # Errors
-/// A pattern without the default metric.
+/// A pattern without scores.
 pub fn summary(spec: &ModelSpec, pattern: &Pattern, others: &[Pattern]) -> Result<Summary, LensError> {
     let map = &pattern.map;
     let floor: Vec<usize> = map.layers.iter().map(|&l| spec.moe(l).map_or(0, |m| m.top_k)).collect();
     let top_k = floor.iter().max().copied().unwrap_or(1);
     let experts = map.experts.iter().min().copied().unwrap_or(0);
     let selection = Selection { scope: Scope::Global, floor, ..Selection::default() };
-    let kept = |p: &Pattern, k: usize| selection.select(p.scores(DEFAULT_METRIC)?, Keep::Total(k * map.n_layers()));
+    let kept = |p: &Pattern, k: usize| selection.select(p.scores(best_metric(p))?, Keep::Total(k * map.n_layers()));
 
     let numbers = [experts / 2, experts * 3 / 8, experts / 4, experts * 3 / 16, experts / 8];
     let mut heldout_coverage = Vec::new();
@@ -149,7 +156,7 @@ pub fn summary(spec: &ModelSpec, pattern: &Pattern, others: &[Pattern]) -> Resul
         answer_tokens: pattern.info.tokens[1],
         heldout_items: pattern.info.heldout_items,
         phases: pattern.info.phases.clone(),
-        metric: DEFAULT_METRIC,
+        metric: best_metric(pattern).to_string(),
         heldout_coverage,
         overlap,
     })

@@ -1,7 +1,10 @@
 //! What a method found, as data. Text, JSON and HTML are made from it in one place each.
 
+use quorate_model::{Model, Overlay};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+
+use crate::MethodError;
 
 /// The result of a method.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -10,8 +13,12 @@ pub struct Report {
     pub method: String,
     /// The method's title.
     pub title: String,
+    /// Identifier of its paper.
+    pub paper: String,
     /// Its parameters.
     pub params: Value,
+    /// What model it is: folder, family, layers and experts.
+    pub model: String,
     /// Fingerprint of the model.
     pub fingerprint: String,
     /// The numbers that matter most, by name.
@@ -20,6 +27,9 @@ pub struct Report {
     pub tables: Vec<Table>,
     /// Numbers for every expert.
     pub maps: Vec<HeatMap>,
+    /// What is known of each expert; with maps only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cards: Option<Cards>,
     /// Remarks: what a number means, what was left out and why.
     pub notes: Vec<String>,
     /// Files to keep: plans, lists, adapters. Not part of the JSON document.
@@ -46,7 +56,7 @@ pub struct Table {
 /// A number for every expert of every MoE layer.
 #[derive(Clone, Debug, Serialize)]
 pub struct HeatMap {
-    /// Name, unique in the report.
+    /// Name, unique in the report; `GROUP: NAME` for one of a group of like maps.
     pub name: String,
     /// What the numbers are, and their unit.
     pub about: String,
@@ -56,6 +66,52 @@ pub struct HeatMap {
     pub values: Vec<Vec<Option<f64>>>,
     /// Whether zero is the middle, with meaning on both sides.
     pub diverging: bool,
+}
+
+/// What is known of each expert beyond the maps' numbers.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Cards {
+    /// What they show.
+    pub about: String,
+    /// The lists of every card.
+    pub lists: Vec<CardList>,
+    /// The flags that a card may have.
+    pub flags: Vec<Flag>,
+    /// One card for each expert.
+    pub cards: Vec<ExpertCard>,
+}
+
+/// A list that every card has. A column whose name begins with `share` holds numbers from 0 to 1.
+#[derive(Clone, Debug, Serialize)]
+pub struct CardList {
+    /// Name.
+    pub name: String,
+    /// What it shows.
+    pub about: String,
+    /// Column names; the first column names the thing.
+    pub columns: Vec<String>,
+}
+
+/// A property that some experts have.
+#[derive(Clone, Debug, Serialize)]
+pub struct Flag {
+    /// Name.
+    pub name: String,
+    /// What it takes to have it.
+    pub about: String,
+}
+
+/// What is known of one expert.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExpertCard {
+    /// Decoder layer.
+    pub layer: usize,
+    /// Global expert id.
+    pub expert: usize,
+    /// Names of its flags.
+    pub flags: Vec<String>,
+    /// Rows of each list: text, numbers, null, or passages `[[before, marked, after], ..]`.
+    pub lists: Vec<Vec<Vec<Value>>>,
 }
 
 /// A file that a method made.
@@ -101,6 +157,18 @@ impl Report {
     /// Adds a remark.
     pub fn note(&mut self, text: impl Into<String>) {
         self.notes.push(text.into());
+    }
+
+    /// Adds an adapter of a model in the form of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+    ///
+    /// # Errors
+    /// As [`peft::encode`](quorate_train::peft::encode).
+    pub fn adapter(&mut self, model: &Model, overlay: &Overlay, about: &str) -> Result<(), MethodError> {
+        let base = model.checkpoint().folder().display().to_string();
+        for (name, bytes) in quorate_train::peft::encode(model.checkpoint(), overlay, &base)? {
+            self.file(name, about, bytes);
+        }
+        Ok(())
     }
 
     /// Adds a file.

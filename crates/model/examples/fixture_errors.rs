@@ -41,7 +41,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     for folder in folders {
         let reference = SafetensorsFile::open(&folder.join("reference.safetensors"))?;
         let ids: Vec<u32> = reference.read_i64("input_ids")?.iter().map(|&id| id as u32).collect();
-        let mut model = Model::open(&folder, 2, None)?;
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut model = match Model::open(&folder, 2, None) {
+            Ok(model) => model,
+            Err(error) => {
+                println!("{name:20} {error}");
+                continue;
+            }
+        };
         model.load_all_experts()?;
         let (mut worst, mut same) = ([0f32; 4], true);
         for (i, prompt) in ids.chunks(ids.len() / 2).enumerate() {
@@ -66,7 +73,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             let wanted = reference.read_i64(&format!("greedy.{i}"))?;
             same &= wanted.iter().map(|&t| t as u32).eq(answer.tokens.iter().copied());
         }
-        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let [logits, residual, mlp, router] = worst.map(|w| if w == 0.0 { "-".into() } else { format!("{w:.1e}") });
         let greedy = if same { "equal" } else { "DIFFERS" };
         println!("{name:20} {:12} {logits:>9} {residual:>9} {mlp:>9} {router:>9}  {greedy}", model.spec().family);

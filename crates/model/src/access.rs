@@ -2,12 +2,13 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
+use quorate_formats::spec::{MoeSpec, NormKind};
 use quorate_kernels::{self as kernels, Pack};
 use quorate_residency::{Expert, Matrix};
 
-use crate::ffn::{self, Gated, kernel_act};
-use crate::ops::{tensor, values};
-use crate::routing::{Keep, route};
+use crate::ffn::{self, Experts};
+use crate::ops::{self, tensor, values};
+use crate::routing::{Keep, Learned, route};
 use crate::{Model, ModelError, Routing, RoutingMode};
 
 impl Model {
@@ -20,7 +21,7 @@ impl Model {
         let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
         let (n, d) = x.dims2()?;
         let e = moe.n_experts;
-        let experts: Vec<Option<Gated<'_>>> = (0..e).map(|e| self.expert(layer, e)).collect();
+        let experts = Experts::of(self, layer, e);
         let ids = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
         let routing = Routing { k: e, ids, gates: tensor(vec![1.0; n * e], &[n, e])? };
         let (pool, pack) = (self.pool(), Pack::Always);
@@ -50,7 +51,8 @@ impl Model {
             return Err(ModelError::Keep(message));
         }
         let logits = tensor(logits.to_vec(), &[logits.len() / moe.n_experts, moe.n_experts])?;
-        route(moe, layer, &logits, None, kept.map(|kept| Keep { kept, mode }))
+        let learned = self.learned(layer, moe)?;
+        route(moe, layer, &logits, learned, None, kept.map(|kept| Keep { kept, mode }))
     }
 
     /// Activations `act(gate x)` of all routed experts of decoder layer `layer` for inputs `x [n, d]` (values of the site
@@ -71,8 +73,55 @@ impl Model {
                 out[(t * e + expert) * width..][..width].copy_from_slice(row);
             }
         }
-        kernels::act_inplace(self.pool(), kernel_act(moe.act), &mut out);
-        tensor(out, &[n, e, width])
+        ffn::activated(self.pool(), &tensor(out, &[n, e, width])?, moe.act)
+    }
+
+    /// A router's learned vectors.
+    pub(crate) fn learned(&self, layer: usize, moe: &MoeSpec) -> Result<Learned<'_>, ModelError> {
+        let extra = &moe.router.extra;
+        let vector =
+            |there: bool, role: Role| if there { Some(self.weights().vector(role)).transpose() } else { Ok(None) };
+        Ok(Learned {
+            selection_bias: vector(extra.selection_bias, Role::SelectionBias(layer))?,
+            expert_scale: vector(extra.expert_scale, Role::ExpertScale(layer))?,
+        })
+    }
+
+    /// Logits `[n, V]` of residual streams `x [n, d]` of any layer: final norm and output matrix, as the logit lens
+    /// (nostalgebraist 2020) reads them. An overlay counts.
+    ///
+    /// # Errors
+    /// Rows of another width.
+    pub fn unembed(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let (_, d) = x.dims2()?;
+        if d != self.spec().hidden_size {
+            return Err(ModelError::Lens(format!("rows of {d} values cannot be read as the residual stream")));
+        }
+        let norm = self.norm(x, Role::FinalNorm, Role::FinalNormBias)?;
+        self.head(&norm, Pack::Always)
+    }
+
+    /// The norm of the residual stream.
+    pub(crate) fn norm(&self, x: &Tensor, weight: Role, bias: Role) -> Result<Tensor, ModelError> {
+        let eps = self.spec().norm_eps;
+        if self.spec().norm == NormKind::Layer {
+            let weights = self.weights();
+            return ops::layer_norm(x, weights.vector(weight)?, weights.vector(bias)?, eps);
+        }
+        ops::rms_norm(self.pool(), x, self.vector(weight)?, eps)
+    }
+
+    /// Logits from what the final norm gives.
+    pub(crate) fn head(&self, norm: &Tensor, pack: Pack) -> Result<Tensor, ModelError> {
+        let spec = self.spec();
+        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
+        let bias = if spec.lm_head_bias { Some(self.vector(Role::LmHeadBias)?) } else { None };
+        let logits = ops::linear(self.pool(), pack, norm, &self.matrix(head)?, bias)?;
+        let logits = ops::scaled(logits, spec.scales.logits)?;
+        match spec.scales.logit_softcap {
+            Some(c) => ops::softcap(logits, c),
+            None => Ok(logits),
+        }
     }
 
     /// The weights of a routed expert in memory.

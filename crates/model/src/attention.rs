@@ -1,7 +1,7 @@
 //! Causal attention over the KV cache: at once by the kernel, or step by step where a lens wants its scores or pattern; and
 //! the way of the gradient through both.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -25,14 +25,26 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    fn shape(&self) -> AttnShape {
-        AttnShape {
-            n_heads: self.spec.n_heads,
-            n_kv_heads: self.spec.n_kv_heads,
-            head_dim: self.spec.head_dim,
-            scale: self.spec.scale,
-            window: self.spec.sliding_window,
+    fn shape(&self) -> Shape {
+        let spec = self.spec;
+        Shape {
+            kernel: AttnShape {
+                n_heads: spec.n_heads,
+                n_kv_heads: spec.n_kv_heads,
+                head_dim: spec.head_dim,
+                scale: spec.scale,
+                window: spec.sliding_window,
+            },
+            v_dim: spec.v_head_dim(),
+            chunk: spec.extra.chunk,
         }
+    }
+
+    /// Whether the kernel computes all that this attention is.
+    pub fn is_plain(&self) -> bool {
+        let (spec, extra) = (self.spec, &self.spec.extra);
+        let same_width = spec.v_head_dim() == spec.head_dim;
+        same_width && !extra.sinks && extra.chunk.is_none() && extra.softcap.is_none()
     }
 
     /// Longest key range of the batch.
@@ -50,7 +62,7 @@ impl Attention<'_> {
             })
             .collect();
         let mut z = vec![0.0; q.elem_count()];
-        kernels::attention(self.pool, &self.shape(), &values(q)?, &segments, &mut z);
+        kernels::attention(self.pool, &self.shape().kernel, &values(q)?, &segments, &mut z);
         attach(&[q, k, v], z, q.dims(), || {
             let (pool, back) = (self.pool.clone(), self.back());
             move |node| back.at_once(&pool, node)
@@ -77,27 +89,45 @@ impl Attention<'_> {
         })
     }
 
-    /// Softmax of the scores of visible keys, zero elsewhere.
-    pub fn pattern(&self, scores: &Tensor) -> Result<Tensor, ModelError> {
+    /// `c tanh(scores / c)` of visible keys.
+    pub fn capped(&self, scores: Tensor) -> Result<Tensor, ModelError> {
+        let Some(c) = self.spec.extra.softcap else { return Ok(scores) };
+        let cap = move |s: &f32| if *s == f32::NEG_INFINITY { *s } else { c * (s / c).tanh() };
+        let y = values(&scores)?.iter().map(cap).collect();
+        attach(&[&scores], y, scores.dims(), || {
+            move |node| {
+                let slope = |(s, dy): (&f32, &f32)| dy * (1.0 - (s / c).tanh().powi(2));
+                Ok(vec![Some(values(node.args[0])?.iter().zip(node.dy).map(slope).collect())])
+            }
+        })
+    }
+
+    /// Softmax of the scores of visible keys, zero elsewhere; with `sinks [H]`, a logit of each head that takes its share.
+    pub fn pattern(&self, scores: &Tensor, sinks: Option<&[f32]>) -> Result<Tensor, ModelError> {
         let (heads, longest, shape) = (self.spec.n_heads, self.longest(), self.shape());
         let mut pattern = vec![0.0; scores.elem_count()];
         let from = values(scores)?;
         for (row, pattern) in pattern.chunks_exact_mut(longest).enumerate() {
             let keys = visible(&shape, self.rows.position[row / heads]);
             pattern[keys.clone()].copy_from_slice(&from[row * longest..][keys.clone()]);
-            crate::routing::softmax(&mut pattern[keys]);
+            let pattern = &mut pattern[keys];
+            match sinks {
+                Some(sinks) => softmax_beside(pattern, sinks[row % heads]),
+                None => crate::routing::softmax(pattern),
+            }
         }
-        attach(&[scores], pattern.clone(), scores.dims(), || {
+        let kept = if scores.track_op() { pattern.clone() } else { Vec::new() };
+        attach(&[scores], pattern, scores.dims(), || {
             move |node| {
-                let rows = pattern.chunks_exact(longest).zip(node.dy.chunks_exact(longest));
+                let rows = kept.chunks_exact(longest).zip(node.dy.chunks_exact(longest));
                 Ok(vec![Some(rows.flat_map(|(p, dp)| softmax_backward(p, dp)).collect())])
             }
         })
     }
 
-    /// `z = pattern V`, `[N, H, head_dim]`; of the pattern only visible keys count.
+    /// `z = pattern V`, `[N, H, v_head_dim]`; of the pattern only visible keys count.
     pub fn mix(&self, pattern: &Tensor, v: &Tensor) -> Result<Tensor, ModelError> {
-        let (rows, heads, dim) = (self.rows, self.spec.n_heads, self.spec.head_dim);
+        let (rows, heads, dim) = (self.rows, self.spec.n_heads, self.spec.v_head_dim());
         let (longest, shape) = (self.longest(), self.shape());
         let mut z = vec![0.0; rows.len() * heads * dim];
         let p = values(pattern)?;
@@ -106,7 +136,7 @@ impl Attention<'_> {
             let (_, v) = self.cache.layer(rows.spans[rows.segment[n]].slot, self.layer);
             for key in visible(&shape, rows.position[n]) {
                 let p = p[row * longest + key];
-                z.iter_mut().zip(&v[at(&shape, key, h)]).for_each(|(z, v)| *z += p * v);
+                z.iter_mut().zip(&v[value_at(&shape, key, h)]).for_each(|(z, v)| *z += p * v);
             }
         }
         attach(&[pattern, v], z, &[rows.len(), heads, dim], || {
@@ -125,16 +155,51 @@ impl Attention<'_> {
     }
 }
 
-/// Keys that a query at a position sees.
-fn visible(shape: &AttnShape, position: usize) -> Range<usize> {
-    let end = position + 1;
-    shape.window.map_or(0, |w| end.saturating_sub(w))..end
+/// Heads, widths, and which keys are seen.
+#[derive(Clone, Copy)]
+struct Shape {
+    kernel: AttnShape,
+    v_dim: usize,
+    chunk: Option<usize>,
 }
 
-/// Where the key or value that head `h` reads lies in a cache.
-fn at(shape: &AttnShape, key: usize, h: usize) -> Range<usize> {
-    let start = (key * shape.n_kv_heads + h / (shape.n_heads / shape.n_kv_heads)) * shape.head_dim;
+impl Deref for Shape {
+    type Target = AttnShape;
+    fn deref(&self) -> &AttnShape {
+        &self.kernel
+    }
+}
+
+/// Keys that a query at a position sees.
+fn visible(shape: &Shape, position: usize) -> Range<usize> {
+    let end = position + 1;
+    let chunk = shape.chunk.map_or(0, |c| position / c * c);
+    shape.window.map_or(0, |w| end.saturating_sub(w)).max(chunk)..end
+}
+
+/// Number of the key or value that head `h` reads.
+fn number(shape: &Shape, key: usize, h: usize) -> usize {
+    key * shape.n_kv_heads + h / (shape.n_heads / shape.n_kv_heads)
+}
+
+/// Where the key that head `h` reads lies in a cache.
+fn at(shape: &Shape, key: usize, h: usize) -> Range<usize> {
+    let start = number(shape, key, h) * shape.head_dim;
     start..start + shape.head_dim
+}
+
+/// Where the value that head `h` reads lies in a cache.
+fn value_at(shape: &Shape, key: usize, h: usize) -> Range<usize> {
+    let start = number(shape, key, h) * shape.v_dim;
+    start..start + shape.v_dim
+}
+
+/// Softmax of `values` and one more logit, which is left out of the result.
+fn softmax_beside(values: &mut [f32], sink: f32) {
+    let max = values.iter().copied().fold(sink, f32::max);
+    values.iter_mut().for_each(|v| *v = (*v - max).exp());
+    let sum = values.iter().sum::<f32>() + (sink - max).exp();
+    values.iter_mut().for_each(|v| *v /= sum);
 }
 
 /// Of a softmax `p` with gradient `dp`: `p (dp - sum p dp)`.
@@ -151,7 +216,7 @@ struct Sequence {
 }
 
 struct Back {
-    shape: AttnShape,
+    shape: Shape,
     longest: usize,
     sequences: Vec<Sequence>,
 }
@@ -234,21 +299,17 @@ impl Back {
         }
     }
 
-    /// Calls `pair(row of [N, H], index in [N, H, S], key in the cache, key in the pass, sequence)` for every visible key.
-    fn each(&self, mut pair: impl FnMut(usize, usize, Range<usize>, Option<Range<usize>>, &Sequence)) {
-        let (shape, dim) = (&self.shape, self.shape.head_dim);
+    /// Calls `pair(row of [N, H], index in [N, H, S], number of the key in the cache, number in the pass, sequence)` for every
+    /// visible key.
+    fn each(&self, mut pair: impl FnMut(usize, usize, usize, Option<usize>, &Sequence)) {
+        let shape = &self.shape;
         for sequence in &self.sequences {
             let span = &sequence.span;
             for (i, h) in (0..span.len).flat_map(|i| (0..shape.n_heads).map(move |h| (i, h))) {
                 let row = (span.row0 + i) * shape.n_heads + h;
                 for key in visible(shape, span.pos0 + i) {
-                    let cached = at(shape, key, h);
-                    let shift = span.row0 * shape.n_kv_heads * dim;
-                    let in_pass = key.checked_sub(span.pos0).map(|key| {
-                        let here = at(shape, key, h);
-                        here.start + shift..here.end + shift
-                    });
-                    pair(row, row * self.longest + key, cached, in_pass, sequence);
+                    let in_pass = key.checked_sub(span.pos0).map(|key| number(shape, span.row0 + key, h));
+                    pair(row, row * self.longest + key, number(shape, key, h), in_pass, sequence);
                 }
             }
         }
@@ -256,27 +317,29 @@ impl Back {
 
     fn scores(&self, node: &Node<'_>) -> Grads {
         let (dim, scale) = (self.shape.head_dim, self.shape.scale);
+        let of = |i: usize| i * dim..(i + 1) * dim;
         let q = values(node.args[0])?;
         let (mut dq, mut dk) = (vec![0.0; q.len()], vec![0.0; node.args[1].elem_count()]);
         self.each(|row, score, cached, in_pass, sequence| {
-            let (ds, row) = (scale * node.dy[score], row * dim..(row + 1) * dim);
-            add_to(&mut dq[row.clone()], ds, &sequence.k[cached]);
+            let ds = scale * node.dy[score];
+            add_to(&mut dq[of(row)], ds, &sequence.k[of(cached)]);
             if let Some(key) = in_pass {
-                add_to(&mut dk[key], ds, &q[row]);
+                add_to(&mut dk[of(key)], ds, &q[of(row)]);
             }
         });
         Ok(vec![Some(dq), Some(dk)])
     }
 
     fn mix(&self, node: &Node<'_>) -> Grads {
-        let dim = self.shape.head_dim;
+        let dim = self.shape.v_dim;
+        let of = |i: usize| i * dim..(i + 1) * dim;
         let p = values(node.args[0])?;
         let (mut dp, mut dv) = (vec![0.0; p.len()], vec![0.0; node.args[1].elem_count()]);
         self.each(|row, score, cached, in_pass, sequence| {
-            let dz = &node.dy[row * dim..(row + 1) * dim];
-            dp[score] = kernels::dot(dz, &sequence.v[cached]);
+            let dz = &node.dy[of(row)];
+            dp[score] = kernels::dot(dz, &sequence.v[of(cached)]);
             if let Some(key) = in_pass {
-                add_to(&mut dv[key], p[score], dz);
+                add_to(&mut dv[of(key)], p[score], dz);
             }
         });
         Ok(vec![Some(dp), Some(dv)])

@@ -1,11 +1,14 @@
 //! The KV cache: keys (after RoPE) and values of every layer, for several sequences.
 
-use quorate_formats::spec::ModelSpec;
+use quorate_formats::spec::{LayerSpec, ModelSpec};
 
 /// Keys and values of a set of sequences, each in its own slot. Values are f32.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    widths: Vec<usize>,
+    /// Widths of a key row and of a value row of each layer.
+    widths: Vec<[usize; 2]>,
+    /// Whether some layer has a state that cannot be taken back.
+    recurrent: bool,
     slots: Vec<Slot>,
 }
 
@@ -19,19 +22,41 @@ struct Slot {
 struct LayerCache {
     k: Vec<f32>,
     v: Vec<f32>,
+    state: State,
+    /// The state after the pass under way.
+    next: Option<State>,
+}
+
+/// State of a layer with linear attention.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct State {
+    /// The last columns that the convolution saw, oldest first, `[kernel - 1, channels]`; empty at the beginning.
+    pub window: Vec<f32>,
+    /// One matrix `[key_dim, value_dim]` for each value head; empty at the beginning.
+    pub matrices: Vec<f32>,
+}
+
+/// Widths of a key row and of a value row; nothing is kept of a layer with a recurrent state.
+fn widths(layer: &LayerSpec) -> [usize; 2] {
+    let attn = &layer.attn;
+    match layer.delta {
+        Some(_) => [0, 0],
+        None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
+    }
 }
 
 impl KvCache {
     /// An empty cache with `slots` sequences.
     pub fn new(spec: &ModelSpec, slots: usize) -> KvCache {
-        let widths: Vec<usize> = spec.layers.iter().map(|l| l.attn.n_kv_heads * l.attn.head_dim).collect();
+        let widths: Vec<[usize; 2]> = spec.layers.iter().map(widths).collect();
+        let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
         let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
-        KvCache { widths, slots: vec![slot; slots] }
+        KvCache { widths, recurrent, slots: vec![slot; slots] }
     }
 
     /// Bytes that one token of one sequence takes.
     pub fn bytes_per_token(spec: &ModelSpec) -> u64 {
-        spec.layers.iter().map(|l| 8 * (l.attn.n_kv_heads * l.attn.head_dim) as u64).sum()
+        spec.layers.iter().map(|l| 4 * widths(l).iter().sum::<usize>() as u64).sum()
     }
 
     /// Number of slots.
@@ -59,35 +84,56 @@ impl KvCache {
         self.slots.iter().map(|s| s.tokens.len()).collect()
     }
 
-    /// Forgets all but the first `len` tokens of a slot; its memory is kept for re-use.
+    /// Forgets all but the first `len` tokens of a slot; its memory is kept for re-use. Where a layer has a recurrent
+    /// state, which cannot be taken back, all are forgotten: [`KvCache::len`] tells what is left.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         let slot = &mut self.slots[slot];
+        let len = if self.recurrent && len < slot.tokens.len() { 0 } else { len };
         slot.tokens.truncate(len);
+        if slot.tokens.is_empty() {
+            slot.layers.iter_mut().for_each(|layer| layer.state = State::default());
+        }
         for (layer, &width) in slot.layers.iter_mut().zip(&self.widths) {
-            layer.k.truncate(slot.tokens.len() * width);
-            layer.v.truncate(slot.tokens.len() * width);
+            layer.k.truncate(slot.tokens.len() * width[0]);
+            layer.v.truncate(slot.tokens.len() * width[1]);
         }
     }
 
     /// Appends rows to one layer of a slot, dropping what an abandoned forward left behind the slot's length.
     pub(crate) fn append(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let slot = &mut self.slots[slot];
-        let kept = slot.tokens.len() * self.widths[layer];
+        let kept = self.widths[layer].map(|width| slot.tokens.len() * width);
         let cache = &mut slot.layers[layer];
-        cache.k.truncate(kept);
-        cache.v.truncate(kept);
+        cache.k.truncate(kept[0]);
+        cache.v.truncate(kept[1]);
         cache.k.extend_from_slice(k);
         cache.v.extend_from_slice(v);
     }
 
-    /// Keys and values of one layer of a slot, `[tokens, n_kv_heads * head_dim]` each.
+    /// Keys `[tokens, n_kv_heads * head_dim]` and values `[tokens, n_kv_heads * v_head_dim]` of one layer of a slot.
     pub(crate) fn layer(&self, slot: usize, layer: usize) -> (&[f32], &[f32]) {
         let cache = &self.slots[slot].layers[layer];
         (&cache.k, &cache.v)
     }
 
+    /// The recurrent state of one layer of a slot.
+    pub(crate) fn state(&self, slot: usize, layer: usize) -> &State {
+        &self.slots[slot].layers[layer].state
+    }
+
+    /// What the state will be once the pass is done.
+    pub(crate) fn set_next_state(&mut self, slot: usize, layer: usize, state: State) {
+        self.slots[slot].layers[layer].next = Some(state);
+    }
+
     /// Makes appended tokens of a slot permanent, after all layers have appended their rows.
     pub(crate) fn advance(&mut self, slot: usize, tokens: &[u32]) {
-        self.slots[slot].tokens.extend_from_slice(tokens);
+        let slot = &mut self.slots[slot];
+        slot.tokens.extend_from_slice(tokens);
+        for layer in &mut slot.layers {
+            if let Some(state) = layer.next.take() {
+                layer.state = state;
+            }
+        }
     }
 }

@@ -23,6 +23,14 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A gradient through something that has none.
+    #[error("layer {layer}: gradients do not go through {what}; help: change only what comes after it")]
+    NoGradient {
+        /// Decoder layer.
+        layer: usize,
+        /// The part of the model.
+        what: &'static str,
+    },
     /// A layer without routed experts.
     #[error("layer {layer} has no routed experts; help: choose a MoE layer (`quorate inspect` lists them)")]
     NoExperts {

@@ -3,6 +3,7 @@
 //! Experts whose weights lie as matrices are computed at once, tokens grouped by expert. Those that an overlay opened (a
 //! tracked weight, or a low-rank term) are computed one by one and put in their slots.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -12,8 +13,8 @@ use quorate_residency::Matrix;
 
 use crate::grad::{Grads, Node, attach};
 use crate::ops::{self, linear, values};
-use crate::overlay::{Linear, Weight};
-use crate::{ModelError, Routing};
+use crate::overlay::{Linear, Vector, Weight};
+use crate::{Model, ModelError, Routing};
 
 /// The weights of one expert, or of a dense block.
 #[derive(Clone, Copy)]
@@ -21,6 +22,10 @@ pub(crate) struct Gated<'a> {
     pub gate: Linear<'a>,
     pub up: Linear<'a>,
     pub down: Linear<'a>,
+    /// Biases of the three.
+    pub biases: Option<[&'a [f32]; 3]>,
+    /// Whether the activation takes gate and up together.
+    pub clamped: bool,
 }
 
 /// A product of grouped slots.
@@ -34,6 +39,7 @@ impl<'a> Gated<'a> {
     /// Whether the kernels can take these weights as they are.
     fn plain(&self, half: Half) -> bool {
         match half {
+            _ if self.biases.is_some() || self.clamped => false,
             Half::Hidden => self.gate.stored().is_some() && self.up.stored().is_some(),
             Half::Down => self.down.stored().is_some(),
         }
@@ -52,6 +58,86 @@ fn base<'a>(linear: &Linear<'a>) -> MatRef<'a> {
     }
 }
 
+/// The experts of one layer in one pass.
+pub(crate) struct Experts<'a> {
+    model: &'a Model,
+    layer: usize,
+    /// What the kernels take; `None` is not in memory.
+    refs: Vec<Option<ExpertRef<'a>>>,
+}
+
+impl<'a> Experts<'a> {
+    pub fn of(model: &'a Model, layer: usize, count: usize) -> Experts<'a> {
+        let refs = (0..count).map(|e| model.expert(layer, e).map(|e| e.as_ref())).collect();
+        Experts { model, layer, refs }
+    }
+
+    /// Whether the expert is in memory.
+    pub fn has(&self, id: u32) -> bool {
+        self.refs.get(id as usize).is_some_and(Option::is_some)
+    }
+
+    /// Whether the kernels can take all experts as they are.
+    fn all_plain(&self) -> bool {
+        let biased = self.model.spec().moe(self.layer).is_some_and(|moe| moe.expert_bias || is_clamped(moe.act));
+        !biased && self.model.overlay().is_empty()
+    }
+
+    fn get(&self, id: u32) -> Option<Gated<'a>> {
+        if id == NO_EXPERT { None } else { self.model.expert(self.layer, id as usize) }
+    }
+
+    /// The ids without those of experts that cannot be computed at once.
+    fn together<'i>(&self, half: Half, ids: &'i [u32]) -> Cow<'i, [u32]> {
+        if self.all_plain() {
+            return Cow::Borrowed(ids);
+        }
+        let open = |id: u32| self.get(id).is_some_and(|e| !e.plain(half));
+        Cow::Owned(ids.iter().map(|&id| if open(id) { NO_EXPERT } else { id }).collect())
+    }
+
+    /// Handles on the matrices of the experts that occur, for the way back.
+    fn held(&self, ids: &[u32], matrices: impl Fn(&Gated<'a>) -> Vec<Option<&'a Matrix>>) -> Matrices {
+        let mut held = vec![None; self.refs.len()];
+        for &id in ids {
+            if let Some(expert) = self.get(id).filter(|_| held[id as usize].is_none()) {
+                held[id as usize] = matrices(&expert).into_iter().map(|m| m.cloned()).collect();
+            }
+        }
+        held
+    }
+
+    /// Computes the experts that [`Experts::together`] left out, each on its slots, and adds them to where the others left
+    /// zeros.
+    fn one_by_one(
+        &self,
+        half: Half,
+        ids: &[u32],
+        together: Tensor,
+        compute: impl Fn(&Gated<'a>, &[u32]) -> Result<Tensor, ModelError>,
+    ) -> Result<Tensor, ModelError> {
+        if self.all_plain() {
+            return Ok(together);
+        }
+        let mut slots_of = vec![Vec::new(); self.refs.len()];
+        for (slot, &id) in (0u32..).zip(ids).filter(|(_, id)| **id != NO_EXPERT) {
+            slots_of[id as usize].push(slot);
+        }
+        let (mut places, mut parts) = (Vec::new(), Vec::new());
+        for (id, slots) in (0u32..).zip(&slots_of).filter(|(_, slots)| !slots.is_empty()) {
+            let Some(expert) = self.get(id).filter(|e| !e.plain(half)) else { continue };
+            parts.push(compute(&expert, slots)?);
+            places.extend_from_slice(slots);
+        }
+        if parts.is_empty() {
+            return Ok(together);
+        }
+        let count = places.len();
+        let places = Tensor::from_vec(places, count, &Device::Cpu)?;
+        Ok(together.index_add(&places, &Tensor::cat(&parts, 0)?, 0)?)
+    }
+}
+
 /// Some experts' matrices: of each, one or two.
 type Matrices = Vec<Option<Vec<Matrix>>>;
 
@@ -63,10 +149,20 @@ pub(crate) fn hidden(
     act: Activation,
     x: &Tensor,
 ) -> Result<Tensor, ModelError> {
-    let act = kernel_act(act);
-    let (Some(gate), Some(up)) = (ffn.gate.stored(), ffn.up.stored()) else {
-        let gate = linear(pool, pack, x, &ffn.gate, None)?;
-        return gated(&gate, &linear(pool, pack, x, &ffn.up, None)?, pool, act);
+    let bias = |i: usize| ffn.biases.map(|b| Vector::Stored(b[i]));
+    let apart = || -> Result<[Tensor; 2], ModelError> {
+        Ok([linear(pool, pack, x, &ffn.gate, bias(0))?, linear(pool, pack, x, &ffn.up, bias(1))?])
+    };
+    let act = match kernel_act(act) {
+        KernelAct::One(act) => act,
+        KernelAct::ClampedSwiglu { limit, alpha } => {
+            let [gate, up] = apart()?;
+            return ops::clamped_swiglu(&gate, &up, limit, alpha);
+        }
+    };
+    let (Some(gate), Some(up), None) = (ffn.gate.stored(), ffn.up.stored(), ffn.biases) else {
+        let [gate, up] = apart()?;
+        return gated(&gate, &up, pool, act);
     };
     let v = values(x)?;
     let n = v.len() / gate.cols;
@@ -76,6 +172,15 @@ pub(crate) fn hidden(
         let (pool, matrices) = (pool.clone(), vec![Some(vec![gate.clone(), up.clone()])]);
         move |node| hidden_backward(&pool, &matrices, &vec![0; n], 1, act, node)
     })
+}
+
+/// `act(x)`, value by value.
+pub(crate) fn activated(pool: &Arc<Pool>, x: &Tensor, act: Activation) -> Result<Tensor, ModelError> {
+    match kernel_act(act) {
+        KernelAct::One(act) => gated(x, &x.ones_like()?, pool, act),
+        // Without an `up`, its one is zero: `(0 + 1) g sigmoid(alpha g)`.
+        KernelAct::ClampedSwiglu { limit, alpha } => ops::clamped_swiglu(x, &x.zeros_like()?, limit, alpha),
+    }
 }
 
 /// `act(gate) * up`, value by value.
@@ -96,22 +201,27 @@ fn gated(gate: &Tensor, up: &Tensor, pool: &Arc<Pool>, act: Act) -> Result<Tenso
 pub(crate) fn expert_hidden(
     pool: &Arc<Pool>,
     pack: Pack,
-    experts: &[Option<Gated<'_>>],
+    experts: &Experts<'_>,
     act: Activation,
     width: usize,
     x: &Tensor,
     routing: &Routing,
 ) -> Result<Tensor, ModelError> {
-    let (k, n, kernel) = (routing.k, x.dim(0)?, kernel_act(act));
-    let (plain, ids) = split(experts, Half::Hidden, &routing.ids);
+    let (k, n) = (routing.k, x.dim(0)?);
+    // Experts with another activation are computed one by one, and the kernel has nothing to do.
+    let kernel = match kernel_act(act) {
+        KernelAct::One(kernel) => kernel,
+        KernelAct::ClampedSwiglu { .. } => Act::Silu,
+    };
+    let ids = experts.together(Half::Hidden, &routing.ids);
     let mut y = vec![0.0; n * k * width];
-    kernels::expert_hidden(pool, pack, &plain, &values(x)?, n, k, &ids, kernel, &mut y)?;
+    kernels::expert_hidden(pool, pack, &experts.refs, &values(x)?, n, k, &ids, kernel, &mut y)?;
     let together = attach(&[x], y, &[n * k, width], || {
-        let (pool, ids) = (pool.clone(), ids.clone());
-        let matrices = held(experts, &ids, |e| vec![e.gate.stored(), e.up.stored()]);
+        let (pool, ids) = (pool.clone(), ids.to_vec());
+        let matrices = experts.held(&ids, |e| vec![e.gate.stored(), e.up.stored()]);
         move |node| hidden_backward(&pool, &matrices, &ids, k, kernel, node)
     })?;
-    let all = one_by_one(experts, Half::Hidden, routing, together, |expert, slots| {
+    let all = experts.one_by_one(Half::Hidden, &routing.ids, together, |expert, slots| {
         let tokens: Vec<usize> = slots.iter().map(|&s| s as usize / k).collect();
         hidden(pool, pack, expert, act, &ops::pick_rows(x, &tokens)?)
     })?;
@@ -122,24 +232,25 @@ pub(crate) fn expert_hidden(
 pub(crate) fn expert_down(
     pool: &Arc<Pool>,
     pack: Pack,
-    experts: &[Option<Gated<'_>>],
+    experts: &Experts<'_>,
     d: usize,
     hidden: &Tensor,
     routing: &Routing,
 ) -> Result<Tensor, ModelError> {
     let (n, k, width) = hidden.dims3()?;
     let hidden = hidden.reshape((n * k, width))?;
-    let (plain, ids) = split(experts, Half::Down, &routing.ids);
+    let ids = experts.together(Half::Down, &routing.ids);
     let mut y = vec![0.0; n * k * d];
-    kernels::expert_down(pool, pack, &plain, &values(&hidden)?, n, k, &ids, &mut y)?;
+    kernels::expert_down(pool, pack, &experts.refs, &values(&hidden)?, n, k, &ids, &mut y)?;
     let together = attach(&[&hidden], y, &[n * k, d], || {
-        let (pool, ids) = (pool.clone(), ids.clone());
-        let matrices = held(experts, &ids, |e| vec![e.down.stored()]);
+        let (pool, ids) = (pool.clone(), ids.to_vec());
+        let matrices = experts.held(&ids, |e| vec![e.down.stored()]);
         move |node| Ok(vec![Some(slots(&pool, Side::Columns, &matrices, 0, node.dy, 1, &ids, width)?)])
     })?;
-    let all = one_by_one(experts, Half::Down, routing, together, |expert, slots| {
+    let all = experts.one_by_one(Half::Down, &routing.ids, together, |expert, slots| {
         let rows: Vec<usize> = slots.iter().map(|&s| s as usize).collect();
-        linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, None)
+        let bias = expert.biases.map(|b| Vector::Stored(b[2]));
+        linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, bias)
     })?;
     Ok(all.reshape((n, k, d))?)
 }
@@ -162,56 +273,6 @@ pub(crate) fn combine(pool: &Pool, slots: &Tensor, routing: &Routing) -> Result<
             Ok(vec![Some(dslots), Some(dgates)])
         }
     })
-}
-
-/// The experts that are computed at once, and the ids without the others.
-fn split<'a>(experts: &[Option<Gated<'a>>], half: Half, ids: &[u32]) -> (Vec<Option<ExpertRef<'a>>>, Vec<u32>) {
-    let open = |id: &u32| *id != NO_EXPERT && experts[*id as usize].is_some_and(|e| !e.plain(half));
-    let ids = ids.iter().map(|id| if open(id) { NO_EXPERT } else { *id }).collect();
-    (experts.iter().map(|e| e.as_ref().map(Gated::as_ref)).collect(), ids)
-}
-
-/// Handles on the matrices of the experts that occur, for the way back.
-fn held<'a>(
-    experts: &[Option<Gated<'a>>],
-    ids: &[u32],
-    matrices: impl Fn(&Gated<'a>) -> Vec<Option<&'a Matrix>>,
-) -> Matrices {
-    let mut used = vec![false; experts.len()];
-    ids.iter().filter(|&&id| id != NO_EXPERT).for_each(|&id| used[id as usize] = true);
-    let clone = |(expert, used): (&Option<Gated<'a>>, bool)| {
-        let matrices = expert.as_ref().filter(|_| used).map(&matrices)?;
-        matrices.into_iter().map(|m| m.cloned()).collect()
-    };
-    experts.iter().zip(used).map(clone).collect()
-}
-
-/// Computes the experts that `split` left out, each on its slots, and adds them to where the others left zeros.
-fn one_by_one(
-    experts: &[Option<Gated<'_>>],
-    half: Half,
-    routing: &Routing,
-    together: Tensor,
-    compute: impl Fn(&Gated<'_>, &[u32]) -> Result<Tensor, ModelError>,
-) -> Result<Tensor, ModelError> {
-    let mut slots_of = vec![Vec::new(); experts.len()];
-    for (slot, &id) in (0u32..).zip(&routing.ids) {
-        if id != NO_EXPERT {
-            slots_of[id as usize].push(slot);
-        }
-    }
-    let (mut places, mut parts) = (Vec::new(), Vec::new());
-    for (expert, slots) in experts.iter().zip(&slots_of) {
-        let Some(expert) = expert.as_ref().filter(|e| !slots.is_empty() && !e.plain(half)) else { continue };
-        parts.push(compute(expert, slots)?);
-        places.extend_from_slice(slots);
-    }
-    if parts.is_empty() {
-        return Ok(together);
-    }
-    let count = places.len();
-    let places = Tensor::from_vec(places, count, &Device::Cpu)?;
-    Ok(together.index_add(&places, &Tensor::cat(&parts, 0)?, 0)?)
 }
 
 /// One product of every slot with the `which`-th matrix of its expert.
@@ -286,12 +347,26 @@ fn slope(act: Act, x: f32, y: f32) -> f32 {
     }
 }
 
-pub(crate) fn kernel_act(act: Activation) -> Act {
-    match act {
+/// Whether an activation takes gate and up together.
+pub(crate) fn is_clamped(act: Activation) -> bool {
+    matches!(act, Activation::ClampedSwiglu { .. })
+}
+
+/// How the kernels compute an activation.
+pub(crate) enum KernelAct {
+    /// On the gate, value by value.
+    One(Act),
+    /// On gate and up together.
+    ClampedSwiglu { limit: f32, alpha: f32 },
+}
+
+pub(crate) fn kernel_act(act: Activation) -> KernelAct {
+    KernelAct::One(match act {
         Activation::Silu => Act::Silu,
         Activation::GeluTanh => Act::GeluTanh,
         Activation::Gelu => Act::Gelu,
-    }
+        Activation::ClampedSwiglu { limit, alpha } => return KernelAct::ClampedSwiglu { limit, alpha },
+    })
 }
 
 #[cfg(test)]

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm};
+use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormPlacement};
 use quorate_kernels::{self as kernels, NO_EXPERT, Pack};
 
-use crate::attention::Attention;
-use crate::ffn::{self, Gated};
+use crate::ffn::{self, Experts, Gated, is_clamped};
 use crate::ops::{self, Angles, values};
 use crate::overlay::Weight;
 use crate::routing::{Keep, route};
@@ -37,19 +36,20 @@ impl<E: Into<ModelError>> From<E> for Exit {
 }
 
 /// One pass under way: what every step needs at hand.
-struct Pass<'a> {
-    model: &'a Model,
-    rows: &'a Rows,
+pub(crate) struct Pass<'a> {
+    pub model: &'a Model,
+    pub rows: &'a Rows,
     lens: &'a mut dyn Lens,
-    pack: Pack,
-    angles: Arc<Angles>,
+    pub pack: Pack,
+    /// Turns of the rows by the RoPE of the layer under way.
+    pub angles: Arc<Angles>,
 }
 
 /// One layer of a pass.
 #[derive(Clone, Copy)]
-struct Here {
-    layer: usize,
-    sites: SiteSet,
+pub(crate) struct Here {
+    pub layer: usize,
+    pub sites: SiteSet,
 }
 
 impl Model {
@@ -105,20 +105,36 @@ impl Pass<'_> {
         }
         let last = Here { layer: spec.layers.len(), sites: self.lens.sites(spec.layers.len()) };
         let picked = self.pick_logit_rows(&x)?;
-        let norm = ops::rms_norm(model.pool(), &picked, model.vector(Role::FinalNorm)?, spec.norm_eps)?;
+        let norm = self.model.norm(&picked, Role::FinalNorm, Role::FinalNormBias)?;
         let norm = self.visit(last, Site::FinalNorm, norm, None)?;
-        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
-        let logits = ops::linear(model.pool(), self.pack, &norm, &model.matrix(head)?, None)?;
+        let logits = model.head(&norm, self.pack)?;
         Ok(Some(self.visit(last, Site::Logits, logits, None)?))
     }
 
-    /// Embedding rows of the tokens, `[N, d]`.
+    /// What enters the first layer, `[N, d]`.
     fn embed(&self) -> Result<Tensor, Exit> {
+        let spec = self.model.spec();
+        let x = ops::scaled(self.embedding_rows()?, spec.scales.embed)?;
+        if !spec.learned_positions {
+            return Ok(x);
+        }
+        let (d, table) = (spec.hidden_size, self.model.weights().vector(Role::PositionEmbed)?);
+        let mut positions = Vec::with_capacity(self.rows.len() * d);
+        for &position in &self.rows.position {
+            let row = table.get(position * d..(position + 1) * d);
+            let (tokens, context) = (position + 1, spec.max_position_embeddings);
+            positions.extend_from_slice(row.ok_or(ModelError::PromptTooLong { tokens, context })?);
+        }
+        Ok(ops::add(self.model.pool(), &x, &ops::tensor(positions, &[self.rows.len(), d])?)?)
+    }
+
+    /// Embedding rows of the tokens, `[N, d]`.
+    fn embedding_rows(&self) -> Result<Tensor, ModelError> {
         let matrix = match self.model.matrix(Role::Embed)?.weight {
             Weight::Stored(matrix) => matrix,
             Weight::Open(tensor) => {
                 let rows: Vec<usize> = self.rows.token.iter().map(|&token| token as usize).collect();
-                return Ok(ops::pick_rows(tensor, &rows)?);
+                return ops::pick_rows(tensor, &rows);
             }
         };
         let (d, row_bytes) = (matrix.cols, matrix.data().len() / matrix.rows);
@@ -127,104 +143,82 @@ impl Pass<'_> {
             let start = token as usize * row_bytes;
             kernels::dequantize(matrix.dtype, &matrix.data()[start..start + row_bytes], row);
         }
-        Ok(ops::tensor(x, &[self.rows.len(), d])?)
+        ops::tensor(x, &[self.rows.len(), d])
     }
 
     /// Turns by every row's position.
     fn rotations(&mut self, spec: &LayerSpec) {
         let rope = &spec.attn.rope;
         let mut angles = Angles::default();
-        for &position in &self.rows.position {
-            for &f in &rope.inv_freq {
+        for span in &self.rows.spans {
+            let length = span.pos0 + span.len;
+            let long = rope.long.as_ref().filter(|long| length > long.above);
+            let (inv_freq, factor) = match long {
+                Some(long) => (&long.inv_freq, long.attention_factor),
+                None => (&rope.inv_freq, rope.attention_factor),
+            };
+            for (position, f) in (span.pos0..length).flat_map(|p| inv_freq.iter().map(move |f| (p, f))) {
                 let (sin, cos) = (position as f32 * f).sin_cos();
-                angles.cos.push(cos * rope.attention_factor);
-                angles.sin.push(sin * rope.attention_factor);
+                angles.cos.push(cos * factor);
+                angles.sin.push(sin * factor);
             }
         }
         self.angles = Arc::new(angles);
     }
 
     fn layer(&mut self, here: Here, spec: &LayerSpec, x: Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
-        let model = self.model;
+        let l = here.layer;
+        let (before, after) = (spec.norms != NormPlacement::After, spec.norms != NormPlacement::Before);
         let x = self.visit(here, Site::ResidPre, x, None)?;
-        let attn = self.attention(here, spec, &x, cache)?;
-        let x = ops::add(model.pool(), &x, &attn)?;
+        let h = if before { self.model.norm(&x, Role::AttnNorm(l), Role::AttnNormBias(l))? } else { x.clone() };
+        let h = self.visit(here, Site::AttnIn, h, None)?;
+        let attn = match &spec.delta {
+            Some(delta) => self.delta(here, delta, &h, cache)?,
+            None => self.attention(here, &spec.attn, &h, cache)?,
+        };
+        let attn = self.visit(here, Site::AttnOut, attn, None)?;
+        let x = self.added(&x, attn, after.then_some(Role::AttnPostNorm(l)))?;
         let x = self.visit(here, Site::ResidMid, x, None)?;
-        let norm = model.vector(Role::FfnNorm(here.layer))?;
-        let ffn_in = ops::rms_norm(model.pool(), &x, norm, model.spec().norm_eps)?;
+
+        let ffn_in = if before { self.model.norm(&x, Role::FfnNorm(l), Role::FfnNormBias(l))? } else { x.clone() };
         let ffn_in = self.visit(here, Site::FfnIn, ffn_in, None)?;
         let out = match &spec.ffn {
+            FfnSpec::Dense { act, plain: true, .. } => self.plain_dense(here, *act, &ffn_in)?,
             FfnSpec::Dense { act, .. } => {
-                let roles = [Role::DenseGate(here.layer), Role::DenseUp(here.layer), Role::DenseDown(here.layer)];
-                self.dense(here, roles, *act, &ffn_in)?
+                self.dense(here, [Role::DenseGate(l), Role::DenseUp(l), Role::DenseDown(l)], *act, &ffn_in)?
             }
             FfnSpec::Moe(moe) => self.moe(here, moe, &ffn_in)?,
         };
         let out = self.visit(here, Site::MlpOut, out, None)?;
-        let x = ops::add(model.pool(), &x, &out)?;
+        let x = self.added(&x, out, after.then_some(Role::FfnPostNorm(l)))?;
         self.visit(here, Site::ResidPost, x, None)
     }
 
-    fn attention(&mut self, here: Here, spec: &LayerSpec, x: &Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
-        let (model, l, attn) = (self.model, here.layer, &spec.attn);
-        let (n, dim) = (self.rows.len(), attn.head_dim);
-        let eps = model.spec().norm_eps;
-        let h = ops::rms_norm(model.pool(), x, model.vector(Role::AttnNorm(l))?, eps)?;
-        let h = self.visit(here, Site::AttnIn, h, None)?;
-
-        let pack = self.pack;
-        let project = |w, bias, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
-            let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
-            let mut y = ops::linear(model.pool(), pack, &h, &model.matrix(w)?, bias)?;
-            if let (Some(norm), QkNorm::Whole | QkNorm::PerHead) = (norm, attn.qk_norm) {
-                y = ops::rms_norm(model.pool(), &y, model.vector(norm)?, eps)?;
-            }
-            if let Some(c) = attn.clip_qkv {
-                y = ops::clip(&y, c)?;
-            }
-            Ok(y.reshape((n, heads, dim))?)
-        };
-        let q = project(Role::Q(l), Role::QBias(l), Some(Role::QNorm(l)), attn.n_heads)?;
-        let k = project(Role::K(l), Role::KBias(l), Some(Role::KNorm(l)), attn.n_kv_heads)?;
-        let v = project(Role::V(l), Role::VBias(l), None, attn.n_kv_heads)?;
-        let q = self.visit(here, Site::AttnQ, q, None)?;
-        let k = self.visit(here, Site::AttnK, k, None)?;
-        let v = self.visit(here, Site::AttnV, v, None)?;
-        let q = ops::rope(model.pool(), &q, attn.rope.dim, &self.angles)?;
-        let k = ops::rope(model.pool(), &k, attn.rope.dim, &self.angles)?;
-        let q = self.visit(here, Site::AttnQRot, q, None)?;
-        let k = self.visit(here, Site::AttnKRot, k, None)?;
-
-        self.append(l, attn.n_kv_heads * dim, &k, &v, cache)?;
-        let attention = Attention { pool: model.pool(), spec: attn, rows: self.rows, cache, layer: l };
-        let z = if here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern) {
-            let scores = self.visit(here, Site::AttnScores, attention.scores(&q, &k)?, None)?;
-            let pattern = self.visit(here, Site::AttnPattern, attention.pattern(&scores)?, None)?;
-            attention.mix(&pattern, &v)?
-        } else {
-            attention.at_once(&q, &k, &v)?
-        };
-        let z = self.visit(here, Site::Z, z, None)?;
-        let z = z.reshape((n, attn.n_heads * dim))?;
-        let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
-        let out = ops::linear(model.pool(), self.pack, &z, &model.matrix(Role::O(l))?, bias)?;
-        self.visit(here, Site::AttnOut, out, None)
+    /// The residual stream with what a block adds, through the norm behind the block if there is one.
+    fn added(&self, x: &Tensor, mut block: Tensor, norm: Option<Role>) -> Result<Tensor, ModelError> {
+        if let Some(norm) = norm {
+            block = self.model.norm(&block, norm, norm)?;
+        }
+        let block = ops::scaled(block, self.model.spec().scales.residual)?;
+        ops::add(self.model.pool(), x, &block)
     }
 
-    fn append(&self, l: usize, width: usize, k: &Tensor, v: &Tensor, cache: &mut KvCache) -> Result<(), ModelError> {
-        let (k, v) = (values(k)?, values(v)?);
-        for span in &self.rows.spans {
-            let range = span.row0 * width..(span.row0 + span.len) * width;
-            cache.append(span.slot, l, &k[range.clone()], &v[range]);
-        }
-        Ok(())
+    /// An FFN without a gate, with biases.
+    fn plain_dense(&mut self, here: Here, act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
+        let (model, l) = (self.model, here.layer);
+        let (up, bias) = (model.matrix(Role::DenseUp(l))?, model.vector(Role::DenseUpBias(l))?);
+        let hidden = ffn::activated(model.pool(), &ops::linear(model.pool(), self.pack, x, &up, Some(bias))?, act)?;
+        let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
+        let (down, bias) = (model.matrix(Role::DenseDown(l))?, model.vector(Role::DenseDownBias(l))?);
+        Ok(ops::linear(model.pool(), self.pack, &hidden, &down, Some(bias))?)
     }
 
     /// A dense gated FFN with weights `[gate, up, down]`.
     fn dense(&mut self, here: Here, roles: [Role; 3], act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
         let model = self.model;
         let [gate, up, down] = roles;
-        let weights = Gated { gate: model.matrix(gate)?, up: model.matrix(up)?, down: model.matrix(down)? };
+        let (gate, up, down) = (model.matrix(gate)?, model.matrix(up)?, model.matrix(down)?);
+        let weights = Gated { gate, up, down, biases: None, clamped: is_clamped(act) };
         let hidden = ffn::hidden(model.pool(), self.pack, &weights, act, x)?;
         let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
         Ok(ops::linear(model.pool(), self.pack, &hidden, &weights.down, None)?)
@@ -232,7 +226,8 @@ impl Pass<'_> {
 
     fn moe(&mut self, here: Here, moe: &MoeSpec, x: &Tensor) -> Result<Tensor, Exit> {
         let (model, l, n) = (self.model, here.layer, self.rows.len());
-        let logits = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::Router(l))?, None)?;
+        let bias = if moe.router.extra.bias { Some(model.vector(Role::RouterBias(l))?) } else { None };
+        let logits = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::Router(l))?, bias)?;
         let logits = self.visit(here, Site::RouterLogits, logits, None)?;
         let mut selection = None;
         if here.sites.contains(Site::Selection) {
@@ -241,7 +236,7 @@ impl Pass<'_> {
         }
         let selection = selection.as_ref().map(values).transpose()?;
         let keep = model.kept(l).map(|kept| Keep { kept, mode: model.routing_mode() });
-        let mut routing = route(moe, l, &logits, selection.as_deref(), keep)?;
+        let mut routing = route(moe, l, &logits, model.learned(l, moe)?, selection.as_deref(), keep)?;
         if here.sites.contains(Site::Routing) {
             let at = At { site: Site::Routing, layer: l, rows: self.rows, routing: None };
             let flow = self.lens.routing(&at, &mut routing)?;
@@ -264,16 +259,28 @@ impl Pass<'_> {
     /// The chosen experts on `x [N, d]`, gated and summed, `[N, d]`.
     fn experts(&mut self, here: Here, moe: &MoeSpec, x: &Tensor, routing: &Routing) -> Result<Tensor, Exit> {
         let (model, l, d) = (self.model, here.layer, self.model.spec().hidden_size);
-        let experts: Vec<Option<Gated<'_>>> = (0..moe.n_experts).map(|e| model.expert(l, e)).collect();
-        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && experts[id as usize].is_none()) {
+        let experts = Experts::of(model, l, moe.n_experts);
+        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && !experts.has(id)) {
             return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
         }
         let (pool, pack) = (model.pool(), self.pack);
-        let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, routing)?;
+        let on_input = moe.router.extra.gate_on_input;
+        let hidden =
+            if on_input {
+                let (inputs, one_each) = gated_inputs(x, routing)?;
+                ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, &inputs, &one_each)?
+                    .reshape((self.rows.len(), routing.k, moe.intermediate_size))?
+            } else {
+                ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, routing)?
+            };
         let hidden = self.visit(here, Site::ExpertHidden, hidden, Some(routing))?;
         let slots = ffn::expert_down(pool, pack, &experts, d, &hidden, routing)?;
         let slots = self.visit(here, Site::ExpertOut, slots, Some(routing))?;
-        self.visit(here, Site::MoeOut, ffn::combine(pool, &slots, routing)?, Some(routing))
+        let sum = match on_input {
+            true => ffn::combine(pool, &slots, &Routing { gates: routing.gates.ones_like()?, ..routing.clone() })?,
+            false => ffn::combine(pool, &slots, routing)?,
+        };
+        self.visit(here, Site::MoeOut, sum, Some(routing))
     }
 
     fn pick_logit_rows(&self, x: &Tensor) -> Result<Tensor, ModelError> {
@@ -285,7 +292,13 @@ impl Pass<'_> {
     }
 
     /// Shows a value to the lens if the lens has declared the site; the value goes on as the lens leaves it.
-    fn visit(&mut self, here: Here, site: Site, mut value: Tensor, routing: Option<&Routing>) -> Result<Tensor, Exit> {
+    pub fn visit(
+        &mut self,
+        here: Here,
+        site: Site,
+        mut value: Tensor,
+        routing: Option<&Routing>,
+    ) -> Result<Tensor, Exit> {
         if !here.sites.contains(site) {
             return Ok(value);
         }
@@ -305,6 +318,15 @@ impl Pass<'_> {
         }
         Ok(value)
     }
+}
+
+/// `gate x` for each slot of each token, `[N k, d]`, and a routing in which each is a token of its own.
+fn gated_inputs(x: &Tensor, routing: &Routing) -> Result<(Tensor, Routing), ModelError> {
+    let (n, d) = x.dims2()?;
+    let k = routing.k;
+    let each = x.unsqueeze(1)?.broadcast_mul(&routing.gates.unsqueeze(2)?)?.reshape((n * k, d))?.contiguous()?;
+    let one_each = Routing { k: 1, ids: routing.ids.clone(), gates: routing.gates.reshape((n * k, 1))? };
+    Ok((each, one_each))
 }
 
 fn check_routing(routing: &Routing, layer: usize, n: usize, moe: &MoeSpec) -> Result<(), ModelError> {

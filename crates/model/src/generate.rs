@@ -71,6 +71,31 @@ pub struct Generation {
     pub finish: Finish,
 }
 
+/// A lens that may change while a text is generated.
+pub trait Guide {
+    /// The lens of the passes to come.
+    fn lens(&mut self) -> &mut dyn Lens;
+
+    /// Sees the text so far, before its prompt is computed and after every token. True if the lens has changed in such a
+    /// way that what the cache holds is to be computed anew.
+    ///
+    /// # Errors
+    /// Whatever goes wrong in it; the generation stops with it.
+    fn revise(&mut self, text: &[u32]) -> Result<bool, ModelError>;
+}
+
+/// A lens that does not change.
+struct Fixed<'a>(&'a mut dyn Lens);
+
+impl Guide for Fixed<'_> {
+    fn lens(&mut self) -> &mut dyn Lens {
+        self.0
+    }
+    fn revise(&mut self, _: &[u32]) -> Result<bool, ModelError> {
+        Ok(false)
+    }
+}
+
 /// One sequence's state while it is generated.
 struct Stream {
     sampler: Sampler,
@@ -160,6 +185,23 @@ impl Stream {
     }
 }
 
+/// A text whose first `given` tokens are the prompt and the others generated, in chunks; logits of the last row only.
+fn again(slot: usize, text: &[u32], given: usize) -> Vec<Segment> {
+    let whole = Segment::prompt(slot, text[..given].to_vec());
+    let phases = [whole.phases, vec![Phase::Decode; text.len() - given]].concat();
+    let chunks = text.chunks(PREFILL_CHUNK).zip(phases.chunks(PREFILL_CHUNK));
+    let mut segments: Vec<Segment> = chunks
+        .map(|(tokens, phases)| {
+            let (tokens, phases) = (tokens.to_vec(), phases.to_vec());
+            Segment { slot, tokens, phases, logits: LogitRows::None }
+        })
+        .collect();
+    if let Some(last) = segments.last_mut() {
+        last.logits = LogitRows::Last;
+    }
+    segments
+}
+
 impl Model {
     /// Computes a prompt in chunks of [`PREFILL_CHUNK`] tokens and returns the logits of its last token, `[V]`.
     ///
@@ -208,14 +250,47 @@ impl Model {
         lens: &mut dyn Lens,
         on: &mut dyn FnMut(Event<'_>) -> bool,
     ) -> Result<Generation, ModelError> {
+        self.generate_guided(prompt, slot, cache, options, &mut Fixed(lens), on)
+    }
+
+    /// As [`Model::generate`] with a lens that may change on the way.
+    ///
+    /// # Errors
+    /// As [`Model::generate`], and what the guide reports.
+    pub fn generate_guided(
+        &self,
+        prompt: &[u32],
+        slot: usize,
+        cache: &mut KvCache,
+        options: &GenerateOptions,
+        guide: &mut dyn Guide,
+        on: &mut dyn FnMut(Event<'_>) -> bool,
+    ) -> Result<Generation, ModelError> {
         let mut stream = Stream::new(self, cache.tokens(slot), prompt, options)?;
-        let Some(mut logits) = self.prefill(prompt, slot, cache, lens, on)? else {
+        let given = stream.history.len();
+        let anew = guide.revise(&stream.history)? && given > prompt.len();
+        let first = if anew {
+            cache.truncate(slot, 0);
+            self.prefill(&stream.history, slot, cache, guide.lens(), on)?
+        } else {
+            self.prefill(prompt, slot, cache, guide.lens(), on)?
+        };
+        let Some(mut logits) = first else {
             stream.out.finish = Finish::Cancelled;
             return Ok(stream.out);
         };
         while let Some(token) = stream.step(self, &mut logits, options, on)? {
-            let forward = self.forward(&[Segment::decode(slot, token)], cache, lens)?;
-            match forward.logits {
+            let segments = if guide.revise(&stream.history)? {
+                cache.truncate(slot, 0);
+                again(slot, &stream.history, given)
+            } else {
+                vec![Segment::decode(slot, token)]
+            };
+            let mut next = None;
+            for segment in segments {
+                next = self.forward(&[segment], cache, guide.lens())?.logits;
+            }
+            match next {
                 Some(next) => logits.copy_from_slice(&values(&next)?),
                 None => {
                     stream.end(self, Finish::Cancelled, on)?;

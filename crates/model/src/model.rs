@@ -9,7 +9,7 @@ use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
 use quorate_residency::Weights;
 
-use crate::ffn::Gated;
+use crate::ffn::{Gated, is_clamped};
 use crate::overlay::{Installed, Linear, Overlay, Vector};
 use crate::text::Tokenizer;
 use crate::{ModelError, RoutingMode};
@@ -202,11 +202,25 @@ impl Model {
         Ok(self.overlay.vector(role, self.weights.vector(role)?))
     }
 
+    /// Biases of a routed expert's three matrices, if it has any.
+    fn expert_biases(&self, layer: usize, expert: usize) -> Option<[&[f32]; 3]> {
+        let moe = self.spec().moe(layer).filter(|moe| moe.expert_bias)?;
+        let row = |role: Role, width: usize| self.weights.vector(role).ok()?.get(expert * width..(expert + 1) * width);
+        let (i, d) = (moe.intermediate_size, self.spec().hidden_size);
+        Some([
+            row(Role::ExpertGateBias(layer), i)?,
+            row(Role::ExpertUpBias(layer), i)?,
+            row(Role::ExpertDownBias(layer), d)?,
+        ])
+    }
+
     /// A routed expert, if its weights are in memory.
     pub(crate) fn expert(&self, layer: usize, expert: usize) -> Option<Gated<'_>> {
         let weights = self.weights.expert(layer, expert)?;
         let [gate, up, down] = Role::of_expert(layer, expert);
         Some(Gated {
+            biases: self.expert_biases(layer, expert),
+            clamped: self.spec().moe(layer).is_some_and(|moe| is_clamped(moe.act)),
             gate: self.overlay.matrix(gate, &weights.gate),
             up: self.overlay.matrix(up, &weights.up),
             down: self.overlay.matrix(down, &weights.down),

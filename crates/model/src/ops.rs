@@ -252,3 +252,130 @@ pub(crate) fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelEr
         }
     })
 }
+
+/// LayerNorm over the last `weight.len()` values of each row; keeps the shape. Weight and bias are constants here.
+pub(crate) fn layer_norm(x: &Tensor, weight: &[f32], bias: &[f32], eps: f32) -> Result<Tensor, ModelError> {
+    let d = weight.len();
+    let v = values(x)?;
+    let mut y = Vec::with_capacity(v.len());
+    for row in v.chunks_exact(d) {
+        let (mean, r) = moments(row, eps);
+        y.extend(row.iter().zip(weight.iter().zip(bias)).map(|(x, (w, b))| (x - mean) * r * w + b));
+    }
+    attach(&[x], y, x.dims(), || {
+        let weight = weight.to_vec();
+        move |node| {
+            let x = values(node.args[0])?;
+            let mut dx = Vec::with_capacity(x.len());
+            for (x, dy) in x.chunks_exact(d).zip(node.dy.chunks_exact(d)) {
+                let (mean, r) = moments(x, eps);
+                let scaled: Vec<f32> = weight.iter().zip(dy).map(|(w, dy)| w * dy).collect();
+                let average = scaled.iter().sum::<f32>() / d as f32;
+                let along = scaled.iter().zip(x).map(|(s, x)| s * (x - mean) * r).sum::<f32>() / d as f32;
+                dx.extend(scaled.iter().zip(x).map(|(s, x)| r * (s - average - (x - mean) * r * along)));
+            }
+            Ok(vec![Some(dx)])
+        }
+    })
+}
+
+/// Mean and `1 / sqrt(variance + eps)`.
+fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let n = x.len() as f64;
+    let mean = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+    let variance = x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n;
+    (mean as f32, (1.0 / (variance + f64::from(eps)).sqrt()) as f32)
+}
+
+/// `factor * x`.
+pub(crate) fn scaled(x: Tensor, factor: f32) -> Result<Tensor, ModelError> {
+    if factor == 1.0 {
+        return Ok(x);
+    }
+    let y = values(&x)?.iter().map(|v| factor * v).collect();
+    attach(&[&x], y, x.dims(), || move |node| Ok(vec![Some(node.dy.iter().map(|dy| factor * dy).collect())]))
+}
+
+/// Row `n` of `x [N, ..]` times `factors[n]`.
+pub(crate) fn rows_scaled(x: &Tensor, factors: Vec<f32>) -> Result<Tensor, ModelError> {
+    let width = x.elem_count() / factors.len().max(1);
+    let times = move |x: &[f32], factors: &[f32]| -> Vec<f32> {
+        x.chunks_exact(width).zip(factors).flat_map(|(row, f)| row.iter().map(move |v| f * v)).collect()
+    };
+    let y = times(&values(x)?, &factors);
+    attach(&[x], y, x.dims(), || move |node| Ok(vec![Some(times(node.dy, &factors))]))
+}
+
+/// `c tanh(x / c)`.
+pub(crate) fn softcap(x: Tensor, c: f32) -> Result<Tensor, ModelError> {
+    let y = values(&x)?.iter().map(|v| c * (v / c).tanh()).collect();
+    attach(&[&x], y, x.dims(), || {
+        move |node| {
+            let x = values(node.args[0])?;
+            Ok(vec![Some(x.iter().zip(node.dy).map(|(x, dy)| dy * (1.0 - (x / c).tanh().powi(2))).collect())])
+        }
+    })
+}
+
+/// `x * sigmoid(gate)`, value by value.
+pub(crate) fn gated_by_sigmoid(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelError> {
+    let sigmoid = |g: f32| 1.0 / (1.0 + (-g).exp());
+    let y = values(x)?.iter().zip(&*values(gate)?).map(|(x, g)| x * sigmoid(*g)).collect();
+    attach(&[x, gate], y, x.dims(), || {
+        move |node| {
+            let [x, gate] = [values(node.args[0])?, values(node.args[1])?];
+            let s: Vec<f32> = gate.iter().map(|g| sigmoid(*g)).collect();
+            let dx = node.dy.iter().zip(&s).map(|(dy, s)| dy * s).collect();
+            let dgate = x.iter().zip(node.dy).zip(&s).map(|((x, dy), s)| x * dy * s * (1.0 - s)).collect();
+            Ok(vec![Some(dx), Some(dgate)])
+        }
+    })
+}
+
+/// gpt-oss's activation: `(u + 1) g sigmoid(alpha g)` with `g = min(gate, limit)`, `u` clamped to `[-limit, limit]`.
+pub(crate) fn clamped_swiglu(gate: &Tensor, up: &Tensor, limit: f32, alpha: f32) -> Result<Tensor, ModelError> {
+    let sigmoid = |g: f32| 1.0 / (1.0 + (-g).exp());
+    let one = move |(g, u): (&f32, &f32)| {
+        let (g, u) = (g.min(limit), u.clamp(-limit, limit));
+        (u + 1.0) * g * sigmoid(alpha * g)
+    };
+    let y = values(gate)?.iter().zip(&*values(up)?).map(one).collect();
+    attach(&[gate, up], y, gate.dims(), || {
+        move |node| {
+            let [gate, up] = [values(node.args[0])?, values(node.args[1])?];
+            let (mut dgate, mut dup) = (Vec::with_capacity(gate.len()), Vec::with_capacity(up.len()));
+            for ((g, u), dy) in gate.iter().zip(&*up).zip(node.dy) {
+                let (open_g, open_u) = (*g <= limit, u.abs() <= limit);
+                let (g, u) = (g.min(limit), u.clamp(-limit, limit));
+                let s = sigmoid(alpha * g);
+                dgate.push(if open_g { dy * (u + 1.0) * (s + alpha * g * s * (1.0 - s)) } else { 0.0 });
+                dup.push(if open_u { dy * g * s } else { 0.0 });
+            }
+            Ok(vec![Some(dgate), Some(dup)])
+        }
+    })
+}
+
+/// Rotary embedding of pairs `(2j, 2j + 1)` of the first `rope_dim` values of each head, `x [n, heads, head_dim]`.
+pub(crate) fn rope_interleaved(x: &Tensor, rope_dim: usize, angles: &Arc<Angles>) -> Result<Tensor, ModelError> {
+    let (_, heads, head_dim) = x.dims3()?;
+    let turn = move |x: &mut [f32], angles: &Angles, sign: f32| {
+        for (row, head) in x.chunks_exact_mut(head_dim).enumerate() {
+            let at = row / heads * rope_dim / 2;
+            for (j, pair) in head[..rope_dim].chunks_exact_mut(2).enumerate() {
+                let (cos, sin) = (angles.cos[at + j], sign * angles.sin[at + j]);
+                (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
+            }
+        }
+    };
+    let mut y = values(x)?.to_vec();
+    turn(&mut y, angles, 1.0);
+    attach(&[x], y, x.dims(), || {
+        let angles = angles.clone();
+        move |node| {
+            let mut dx = node.dy.to_vec();
+            turn(&mut dx, &angles, -1.0);
+            Ok(vec![Some(dx)])
+        }
+    })
+}

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::role::expected_shape;
+use quorate_formats::shape::expected_shape;
 use quorate_formats::spec::ModelSpec;
 use quorate_residency::Matrix;
 
@@ -158,7 +158,9 @@ impl Installed {
                 Patch::Replace(tensor) if !tensor.track_op() => {
                     let values = values(tensor)?;
                     match *tensor.dims() {
-                        [rows, cols] => drop(installed.matrices.insert(role, Matrix::from_f32(rows, cols, &values)?)),
+                        [rows, cols] if !role.is_vector() => {
+                            drop(installed.matrices.insert(role, Matrix::from_f32(rows, cols, &values)?))
+                        }
                         _ => drop(installed.vectors.insert(role, values.to_vec())),
                     }
                 }

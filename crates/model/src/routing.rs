@@ -3,7 +3,7 @@
 mod gradient;
 
 use candle_core::Tensor;
-use quorate_formats::spec::{MoeSpec, RouterScore};
+use quorate_formats::spec::{GroupRule, GroupSpec, MoeSpec, RouterScore};
 use quorate_kernels::NO_EXPERT;
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,15 @@ pub(crate) struct Keep<'a> {
     pub mode: RoutingMode,
 }
 
+/// A router's learned vectors besides its matrix.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Learned<'a> {
+    /// Added to the scores for the choice only, `[E]`.
+    pub selection_bias: Option<&'a [f32]>,
+    /// Factor on each expert's gate, `[E]`.
+    pub expert_scale: Option<&'a [f32]>,
+}
+
 /// Chooses experts: `logits [n, E]`, `selection [n, E]` is added to the scores for the choice only.
 ///
 /// Ties go to the larger logit, then to the lower index. Experts at `-inf` are never chosen; if fewer than `k` remain, slots stay empty.
@@ -74,6 +83,7 @@ pub(crate) fn route(
     moe: &MoeSpec,
     layer: usize,
     logits: &Tensor,
+    learned: Learned<'_>,
     selection: Option<&[f32]>,
     keep: Option<Keep<'_>>,
 ) -> Result<Routing, ModelError> {
@@ -84,7 +94,7 @@ pub(crate) fn route(
     let mut gates = vec![0f32; n * k];
     // With gradient, the choice before slots were dropped is needed on the way back.
     let mut chosen = if logits.track_op() { vec![NO_EXPERT; n * k] } else { Vec::new() };
-    let mut row = Row { masked: vec![0.0; e], choice: vec![0.0; e] };
+    let mut row = Row { masked: vec![0.0; e], choice: vec![0.0; e], learned };
     for t in 0..n {
         let z = &z[t * e..(t + 1) * e];
         let bias = selection.map(|s| &s[t * e..(t + 1) * e]);
@@ -103,24 +113,46 @@ pub(crate) fn route(
             _ => z,
         };
         gate(moe, source, ids, gates);
+        if let Some(scale) = learned.expert_scale {
+            let slots = gates.iter_mut().zip(ids.iter()).filter(|(_, id)| **id != NO_EXPERT);
+            slots.for_each(|(g, &id)| *g *= scale[id as usize]);
+        }
         if let Some(Keep { kept, mode: mode @ (RoutingMode::Drop | RoutingMode::DropRenormalise) }) = &keep {
             drop_slots(ids, gates, |id| !kept[id as usize], *mode == RoutingMode::DropRenormalise);
         }
     }
     let gates = attach(&[logits], gates, &[n, k], || {
         let keep = keep.map(|keep| (keep.kept.to_vec(), keep.mode));
-        let gradient = GateGradient { moe: moe.clone(), chosen, keep };
+        let expert_scale = learned.expert_scale.map(<[f32]>::to_vec);
+        let gradient = GateGradient { moe: moe.clone(), chosen, keep, expert_scale };
         move |node| Ok(vec![Some(gradient.back(&values(node.args[0])?, node.dy))])
     })?;
     Ok(Routing { k, ids, gates })
 }
 
-struct Row {
-    masked: Vec<f32>,
-    choice: Vec<f32>,
+/// Chooses experts for logits `[n, E]` that were computed elsewhere: ids and gates `[n, k]`, as in [`Routing`].
+///
+/// # Errors
+/// Logits that are NaN or plus infinity, no whole rows, a router that chooses or weighs by learned vectors besides.
+pub fn route_logits(moe: &MoeSpec, layer: usize, logits: &[f32]) -> Result<(Vec<u32>, Vec<f32>), ModelError> {
+    if moe.router.extra.selection_bias || moe.router.extra.expert_scale {
+        let message = "this router chooses by more than its logits; help: record the chosen experts in place of logits";
+        return Err(ModelError::Lens(message.into()));
+    }
+    let e = moe.n_experts;
+    let logits = Tensor::from_slice(logits, (logits.len() / e.max(1), e), &candle_core::Device::Cpu)?;
+    let routing = route(moe, layer, &logits, Learned::default(), None, None)?;
+    let gates = values(&routing.gates)?.to_vec();
+    Ok((routing.ids, gates))
 }
 
-impl Row {
+struct Row<'a> {
+    masked: Vec<f32>,
+    choice: Vec<f32>,
+    learned: Learned<'a>,
+}
+
+impl Row<'_> {
     fn fill(&mut self, moe: &MoeSpec, z: &[f32], bias: Option<&[f32]>, keep: Option<&Keep<'_>>) {
         self.masked.copy_from_slice(z);
         if let Some(Keep { kept, mode: RoutingMode::Mask | RoutingMode::MaskFullGates }) = keep {
@@ -131,16 +163,77 @@ impl Row {
             }
         }
         self.choice.copy_from_slice(&self.masked);
-        if let Some(bias) = bias {
-            match moe.router.score {
-                RouterScore::SoftmaxAll => softmax(&mut self.choice),
-                RouterScore::Sigmoid => self.choice.iter_mut().for_each(|v| *v = sigmoid(*v)),
-                RouterScore::TopkThenSoftmax => {}
-            }
-            for ((c, b), z) in self.choice.iter_mut().zip(bias).zip(&self.masked) {
-                *c = if *z == f32::NEG_INFINITY { f32::NEG_INFINITY } else { *c + b };
+        let learned = self.learned.selection_bias;
+        let groups = moe.router.extra.groups;
+        if bias.is_none() && learned.is_none() && groups.is_none() {
+            return; // the order of the logits is that of the scores
+        }
+        match moe.router.score {
+            RouterScore::SoftmaxAll => softmax(&mut self.choice),
+            RouterScore::Sigmoid => self.choice.iter_mut().for_each(|v| *v = sigmoid(*v)),
+            RouterScore::TopkThenSoftmax | RouterScore::SparseMixer => {}
+        }
+        for bias in [learned, bias].into_iter().flatten() {
+            self.choice.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
+        }
+        for (c, z) in self.choice.iter_mut().zip(&self.masked) {
+            if *z == f32::NEG_INFINITY {
+                *c = f32::NEG_INFINITY;
             }
         }
+        if let Some(groups) = groups {
+            limit_groups(&groups, &mut self.choice, &self.masked);
+        }
+    }
+}
+
+/// Leaves only what the groups allow: other scores become `-inf`.
+fn limit_groups(groups: &GroupSpec, choice: &mut [f32], logits: &[f32]) {
+    let size = choice.len() / groups.n_group;
+    if groups.rule == GroupRule::OneOfEach {
+        for (choice, logits) in choice.chunks_exact_mut(size).zip(logits.chunks_exact(size)) {
+            let mut best = [NO_EXPERT];
+            top_k(choice, logits, &mut best);
+            let others = choice.iter_mut().enumerate().filter(|(i, _)| *i != best[0] as usize);
+            others.for_each(|(_, c)| *c = f32::NEG_INFINITY);
+        }
+        return;
+    }
+    let largest = |scores: &[f32]| {
+        let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+        for &s in scores {
+            if s > first {
+                (first, second) = (s, first);
+            } else if s > second {
+                second = s;
+            }
+        }
+        // A group of one kept expert is as good as that one.
+        let second = if second == f32::NEG_INFINITY { 0.0 } else { second };
+        if groups.rule == GroupRule::Max { first } else { first + second }
+    };
+    let scores: Vec<f32> = choice.chunks_exact(size).map(largest).collect();
+    let mut kept = vec![NO_EXPERT; groups.topk_group];
+    top_k(&scores, &scores, &mut kept);
+    for (g, choice) in (0u32..).zip(choice.chunks_exact_mut(size)) {
+        if !kept.contains(&g) {
+            choice.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// Whether the sparse mixer's softmax for a choice with logit `best` sees logit `z`.
+pub(crate) fn near_enough(best: f32, z: f32, jitter: f32) -> bool {
+    z != f32::NEG_INFINITY && (best - z) / z.abs().max(best) <= 2.0 * jitter
+}
+
+/// Gates of the sparse mixer: each choice's share of a softmax over the logits near it; the second does not see the first.
+fn sparse_mixer(z: &[f32], jitter: f32, ids: &[u32], gates: &mut [f32]) {
+    for (slot, &id) in ids.iter().enumerate().filter(|(_, id)| **id != NO_EXPERT) {
+        let best = z[id as usize];
+        let seen = |i: usize| !ids[..slot].contains(&(i as u32)) && near_enough(best, z[i], jitter);
+        let sum: f32 = (0..z.len()).filter(|&i| i == id as usize || seen(i)).map(|i| (z[i] - best).exp()).sum();
+        gates[slot] = 1.0 / sum;
     }
 }
 
@@ -169,6 +262,9 @@ fn top_k(values: &[f32], logits: &[f32], ids: &mut [u32]) {
 
 fn gate(moe: &MoeSpec, z: &[f32], ids: &[u32], gates: &mut [f32]) {
     let chosen = || ids.iter().filter(|&&id| id != NO_EXPERT).map(|&id| z[id as usize]);
+    if moe.router.score == RouterScore::SparseMixer {
+        return sparse_mixer(z, moe.router.extra.jitter, ids, gates);
+    }
     let (max, sum) = match moe.router.score {
         RouterScore::SoftmaxAll => {
             let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -178,7 +274,7 @@ fn gate(moe: &MoeSpec, z: &[f32], ids: &[u32], gates: &mut [f32]) {
             let max = chosen().fold(f32::NEG_INFINITY, f32::max);
             (max, chosen().map(|v| (v - max).exp()).sum::<f32>())
         }
-        RouterScore::Sigmoid => (0.0, 1.0),
+        RouterScore::Sigmoid | RouterScore::SparseMixer => (0.0, 1.0),
     };
     for (g, &id) in gates.iter_mut().zip(ids) {
         if id != NO_EXPERT {
@@ -229,7 +325,7 @@ pub fn softmax(values: &mut [f32]) {
 mod tests {
     use super::*;
     use candle_core::Device;
-    use quorate_formats::spec::{Activation, RouterSpec};
+    use quorate_formats::spec::{Activation, RouterExtra, RouterSpec};
 
     fn moe(score: RouterScore, norm: bool) -> MoeSpec {
         MoeSpec {
@@ -237,14 +333,20 @@ mod tests {
             top_k: 2,
             intermediate_size: 1,
             act: Activation::Silu,
-            router: RouterSpec { score, norm_topk_prob: norm, routed_scaling_factor: 1.0 },
+            router: RouterSpec {
+                score,
+                norm_topk_prob: norm,
+                routed_scaling_factor: 1.0,
+                extra: RouterExtra::default(),
+            },
             shared: None,
+            expert_bias: false,
         }
     }
 
     fn run(moe: &MoeSpec, z: &[f32], bias: Option<&[f32]>, keep: Option<Keep<'_>>) -> (Vec<u32>, Vec<f32>) {
         let z = Tensor::new(z, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let r = route(moe, 0, &z, bias, keep).unwrap();
+        let r = route(moe, 0, &z, Learned::default(), bias, keep).unwrap();
         (r.ids, r.gates.flatten_all().unwrap().to_vec1().unwrap())
     }
 
@@ -302,6 +404,6 @@ mod tests {
         assert_eq!(ids, [2, NO_EXPERT]);
         close(&gates, &[1.0, 0.0]);
         let nan = Tensor::new(&[[0.0, f32::NAN, 0.0, 0.0]], &Device::Cpu).unwrap();
-        assert!(route(&m, 3, &nan, None, None).is_err());
+        assert!(route(&m, 3, &nan, Learned::default(), None, None).is_err());
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use quorate_formats::SafetensorsFile;
+use quorate_formats::spec::RouterScore;
 use quorate_model::{GenerateOptions, Generation, KvCache, Lens, Model, NoLens, Segment, Site};
 use support::{Capture, Kept, difference, fixture, logits, logits_in_turn, open, prompts, rows};
 
@@ -37,6 +38,9 @@ macro_rules! agree_with_transformers {
 agree_with_transformers! {
     olmoe olmoe_256 olmoe_norm_clip qwen3_moe qwen3_moe_nonorm qwen2_moe qwen2_moe_mixed mixtral mixtral_swa_bf16
     llama mistral qwen2 qwen3
+    deepseek_v2 deepseek_v2_greedy deepseek_v2_lite deepseek_v3 deepseek_v3_flat_mtp deepseek_v3_fp8 ernie4_5_moe gemma3_text
+    gemma3_text_softcap glm4_moe gpt2 gpt_oss gpt_oss_mxfp4 granitemoe granitemoeshared hunyuan_v1_moe
+    llama4_nested llama4_text olmo2 phi3_long phi3_short_partial phimoe phimoe_long qwen3_next
 }
 
 struct Fixture {
@@ -74,7 +78,12 @@ impl Fixture {
 
     #[track_caller]
     fn compare(&self, way: &str, i: usize, tensor: &str, found: &[f32], expected: &[f32]) {
-        if let Some(difference) = difference(found, expected, TOLERANCE) {
+        // Relative where values are large: a norm with large weights enlarges the rounding of what it norms. And a recurrent
+        // state carries the rounding of every step.
+        let largest = expected.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let recurrent = self.model.spec().layers.iter().any(|l| l.delta.is_some());
+        let tolerance = TOLERANCE * (largest / 10.0).max(1.0) * if recurrent { 4.0 } else { 1.0 };
+        if let Some(difference) = difference(found, expected, tolerance) {
             panic!("{}, {way}, prompt {i}: the first wrong tensor is {tensor}: {difference}", self.name);
         }
     }
@@ -97,9 +106,11 @@ impl Fixture {
                 }
             };
             check(Site::ResidPre, format!("hidden_states.{l}"));
-            if sites.contains(&Site::AttnPattern) {
+            let linear = self.model.spec().layers[l].delta.is_some();
+            if sites.contains(&Site::AttnPattern) && !linear {
                 self.check_pattern(way, i, l, capture.get(l, Site::AttnPattern));
             }
+            check(Site::AttnOut, format!("attn_out.{l}"));
             check(Site::RouterLogits, format!("router_logits.{l}"));
             if self.reference.tensor(&format!("topk_ids.{l}")).is_ok() {
                 self.check_routing(way, i, l, capture.get(l, Site::Routing));
@@ -143,7 +154,10 @@ impl Fixture {
         assert_eq!(found_pairs.0, expected.0, "{name}, {place}: the first wrong tensor is {ids}");
         self.compare(way, i, &gates, &found_pairs.1, &expected.1);
         let descending = |row: &[f32]| row.windows(2).all(|pair| pair[0] >= pair[1]);
-        assert!(found.values.chunks(k).all(descending), "{name}, {place}: slots are not in rank order");
+        // A bias on the choice, or a softmax for each choice, ranks otherwise than gates do.
+        let router = &self.model.spec().moe(l).unwrap().router;
+        let by_gate = !router.extra.selection_bias && router.score != RouterScore::SparseMixer;
+        assert!(!by_gate || found.values.chunks(k).all(descending), "{name}, {place}: slots are not in rank order");
     }
 
     /// The same tokens through the KV cache in pieces.
@@ -160,9 +174,17 @@ impl Fixture {
             assert!(rest.is_empty());
             logits_in_turn(&self.model, &pieces, &mut NoLens)
         };
-        self.check_logits("token by token", i, &in_pieces(&[1; PROMPT]));
-        self.check_logits("in chunks", i, &in_pieces(&[13, 1, 10]));
+        if !self.turns_otherwise_when_long() {
+            self.check_logits("token by token", i, &in_pieces(&[1; PROMPT]));
+            self.check_logits("in chunks", i, &in_pieces(&[13, 1, 10]));
+        }
         self.check_logits("prompt, then token by token", i, &in_pieces(&[17, 1, 1, 1, 1, 1, 1, 1]));
+    }
+
+    /// Whether the frequencies change on the way through the prompt. Keys in the cache keep their turns.
+    fn turns_otherwise_when_long(&self) -> bool {
+        let mut long = self.model.spec().layers.iter().filter_map(|l| l.attn.rope.long.as_ref());
+        long.any(|long| long.above < PROMPT)
     }
 
     fn check_batches(&self) {
@@ -177,6 +199,9 @@ impl Fixture {
             let (first, second) = both.split_at(both.len() / 2);
             self.check_logits(way, 0, first);
             self.check_logits(way, 1, second);
+        }
+        if self.turns_otherwise_when_long() {
+            return self.check_greedy_together();
         }
         // The second prompt enters while the first is under way, and lies before it in the batch.
         let (mut cache, vocab) = (cache(), self.model.spec().vocab_size);

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
 use quorate_formats::Role;
-use quorate_formats::role::roles;
 use quorate_formats::safetensors::read_tensor_f32;
+use quorate_formats::shape::roles;
 use quorate_model::{
     At, Chain, Flow, KvCache, Lens, LowRank, Model, ModelError, NoLens, Overlay, Patch, Phase, Routing, RoutingMode,
     Segment, Site, SiteSet, Taps, ops,

@@ -8,6 +8,7 @@ mod finite;
 mod load;
 mod matrix;
 mod plan;
+mod unpack;
 mod weights;
 
 pub use error::{ResidencyError, Result};

@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
+use quorate_formats::spec::NormKind;
 use quorate_formats::{Checkpoint, Role, TensorLoc};
 use quorate_kernels::{DType, dequantize};
 
 use crate::error::{ResidencyError, Result};
 use crate::finite::first_not_finite;
 use crate::matrix::{ALIGNMENT, Buffer, Bytes, Expert, Matrix};
+use crate::unpack::unpack;
 use crate::weights::Progress;
 
 /// One weight outside the routed experts.
@@ -23,7 +25,10 @@ pub(crate) enum Loaded {
 pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded> {
     let loc = checkpoint.tensor(role)?;
     let mut buffer = Buffer::zeroed(usize_of(loc.len))?;
-    checkpoint.read_into(loc, buffer.as_mut_slice())?;
+    match checkpoint.recipe(role) {
+        Some(recipe) => unpack(checkpoint, recipe, buffer.as_mut_slice())?,
+        None => checkpoint.read_into(loc, buffer.as_mut_slice())?,
+    }
     let bytes = Bytes::whole(buffer);
     let dtype = checked(checkpoint, loc, &bytes)?;
     let values = || {
@@ -31,7 +36,9 @@ pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded>
         dequantize(dtype, &bytes, &mut values);
         values
     };
+    let around_zero = checkpoint.spec().norm == NormKind::RmsPlusOne && role.is_plain_norm();
     Ok(match loc.shape[..] {
+        _ if around_zero => Loaded::Vector(values().into_iter().map(|w| 1.0 + w).collect()),
         _ if role.is_vector() => Loaded::Vector(values()),
         [rows, cols] if matches!(role, Role::Router(_)) && dtype != DType::F32 => {
             Loaded::Matrix(Matrix::from_f32(rows, cols, &values())?)
@@ -93,8 +100,18 @@ pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize, 
         }
     }
     let mut buffer = spare.take(end)?;
-    for (file, offset, range) in reads {
-        checkpoint.files()[file].read_at(offset, &mut buffer.as_mut_slice()[range])?;
+    if roles.iter().any(|&role| checkpoint.recipe(role).is_some()) {
+        for (&role, range) in roles.iter().zip(&ranges) {
+            let part = &mut buffer.as_mut_slice()[range.clone()];
+            match checkpoint.recipe(role) {
+                Some(recipe) => unpack(checkpoint, recipe, part)?,
+                None => checkpoint.read_into(checkpoint.tensor(role)?, part)?,
+            }
+        }
+    } else {
+        for (file, offset, range) in reads {
+            checkpoint.files()[file].read_at(offset, &mut buffer.as_mut_slice()[range])?;
+        }
     }
     let mut parts = Bytes::parts(buffer, ranges).into_iter().zip(locs);
     let mut next = || {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor, Var};
 use quorate_formats::Role;
-use quorate_formats::role::{expected_shape, roles};
+use quorate_formats::shape::{expected_shape, roles};
 use quorate_formats::spec::ModelSpec;
 use quorate_model::{LowRank, Model, Overlay, Patch, ops};
 

@@ -7,10 +7,10 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use quorate_formats::role::{expected_shape, roles};
+use quorate_formats::shape::{expected_shape, roles};
 use quorate_formats::{Role, TensorOut, write_safetensors};
 use quorate_model::{LowRank, Model, Overlay, Patch, ops};
-use quorate_train::peft::{CONFIG, WEIGHTS, read, write};
+use quorate_train::peft::{CONFIG, WEIGHTS, encode, read, write};
 use serde_json::{Value, json};
 use support::{assert_close, assert_same, fixture, noise, open, plain, prompts, relative, values};
 
@@ -43,6 +43,9 @@ fn what_is_written_is_read_again() {
         let model = open(&fixture(name));
         let overlay = overlay(&model);
         write(model.checkpoint(), &overlay, dir.path(), "base").unwrap();
+        for (file, bytes) in encode(model.checkpoint(), &overlay, "base").unwrap() {
+            assert!(fs::read(dir.path().join(file)).unwrap() == bytes, "{name}: {file} in memory differs");
+        }
         let found = read(model.checkpoint(), dir.path()).unwrap();
         assert_eq!(found.iter().count(), overlay.iter().count(), "{name}");
         for ((role, patch), (other, expected)) in found.iter().zip(overlay.iter()) {

@@ -73,6 +73,7 @@ impl Chat {
             }
             let shared = held.iter().zip(&prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
             cache.truncate(0, shared);
+            let shared = cache.len(0); // a recurrent state cannot be taken back
             let mut timing = Timing::new(start, prompt.len() - shared);
             let mut shown = Shown::new(common);
             let answer = model.generate(&prompt[shared..], 0, &mut cache, &options, &mut NoLens, &mut |event| {

@@ -38,7 +38,7 @@ pub struct Eval {
     #[arg(long, default_value = "none")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect", "protect_file"])]
     plan: Option<PathBuf>,
     /// Items per task at most
     #[arg(long, value_name = "N", value_parser = parse_count)]

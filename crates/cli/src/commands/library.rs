@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use quorate_lens::{Library, Pattern};
-use quorate_methods::patterns::{common_phases, merged, summary};
+use quorate_methods::patterns::{best_metric, common_phases, merged, summary};
 use quorate_model::Model;
 use serde_json::json;
 
@@ -39,9 +39,9 @@ enum Action {
     Show {
         /// Its name
         name: String,
-        /// Metric whose ranking is shown
-        #[arg(long, default_value = quorate_methods::DEFAULT_METRIC)]
-        metric: String,
+        /// Metric whose ranking is shown [default: peu, or frequency where that is all that is known]
+        #[arg(long)]
+        metric: Option<String>,
     },
     /// Remove patterns
     Remove {
@@ -83,7 +83,7 @@ impl LibraryCommand {
         let mut library = common.open_library()?;
         match &self.action {
             Action::List { all } => list(common, &library, *all),
-            Action::Show { name, metric } => show(common, &library, name, metric),
+            Action::Show { name, metric } => show(common, &library, name, metric.as_deref()),
             Action::Remove { names } => {
                 let fingerprint = fingerprint(common)?;
                 patterns_of(&library, &fingerprint, names)?; // all are there, or none is removed
@@ -133,13 +133,14 @@ fn list(common: &Common, library: &Library, all: bool) -> Result<()> {
     Ok(())
 }
 
-fn show(common: &Common, library: &Library, name: &str, metric: &str) -> Result<()> {
+fn show(common: &Common, library: &Library, name: &str, metric: Option<&str>) -> Result<()> {
     let model: Model = common.open_model(None)?;
     let fingerprint = model.checkpoint().fingerprint();
     let pattern = library.get(fingerprint, name)?;
     let names: Vec<String> = library.list(Some(fingerprint))?.into_iter().map(|i| i.name).collect();
     let all = patterns_of(library, fingerprint, &names)?;
     let summary = summary(model.spec(), &pattern, &all)?;
+    let metric = metric.unwrap_or(best_metric(&pattern));
     let scores = pattern.scores(metric)?;
     let rankings: Vec<(usize, Vec<usize>)> =
         scores.map.layers.iter().enumerate().map(|(moe, &layer)| (layer, scores.ranking(moe))).collect();

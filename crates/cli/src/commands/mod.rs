@@ -8,6 +8,7 @@ mod inspect;
 mod library;
 mod methods;
 mod profile;
+mod profile_vllm;
 mod prune;
 mod record;
 mod run;

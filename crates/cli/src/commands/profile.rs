@@ -9,19 +9,22 @@ use quorate_eval::encode::EncodedItem;
 use quorate_eval::profile::{ProfileRun, Split};
 use quorate_eval::tasks::{Task, load_tasks};
 use quorate_formats::write_file;
+use quorate_lens::interchange::{TraceFormat, TraceShape, read_trace};
 use quorate_lens::{ExpertMap, GENERALIST, Library, Pattern, PatternInfo, ProfileData, safe_file_name};
 use quorate_methods::patterns::{Summary, merged, summary};
-use quorate_methods::{DEFAULT_METRIC, Phases, all_tables};
+use quorate_methods::{Phases, all_tables};
 use quorate_model::Model;
 use serde_json::json;
 
+use super::profile_vllm::{Job, Order};
 use crate::common::{Common, Fnv, interrupted, parse_count, say};
 use crate::embedded;
 use crate::experts::need_experts;
+use crate::vllm::Server;
 
 /// Batches, and time, between two savings of an unfinished profile.
 const SAVE_EVERY: usize = 64;
-const SAVE_AFTER: Duration = Duration::from_secs(30);
+pub const SAVE_AFTER: Duration = Duration::from_secs(30);
 /// Names that `--task` understands otherwise.
 const RESERVED: [&str; 4] = ["auto", "none", "own", "random"];
 
@@ -38,7 +41,12 @@ Examples:
   quorate profile --tasks math.jsonl --phase answer
   quorate profile --tasks tasks/ --shard 0/2 -o shard0
   quorate profile --tasks tasks/ --shard 1/2 -o shard1
-  quorate library merge shard0/*.pattern shard1/*.pattern")]
+  quorate library merge shard0/*.pattern shard1/*.pattern
+  quorate profile --from-trace expert_distribution_recorder_1.pt --name code
+  quorate profile -m MODEL --from-vllm http://localhost:8000 --tasks tasks/
+
+What another engine recorded of the same model's routing (--from-trace) makes a pattern with the metrics that the recording \
+supports, and without a key: it is used by its name. Formats are described in docs/formats.md.")]
 pub struct Profile {
     /// Task files or folders; left out with the embedded model, its own tasks
     #[arg(long, value_name = "PATH", num_args = 1..)]
@@ -70,6 +78,21 @@ pub struct Profile {
     /// Begin anew even if an unfinished profile of the same data exists
     #[arg(long)]
     restart: bool,
+    /// Routing that another engine recorded, in place of running the tasks; several files add up
+    #[arg(long, value_name = "FILE", num_args = 1.., requires = "name")]
+    #[arg(conflicts_with_all = ["tasks", "limit", "shard", "restart", "phase", "holdout", "key_layer", "split"])]
+    from_trace: Vec<PathBuf>,
+    /// Task of the recorded routing
+    #[arg(long, value_name = "TASK", requires = "from_trace")]
+    name: Option<String>,
+    /// vLLM server, e.g. http://localhost:8000, that routes the tasks' texts in place of this program; start it with \
+    /// `vllm serve MODEL --enable-return-routed-experts`, and give -m MODEL here for its tokenizer and shape
+    #[arg(long, value_name = "URL", conflicts_with = "from_trace")]
+    from_vllm: Option<String>,
+    /// Format of the recorded routing; left out, told by the file: routed-experts, router-logits, sglang-csv, \
+    /// sglang-recorder, imatrix
+    #[arg(long, value_name = "FORMAT", requires = "from_trace", value_parser = parse_format)]
+    format: Option<TraceFormat>,
 }
 
 /// [`Phases`] on the command line.
@@ -103,8 +126,17 @@ fn parse_shard(text: &str) -> Result<(usize, usize), String> {
         .ok_or_else(|| format!("`{text}` is no shard; help: write I/N with I below N, e.g. 0/2"))
 }
 
+fn parse_format(text: &str) -> Result<TraceFormat, String> {
+    let names = TraceFormat::ALL.map(TraceFormat::name).join(", ");
+    let found = TraceFormat::ALL.into_iter().find(|f| f.name() == text);
+    found.ok_or_else(|| format!("`{text}` is no format of recordings; help: there is {names}"))
+}
+
 impl Profile {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if let Some(name) = &self.name {
+            return self.read_trace(common, name);
+        }
         let tasks = load_tasks(&common.task_paths(&self.tasks)?, Some(&self.split))?;
         tasks.iter().try_for_each(|task| check_name(&task.name))?;
         if tasks.iter().any(|t| t.name == GENERALIST) {
@@ -120,20 +152,18 @@ impl Profile {
                 self.key_layer
             );
         }
-        // Before the work, so that what cannot be written to is known at once.
-        let library = match &self.output {
-            None => Some(common.open_library()?),
-            Some(folder) => {
-                std::fs::create_dir_all(folder)
-                    .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-                None
+        let library = self.destination(common)?;
+        let server = self.from_vllm.as_deref().map(Server::connect).transpose()?;
+        match &server {
+            Some(server) => {
+                common.note(&format!("routed by {}; known are the experts chosen, not their gates", server.model()))
             }
-        };
-        common.load_all_experts(&mut model)?;
+            None => common.load_all_experts(&mut model)?,
+        }
         let phases: Phases = self.phase.into();
         let mut patterns = Vec::with_capacity(tasks.len() + 1);
         for task in &tasks {
-            let Some(pattern) = self.profile(common, &model, task, phases)? else {
+            let Some(pattern) = self.profile(common, &mut model, server.as_ref(), task, phases)? else {
                 bail!("interrupted; what is done so far is kept, give the same command again to go on");
             };
             patterns.push(pattern);
@@ -141,26 +171,80 @@ impl Profile {
         if patterns.len() > 1 && self.shard.is_none() {
             patterns.push(merged(GENERALIST, &patterns.iter().collect::<Vec<_>>(), phases)?);
         }
-        if let Some(mut library) = library {
-            library.put(&patterns)?;
-        }
-        if let Some(folder) = &self.output {
-            let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
-            for pattern in &mut patterns {
-                if self.compact {
-                    pattern.data = None;
-                }
-                pattern.write(folder, &shard)?;
-            }
-        }
+        self.store(library, &mut patterns)?;
         for task in &tasks {
             let _ = std::fs::remove_file(self.partial_path(&model, task)?); // gone already if nothing was saved
         }
         report(common, &model, &patterns)
     }
 
+    /// The library to write to, or `None` for the folder of `-o`. Before the work, so that what cannot be written to is known
+    /// at once.
+    fn destination(&self, common: &Common) -> Result<Option<Library>> {
+        let Some(folder) = &self.output else { return common.open_library().map(Some) };
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        Ok(None)
+    }
+
+    fn store(&self, library: Option<Library>, patterns: &mut [Pattern]) -> Result<()> {
+        if let Some(mut library) = library {
+            library.put(patterns)?;
+        }
+        if let Some(folder) = &self.output {
+            let shard = self.shard.map(|(i, n)| format!(".{i}-of-{n}")).unwrap_or_default();
+            for pattern in patterns {
+                if self.compact {
+                    pattern.data = None;
+                }
+                pattern.write(folder, &shard)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A pattern from routing that another engine recorded.
+    fn read_trace(&self, common: &Common, name: &str) -> Result<()> {
+        check_name(name)?;
+        if name == GENERALIST {
+            bail!("the task name `{GENERALIST}` is taken by the pooled pattern; help: choose another name");
+        }
+        let model = common.open_model(None)?;
+        need_experts(&model)?;
+        let library = self.destination(common)?;
+        let shape = TraceShape::of(model.spec());
+        let mut data = ProfileData::new(&shape.map);
+        for path in &self.from_trace {
+            data.stats.merge(&read_trace(path, self.format, &shape)?);
+        }
+        let file_name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let info = PatternInfo {
+            name: name.to_string(),
+            fingerprint: model.checkpoint().fingerprint().to_string(),
+            data: self.from_trace.iter().map(file_name).collect(),
+            phases: Phases::Both.name().to_string(),
+            ..PatternInfo::default()
+        };
+        let mut patterns = [Pattern::build(info, data, |stats| all_tables(stats, &[stats], Phases::Both))];
+        self.store(library, &mut patterns)?;
+        let metrics: Vec<&str> = patterns[0].scores.iter().map(|s| s.metric.name.as_str()).collect();
+        let [prompt, answer] = patterns[0].info.tokens;
+        common.note(&format!(
+            "{name}: {} tokens; metrics: {}; the pattern has no key, use it with --task {name}",
+            prompt + answer,
+            metrics.join(", ")
+        ));
+        report(common, &model, &patterns)
+    }
+
     /// Profiles one task, from where an earlier run stopped; `None` if interrupted.
-    fn profile(&self, common: &Common, model: &Model, task: &Task, phases: Phases) -> Result<Option<Pattern>> {
+    fn profile(
+        &self,
+        common: &Common,
+        model: &mut Model,
+        server: Option<&Server>,
+        task: &Task,
+        phases: Phases,
+    ) -> Result<Option<Pattern>> {
         let limit = self.limit.unwrap_or(usize::MAX);
         let items = task.items.iter().take(limit).map(|item| EncodedItem::new(model, item));
         let items = items.collect::<Result<Vec<_>, _>>()?;
@@ -191,28 +275,18 @@ impl Profile {
             let unfinished = Pattern::build(info.clone(), data.clone(), |_| Vec::new());
             Ok(write_file(&partial, &unfinished.to_bytes()?)?)
         };
-        let mut run = ProfileRun::new(model, &items, split, data);
-        if run.done_tokens() > 0 {
-            common.note(&format!("{}: going on at {} of {} tokens", task.name, run.done_tokens(), run.total_tokens()));
-        }
-        let mut progress = common.progress(&task.name, run.total_tokens() as u64, "tokens");
-        progress.set(run.done_tokens() as u64);
-        let (mut batches, mut saved) = (0, Instant::now());
-        while run.step()? {
-            batches += 1;
-            progress.set(run.done_tokens() as u64);
-            if interrupted() {
-                save(run.profile())?;
-                return Ok(None);
+        let gathered = match server {
+            None => profile_here(common, ProfileRun::new(model, &items, split, data), &task.name, &save)?,
+            Some(server) => {
+                let (train, held) = split.order(items.len());
+                let (shape, order) = (TraceShape::of(model.spec()), Order { train, held });
+                let job = Job { server, shape, task: &task.name, items: &items, order };
+                let mut gathered = job.gather(common, data, &save)?;
+                gathered.as_mut().map_or(Ok(()), |data| job.add_keys(model, self.key_layer, data))?;
+                gathered
             }
-            if batches % SAVE_EVERY == 0 || saved.elapsed() > SAVE_AFTER {
-                save(run.profile())?;
-                saved = Instant::now();
-            }
-        }
-        progress.finish();
-        save(run.profile())?;
-        let mut data = run.into_profile();
+        };
+        let Some(mut data) = gathered else { return Ok(None) };
         data.done_batches = 0;
         let pattern = Pattern::build(info, data, |stats| all_tables(stats, &[stats], phases));
         let [prompt, answer] = pattern.info.tokens;
@@ -238,11 +312,44 @@ impl Profile {
     fn partial_path(&self, model: &Model, task: &Task) -> Result<PathBuf> {
         let mut hash = Fnv::default();
         hash.mix(&format!("{:?} {:?} {} {}", self.limit, self.shard, self.holdout, self.key_layer));
+        if self.from_vllm.is_some() {
+            hash.mix("vllm");
+        }
         task.items.iter().for_each(|i| hash.mix(&format!("{}\0{}\0", i.prompt, i.answer)));
         let name = format!("{}-{}-{}.partial", model.checkpoint().fingerprint(), task.name, hash.hex());
         let name = safe_file_name(&name);
         Ok(embedded::home()?.join("profiles").join(name))
     }
+}
+
+/// Runs a profile to its end; `None` if interrupted.
+fn profile_here(
+    common: &Common,
+    mut run: ProfileRun<'_>,
+    task: &str,
+    save: &dyn Fn(&ProfileData) -> Result<()>,
+) -> Result<Option<ProfileData>> {
+    if run.done_tokens() > 0 {
+        common.note(&format!("{task}: going on at {} of {} tokens", run.done_tokens(), run.total_tokens()));
+    }
+    let mut progress = common.progress(task, run.total_tokens() as u64, "tokens");
+    progress.set(run.done_tokens() as u64);
+    let (mut batches, mut saved) = (0, Instant::now());
+    while run.step()? {
+        batches += 1;
+        progress.set(run.done_tokens() as u64);
+        if interrupted() {
+            save(run.profile())?;
+            return Ok(None);
+        }
+        if batches % SAVE_EVERY == 0 || saved.elapsed() > SAVE_AFTER {
+            save(run.profile())?;
+            saved = Instant::now();
+        }
+    }
+    progress.finish();
+    save(run.profile())?;
+    Ok(Some(run.into_profile()))
 }
 
 /// Refuses names of patterns that no command could address.
@@ -259,15 +366,18 @@ fn report(common: &Common, model: &Model, patterns: &[Pattern]) -> Result<()> {
     if common.json {
         return common.print_json(&json!({ "fingerprint": model.checkpoint().fingerprint(), "patterns": summaries }));
     }
+    let mut metrics: Vec<&str> = summaries.iter().map(|s| s.metric.as_str()).collect();
+    metrics.dedup();
     say!(
-        "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {DEFAULT_METRIC}"
+        "held-out coverage (share of selections / of gate mass that the kept experts serve), metric {}",
+        metrics.join(", ")
     )?;
     summaries.iter().try_for_each(print_summary)
 }
 
 /// Prints a summary on one line.
 pub fn print_summary(summary: &Summary) -> Result<()> {
-    let percent = |share: f64| format!("{:.0}", 100.0 * share);
+    let percent = |share: f64| if share.is_nan() { "?".to_string() } else { format!("{:.0}", 100.0 * share) };
     let covered = summary.heldout_coverage.iter().map(|c| match c.coverage {
         Some(found) => format!("{:>2}: {:>3}/{} %", c.keep, percent(found.selections), percent(found.gate_mass)),
         None => format!("{:>2}: -", c.keep),

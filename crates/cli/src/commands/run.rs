@@ -8,9 +8,10 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
 use quorate_lens::{Interventions, Library, Nearest, retrieve};
+use quorate_methods::experts::rerouting::{FitOptions, Rerouter, Rerouting};
 use quorate_model::sampling::SamplingParams;
 use quorate_model::text::Message;
-use quorate_model::{Event, GenerateOptions, KvCache, Lens, Model, NoLens};
+use quorate_model::{Event, GenerateOptions, KvCache, Model};
 use serde_json::json;
 
 use crate::common::{Common, human_bytes, interrupted, say, wait_for};
@@ -23,7 +24,8 @@ Examples:
   quorate run \"78+95=\"
   quorate run \"What is the capital of Oman?\" --keep 8 --json
   quorate run \"<s>It is a truth universally\" --raw --task prose --max-tokens 40
-  quorate run \"78+95=\" --plan plan.toml")]
+  quorate run \"78+95=\" --plan plan.toml
+  quorate run \"78+95=\" --reroute --json")]
 pub struct Run {
     /// The prompt; `-` reads it from standard input
     prompt: String,
@@ -31,7 +33,7 @@ pub struct Run {
     #[arg(long, default_value = "auto")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect", "protect_file"])]
     plan: Option<PathBuf>,
     #[command(flatten)]
     experts: ExpertArgs,
@@ -40,6 +42,11 @@ pub struct Run {
     /// Take the text as it is, without chat template
     #[arg(long)]
     raw: bool,
+    /// Fit vectors on the router logits to the text so far, before the answer and on the way (`quorate rerouting`)
+    #[arg(long)]
+    reroute: bool,
+    #[command(flatten, next_help_heading = "Options of --reroute")]
+    fit: FitOptions,
 }
 
 /// How tokens are chosen and when to stop; shared with `chat`.
@@ -113,17 +120,27 @@ impl Run {
             }
         };
         announce(common, &model, task.as_deref(), found.as_ref());
+        if self.reroute && !interventions.is_empty() {
+            bail!("--reroute cannot fit through a plan's interventions; help: leave one of the two out");
+        }
 
         let mut cache = KvCache::new(model.spec(), 1);
         let mut timing = Timing::new(start, prompt.len());
-        let mut none = NoLens;
-        let lens: &mut dyn Lens = if interventions.is_empty() { &mut none } else { &mut interventions };
+        let mut rerouter = match self.reroute {
+            true => Some(Rerouter::new(&model, Rerouting::new(model.spec(), &self.fit)?)?),
+            false => None,
+        };
         let options = self.sampling.options();
         let mut shown = Shown::new(common);
-        let answer = model.generate(&prompt, 0, &mut cache, &options, lens, &mut |event| {
+        let mut on = |event: Event<'_>| {
             timing.note(&event);
             shown.show(&event) && !interrupted()
-        })?;
+        };
+        let answer = match &mut rerouter {
+            Some(guide) => model.generate_guided(&prompt, 0, &mut cache, &options, guide, &mut on),
+            None => model.generate(&prompt, 0, &mut cache, &options, &mut interventions, &mut on),
+        }?;
+        let fits = rerouter.map(|r| r.fits).unwrap_or_default();
         timing.end();
         shown.end()?;
         if common.json {
@@ -143,8 +160,10 @@ impl Run {
                 "prefill_tokens_per_s": timing.prefill_rate(),
                 "decode_tokens_per_s": timing.decode_rate(),
                 "time_to_first_token_s": timing.first_token_s,
+                "fits": self.reroute.then_some(&fits),
             }))?;
         } else {
+            fits.iter().for_each(|fit| common.note(&fit.to_string()));
             common.note(&timing.summary());
         }
         if interrupted() {

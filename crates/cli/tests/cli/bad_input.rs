@@ -88,6 +88,32 @@ fn numbers_of_experts() {
 }
 
 #[test]
+fn files_of_protected_experts() {
+    let folder = tempdir();
+    let list = |text: &str| {
+        std::fs::write(folder.path().join("list.json"), text).unwrap();
+        folder.path().join("list.json")
+    };
+    let run = |file: &Path| quorate!["run", "x", "--keep", "4", "--scope", "local", "--protect-file", file];
+    run(&folder.path().join("none.json")).fails(3, &["cannot read", "none.json"]);
+    run(&list("layer,expert")).fails(3, &["list.json: ", "help: a list of experts is like"]);
+    run(&list(r#"[{"layer": 7, "expert": 1}]"#)).fails(3, &["layer 7 has no experts", "help: 0-5 have"]);
+    run(&list(r#"[{"layer": 1, "expert": -1}]"#)).ok();
+    let prune = |name: &str, args: &[&str]| {
+        let out = folder.path().join(name);
+        let mut command = support::command(&["prune", "--task", "bios", "--keep", "4", "-o"].map(AsRef::as_ref));
+        command.arg(&out).args(args);
+        finish(command, b"").ok();
+        std::fs::read_to_string(out).unwrap()
+    };
+    let file = list(r#"[{"layer": 1, "expert": 3}, {"layer": 1, "expert": 4}, {"layer": 5, "expert": 0}]"#);
+    let by_file = prune("file.toml", &["--protect-file", file.to_str().unwrap()]);
+    assert_eq!(by_file, prune("flags.toml", &["--protect", "1:3,1:4,5:0"]));
+    assert_ne!(by_file, prune("none.toml", &[]));
+    quorate!["run", "x", "--task", "none", "--protect-file", &file].fails(3, &["--protect-file choose"]);
+}
+
+#[test]
 fn sampling_and_text() {
     quorate!["run", "x", "--temperature=-1"].fails_with_notes(&["temperature is -1", "help:"]);
     quorate!["run", "x", "--top-p", "2"].fails_with_notes(&["top_p is 2", "help:"]);

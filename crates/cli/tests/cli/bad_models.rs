@@ -143,7 +143,11 @@ fn weights_that_are_no_numbers() {
 #[test]
 fn configurations() {
     for (key, value, parts) in [
-        ("num_experts_per_tok", json!(7), ["config.json", "\"num_experts_per_tok\" is 7", "more than the 6 experts"]),
+        (
+            "num_experts_per_tok",
+            json!(7),
+            ["config.json", "\"num_experts_per_tok\" is 7", "7 experts per token, but a layer has only 6"],
+        ),
         ("num_experts_per_tok", json!(0), ["config.json", "\"num_experts_per_tok\" is 0", ""]),
         ("model_type", json!("olmo_moe"), ["config.json", "\"olmo_moe\" is not supported", "help: "]),
         ("model_type", json!("olmoee"), ["config.json", "known: olmoe, ", "the most similar is \"olmoe\""]),

@@ -8,4 +8,5 @@ mod interrupts;
 mod patterns;
 mod relatives;
 mod run;
+mod servers;
 mod support;

@@ -336,3 +336,41 @@ fn keys_of_a_later_layer_find_tasks_too() {
         chat(&["--scope", "local", "--task", &task])
     );
 }
+
+/// What the program itself recorded, given back as another engine's routing, ranks experts as its own profile does.
+#[test]
+fn recorded_routing_makes_a_pattern() {
+    let folder = tempdir();
+    let at = |name: &str| folder.path().join(name);
+    let library = at("l.sqlite");
+    let logits = at("logits.safetensors");
+    let prompt = "<|user|>78+95=<|assistant|>";
+    quorate!["record", "--prompt", format!("{prompt}1"), "--sites", "router_logits", "-o", &logits].ok();
+    fs::write(at("one.jsonl"), json!({ "task": "mine", "prompt": prompt, "answer": "1" }).to_string()).unwrap();
+
+    let args = ["profile", "--from-trace", logits.to_str().unwrap(), "--name", "seen", "--library"];
+    let told = quorate![args[0], args[1], args[2], args[3], args[4], args[5], &library, "--json"].json();
+    assert_eq!(told["patterns"][0]["metric"], "peu");
+    quorate!["profile", "--tasks", &at("one.jsonl"), "--phase", "both", "--holdout", "0", "--library", &library].ok();
+    let ranking = |name: &str, metric: &str| {
+        quorate!["library", "show", name, "--metric", metric, "--library", &library, "--json"].json()["ranking"].clone()
+    };
+    for metric in ["peu", "frequency", "gate-sum", "tcess"] {
+        assert_eq!(ranking("seen", metric), ranking("mine", metric), "{metric}");
+    }
+    quorate!["library", "show", "seen", "--metric", "reap", "--library", &library].fails(3, &["no metric `reap`"]);
+
+    let ids = r#"[[[0,1,2,3],[0,1,2,3],[0,1,2,3],[0,1,2,3],[0,1,2,3],[0,1,2,3]]]"#;
+    fs::write(at("ids.json"), ids).unwrap();
+    let told = quorate!["profile", "--from-trace", &at("ids.json"), "--name", "ids", "--library", &library].ok();
+    assert!(told.contains("metric frequency"), "{told}");
+    assert_eq!(ranking("ids", "frequency")[0]["experts"][0], 0);
+    let plan = at("plan.toml");
+    quorate!["prune", "--task", "ids", "--metric", "frequency", "--keep", "4", "--library", &library, "-o", &plan].ok();
+    assert!(fs::read_to_string(&plan).unwrap().contains("experts = \"0-3\""));
+    quorate!["prune", "--task", "ids", "--keep", "4", "--library", &library, "-o", &at("x")]
+        .fails(3, &["no metric `peu`", "frequency"]);
+    quorate!["profile", "--from-trace", &at("one.jsonl"), "--name", "x"].fails(3, &["one.jsonl", "--format"]);
+    quorate!["profile", "--from-trace", &at("ids.json")].fails(2, &["--name"]);
+    quorate!["profile", "--from-trace", &at("ids.json"), "--name", "x", "--format", "y"].fails(2, &["imatrix"]);
+}

@@ -2,7 +2,10 @@
 
 use crate::config::{EXPERTS_MAX, HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, POSITIONS_MAX, VOCAB_MAX, WIDTH_MAX};
 use crate::role::TensorNames;
-use crate::spec::{Activation, AttnSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RouterScore, RouterSpec};
+use crate::spec::{
+    Activation, AttnExtra, AttnSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormKind, QkNorm, RouterExtra,
+    RouterScore, RouterSpec, Scales,
+};
 use crate::{Config, FormatError, Result, rope};
 
 /// Tensor names of Llama and of all who took them over.
@@ -33,6 +36,36 @@ pub const LLAMA_NAMES: TensorNames = TensorNames {
     expert_gate: "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
     expert_up: "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
     expert_down: "model.layers.{l}.mlp.experts.{e}.down_proj.weight",
+    position_embed: "model.embed_positions.weight",
+    lm_head_bias: "lm_head.bias",
+    final_norm_bias: "model.norm.bias",
+    attn_norm_bias: "model.layers.{l}.input_layernorm.bias",
+    ffn_norm_bias: "model.layers.{l}.post_attention_layernorm.bias",
+    attn_post_norm: "model.layers.{l}.post_attention_layernorm.weight",
+    ffn_post_norm: "model.layers.{l}.post_feedforward_layernorm.weight",
+    sinks: "model.layers.{l}.self_attn.sinks",
+    q_a: "model.layers.{l}.self_attn.q_a_proj.weight",
+    q_a_norm: "model.layers.{l}.self_attn.q_a_layernorm.weight",
+    kv_a: "model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",
+    kv_a_norm: "model.layers.{l}.self_attn.kv_a_layernorm.weight",
+    kv_b: "model.layers.{l}.self_attn.kv_b_proj.weight",
+    router_bias: "model.layers.{l}.mlp.gate.bias",
+    selection_bias: "model.layers.{l}.mlp.gate.e_score_correction_bias",
+    expert_scale: "model.layers.{l}.mlp.router_scale",
+    dense_up_bias: "model.layers.{l}.mlp.up_proj.bias",
+    dense_down_bias: "model.layers.{l}.mlp.down_proj.bias",
+    expert_gate_bias: "model.layers.{l}.mlp.experts.gate_proj_bias",
+    expert_up_bias: "model.layers.{l}.mlp.experts.up_proj_bias",
+    expert_down_bias: "model.layers.{l}.mlp.experts.down_proj_bias",
+    delta_qkv: "model.layers.{l}.linear_attn.in_proj_qkvz.weight",
+    delta_z: "model.layers.{l}.linear_attn.in_proj_z.weight",
+    delta_ba: "model.layers.{l}.linear_attn.in_proj_ba.weight",
+    delta_a: "model.layers.{l}.linear_attn.in_proj_a.weight",
+    delta_conv: "model.layers.{l}.linear_attn.conv1d.weight",
+    delta_a_log: "model.layers.{l}.linear_attn.A_log",
+    delta_dt_bias: "model.layers.{l}.linear_attn.dt_bias",
+    delta_norm: "model.layers.{l}.linear_attn.norm.weight",
+    delta_out: "model.layers.{l}.linear_attn.out_proj.weight",
 };
 
 /// The two names under which the number of routed experts is written.
@@ -46,10 +79,7 @@ pub struct Defaults {
 
 /// The whole model, from its layers.
 pub fn model(config: &Config, family: &str, defaults: &Defaults, layers: Vec<LayerSpec>) -> Result<ModelSpec> {
-    if config.get("quantization_config").is_some() {
-        let problem = "quantised checkpoints are not supported; take one in bfloat16, float16 or float32";
-        return Err(config.refuse("quantization_config", problem));
-    }
+    check_quantisation(config)?;
     let norm_eps = config.opt_positive("rms_norm_eps")?.unwrap_or(defaults.norm_eps);
     if norm_eps > 0.1 {
         return Err(config.refuse("rms_norm_eps", "a small number expected"));
@@ -63,8 +93,21 @@ pub fn model(config: &Config, family: &str, defaults: &Defaults, layers: Vec<Lay
         tie_word_embeddings: config.flag("tie_word_embeddings", false)?,
         eos_token_ids: config.eos_token_ids()?,
         bos_token_id: config.bos_token_id()?,
+        norm: NormKind::Rms,
+        scales: Scales::default(),
+        learned_positions: false,
+        lm_head_bias: false,
         layers,
     })
+}
+
+/// Packed types that are read: 8-bit floats in blocks (DeepSeek) and 4-bit floats (gpt-oss).
+fn check_quantisation(config: &Config) -> Result<()> {
+    let Some(section) = config.opt_section("quantization_config")? else { return Ok(()) };
+    match section.opt_text("quant_method")?.unwrap_or("") {
+        "fp8" | "mxfp4" => Ok(()),
+        _ => Err(section.refuse("quant_method", "not supported; known: fp8, mxfp4; or take the model in bfloat16")),
+    }
 }
 
 /// One [`LayerSpec`] per decoder layer.
@@ -102,16 +145,19 @@ pub fn attention(config: &Config, defaults: &Defaults) -> Result<AttnSpec> {
         sliding_window: None,
         scale: (head_dim as f64).powf(-0.5) as f32,
         rope: rope::from_config(config, head_dim, defaults.rope_theta)?,
+        extra: AttnExtra::default(),
+        mla: None,
     })
 }
 
 /// The activation on the gate.
 pub fn activation(config: &Config) -> Result<Activation> {
-    match config.opt_text("hidden_act")?.unwrap_or("silu") {
+    let key = if config.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
+    match config.opt_text(key)?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
-        _ => Err(config.refuse("hidden_act", "not supported; known: silu, gelu, gelu_new, gelu_pytorch_tanh")),
+        _ => Err(config.refuse(key, "not supported; known: silu, gelu, gelu_new, gelu_pytorch_tanh")),
     }
 }
 
@@ -121,7 +167,7 @@ pub fn dense(config: &Config) -> Result<FfnSpec> {
         return Err(config.refuse("mlp_bias", "biases in the feed-forward block are not supported"));
     }
     let intermediate_size = config.count("intermediate_size", WIDTH_MAX)?;
-    Ok(FfnSpec::Dense { intermediate_size, act: activation(config)? })
+    Ok(FfnSpec::Dense { intermediate_size, act: activation(config)?, plain: false })
 }
 
 /// A mixture of experts with softmax over all, whose width stands under `width_key`.
@@ -129,18 +175,40 @@ pub fn moe(config: &Config, width_key: &str, norm_topk_prob: bool) -> Result<Moe
     let count = |key: &&&str| config.get(key).is_some();
     let key = EXPERT_COUNT_KEYS.iter().find(count).ok_or_else(|| config.missing(EXPERT_COUNT_KEYS[0]))?;
     let n_experts = config.count(key, EXPERTS_MAX)?;
-    let top_k = config.count("num_experts_per_tok", EXPERTS_MAX)?;
+    mixture(
+        config,
+        n_experts,
+        config.count("num_experts_per_tok", EXPERTS_MAX)?,
+        config.count(width_key, WIDTH_MAX)?,
+        norm_topk_prob,
+    )
+}
+
+/// A mixture of experts with softmax over all.
+pub fn mixture(
+    config: &Config,
+    n_experts: usize,
+    top_k: usize,
+    intermediate_size: usize,
+    norm_topk_prob: bool,
+) -> Result<MoeSpec> {
     if top_k > n_experts {
-        let problem = format!("more than the {n_experts} experts that there are ({key})");
+        let problem = format!("{top_k} experts per token, but a layer has only {n_experts}");
         return Err(config.refuse("num_experts_per_tok", problem));
     }
     Ok(MoeSpec {
         n_experts,
         top_k,
-        intermediate_size: config.count(width_key, WIDTH_MAX)?,
+        intermediate_size,
         act: activation(config)?,
-        router: RouterSpec { score: RouterScore::SoftmaxAll, norm_topk_prob, routed_scaling_factor: 1.0 },
+        router: RouterSpec {
+            score: RouterScore::SoftmaxAll,
+            norm_topk_prob,
+            routed_scaling_factor: 1.0,
+            extra: RouterExtra::default(),
+        },
         shared: None,
+        expert_bias: false,
     })
 }
 
@@ -150,6 +218,14 @@ pub fn sparse_layers(config: &Config) -> Result<impl Fn(usize) -> bool> {
     let dense = config.opt_indices("mlp_only_layers")?.unwrap_or_default();
     let step = config.opt_count("decoder_sparse_step", LAYERS_MAX)?.unwrap_or(1);
     Ok(move |l: usize| !dense.contains(&l) && (l + 1).is_multiple_of(step))
+}
+
+/// The rule of DeepSeek's mixtures: the first `first_key` layers are dense, and of the others those whose number is a
+/// multiple of `step_key` are mixtures.
+pub fn sparse_from(config: &Config, first_key: &str, step_key: &str) -> Result<impl Fn(usize) -> bool> {
+    let first = config.opt_index(first_key, LAYERS_MAX)?.unwrap_or(0);
+    let step = config.opt_count(step_key, LAYERS_MAX)?.unwrap_or(1);
+    Ok(move |l: usize| l >= first && l.is_multiple_of(step))
 }
 
 /// The window of families in which all layers have it, or none: absent is `default`, null is none.

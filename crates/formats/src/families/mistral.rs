@@ -5,8 +5,14 @@ use super::common::{Defaults, LLAMA_NAMES, attention, dense, layers, model, wind
 use crate::spec::{AttnSpec, LayerSpec, ModelSpec};
 use crate::{Config, Result};
 
-pub static FAMILY: Family =
-    Family { name: "mistral", model_types: &["mistral"], spec, names: LLAMA_NAMES, expert_count_keys: &[] };
+pub static FAMILY: Family = Family {
+    name: "mistral",
+    model_types: &["mistral"],
+    spec,
+    names: LLAMA_NAMES,
+    expert_count_keys: &[],
+    fused: None,
+};
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
 
@@ -14,6 +20,6 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     // The first release came without the key and meant 4096.
     let attn = AttnSpec { sliding_window: window(config, Some(4096))?, ..attention(config, &DEFAULTS)? };
     let ffn = dense(config)?;
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -10,14 +10,18 @@ pub static FAMILY: Family = Family {
     name: "mixtral",
     model_types: &["mixtral"],
     spec,
-    names: TensorNames {
-        router: "model.layers.{l}.block_sparse_moe.gate.weight",
-        expert_gate: "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
-        expert_up: "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
-        expert_down: "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
-        ..LLAMA_NAMES
-    },
+    names: NAMES,
     expert_count_keys: &["num_local_experts", "num_experts"],
+    fused: None,
+};
+
+/// Names of Mixtral's models, taken over by Phi-3.5-MoE.
+pub const NAMES: TensorNames = TensorNames {
+    router: "model.layers.{l}.block_sparse_moe.gate.weight",
+    expert_gate: "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
+    expert_up: "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
+    expert_down: "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
+    ..LLAMA_NAMES
 };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 1_000_000.0, norm_eps: 1e-5 };
@@ -25,6 +29,6 @@ const DEFAULTS: Defaults = Defaults { rope_theta: 1_000_000.0, norm_eps: 1e-5 };
 fn spec(config: &Config) -> Result<ModelSpec> {
     let attn = AttnSpec { sliding_window: window(config, None)?, ..attention(config, &DEFAULTS)? };
     let ffn = FfnSpec::Moe(moe(config, "intermediate_size", true)?);
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -3,17 +3,32 @@
 //! A new family is one small file here and one line in [`FAMILIES`]; no forward code.
 
 mod common;
+mod deepseek;
+mod ernie4_5_moe;
+mod gemma;
+mod glm4_moe;
+mod gpt2;
+mod gpt_oss;
+mod granite_moe;
+mod hunyuan_moe;
 mod llama;
+mod llama4;
 mod mistral;
 mod mixtral;
+mod olmo2;
 mod olmoe;
+mod pangu_moe;
+mod phi3;
+mod phimoe;
 mod qwen2;
 mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
+mod qwen3_next;
 
 use crate::config::Config;
-use crate::role::TensorNames;
+use crate::role::{Role, TensorNames};
+use crate::source::Fused;
 use crate::spec::ModelSpec;
 use crate::{FormatError, Result};
 
@@ -30,6 +45,8 @@ pub struct Family {
     pub names: TensorNames,
     /// Keys that may hold the number of routed experts, the usual one first. Empty for dense families.
     pub expert_count_keys: &'static [&'static str],
+    /// Which weights are parts of other tensors; `None` if each is a tensor of its own.
+    pub fused: Option<fn(&ModelSpec, Role) -> Option<Fused>>,
 }
 
 /// All families.
@@ -42,6 +59,24 @@ pub static FAMILIES: &[&Family] = &[
     &mistral::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
+    &qwen3_next::FAMILY,
+    &qwen3_next::QWEN3_5,
+    &deepseek::V1,
+    &deepseek::V2,
+    &deepseek::V3,
+    &glm4_moe::FAMILY,
+    &gpt_oss::FAMILY,
+    &phimoe::FAMILY,
+    &granite_moe::FAMILY,
+    &llama4::FAMILY,
+    &hunyuan_moe::FAMILY,
+    &ernie4_5_moe::FAMILY,
+    &pangu_moe::FAMILY,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3,
+    &phi3::FAMILY,
+    &olmo2::FAMILY,
+    &gpt2::FAMILY,
 ];
 
 /// The family that reads a configuration, by its `model_type`.

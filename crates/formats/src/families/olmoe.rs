@@ -5,8 +5,14 @@ use super::common::{Defaults, EXPERT_COUNT_KEYS, LLAMA_NAMES, attention, layers,
 use crate::spec::{AttnSpec, FfnSpec, LayerSpec, ModelSpec, QkNorm};
 use crate::{Config, Result};
 
-pub static FAMILY: Family =
-    Family { name: "olmoe", model_types: &["olmoe"], spec, names: LLAMA_NAMES, expert_count_keys: EXPERT_COUNT_KEYS };
+pub static FAMILY: Family = Family {
+    name: "olmoe",
+    model_types: &["olmoe"],
+    spec,
+    names: LLAMA_NAMES,
+    expert_count_keys: EXPERT_COUNT_KEYS,
+    fused: None,
+};
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-5 };
 
@@ -21,6 +27,6 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     };
     // `intermediate_size` is the width of one expert.
     let ffn = FfnSpec::Moe(moe(config, "intermediate_size", config.flag("norm_topk_prob", false)?)?);
-    let layers = layers(config, |_| Ok(LayerSpec { attn: attn.clone(), ffn: ffn.clone() }))?;
+    let layers = layers(config, |_| Ok(LayerSpec::new(attn.clone(), ffn.clone())))?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -15,6 +15,7 @@ pub static FAMILY: Family = Family {
     spec,
     names: LLAMA_NAMES,
     expert_count_keys: EXPERT_COUNT_KEYS,
+    fused: None,
 };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
@@ -34,7 +35,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let layers = layers(config, |l| {
         let attn = AttnSpec { sliding_window: window.filter(|_| slides(l)), ..attn.clone() };
         let ffn = if sparse(l) { FfnSpec::Moe(moe.clone()) } else { dense(config)? };
-        Ok(LayerSpec { attn, ffn })
+        Ok(LayerSpec::new(attn, ffn))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -7,7 +7,7 @@ use crate::spec::{AttnSpec, LayerSpec, ModelSpec, QkNorm};
 use crate::{Config, Result};
 
 pub static FAMILY: Family =
-    Family { name: "qwen3", model_types: &["qwen3"], spec, names: LLAMA_NAMES, expert_count_keys: &[] };
+    Family { name: "qwen3", model_types: &["qwen3"], spec, names: LLAMA_NAMES, expert_count_keys: &[], fused: None };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
 
@@ -20,7 +20,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let ffn = dense(config)?;
     let layers = layers(config, |l| {
         let attn = AttnSpec { sliding_window: window.filter(|_| slides(l)), ..attn.clone() };
-        Ok(LayerSpec { attn, ffn: ffn.clone() })
+        Ok(LayerSpec::new(attn, ffn.clone()))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

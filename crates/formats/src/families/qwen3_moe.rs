@@ -13,6 +13,7 @@ pub static FAMILY: Family = Family {
     spec,
     names: LLAMA_NAMES,
     expert_count_keys: EXPERT_COUNT_KEYS,
+    fused: None,
 };
 
 const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
@@ -30,7 +31,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let sparse = sparse_layers(config)?;
     let layers = layers(config, |l| {
         let ffn = if sparse(l) { FfnSpec::Moe(moe.clone()) } else { dense(config)? };
-        Ok(LayerSpec { attn: attn.clone(), ffn })
+        Ok(LayerSpec::new(attn.clone(), ffn))
     })?;
     model(config, FAMILY.name, &DEFAULTS, layers)
 }

@@ -1,9 +1,18 @@
 //! Scores of experts from routing statistics. A metric is data: a name and a pure function.
 
+pub mod atlas;
+pub mod ceft;
+pub mod context;
 pub mod controls;
+pub mod core_experts;
 pub mod easy_ep;
+pub mod extremes;
 pub mod mote;
 pub mod premoe;
+pub mod rerouting;
+pub mod rice;
+pub mod router_lens;
+pub mod super_experts;
 pub mod unified;
 
 use quorate_lens::{ExpertMap, LensError, MetricInfo, PhaseStats, RouterStats, ScoreTable};
@@ -72,12 +81,13 @@ pub fn metric(name: &str) -> Result<&'static Metric, LensError> {
 }
 
 /// The score tables of all metrics, of texts with statistics `stats` that consist of `domains` (one, unless it is a
-/// generalist).
+/// generalist). Metrics that need what the statistics do not know (NaN) have none.
 pub fn all_tables(stats: &RouterStats, domains: &[&RouterStats], phases: Phases) -> Vec<ScoreTable> {
     let mut tables: Vec<ScoreTable> = METRICS.iter().map(|m| m.table(stats, phases)).collect();
     if let Some(table) = tables.iter_mut().find(|t| t.metric.name == premoe::PEU_PER_DOMAIN.name) {
         table.values = premoe::peu_per_domain(domains, phases);
     }
+    tables.retain(|t| !t.values.iter().any(|v| v.is_nan()));
     tables
 }
 

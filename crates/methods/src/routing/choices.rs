@@ -7,7 +7,7 @@ use quorate_lens::{ExpertMap, RoutingTrace};
 use quorate_model::NO_EXPERT;
 use quorate_model::sampling::SplitMix64;
 
-use super::Rows;
+use super::{Rows, entropy};
 
 /// What `T` tokens chose.
 #[derive(Clone, Debug, PartialEq)]
@@ -121,6 +121,23 @@ impl LayerChoices {
         chose.into_iter().map(speciality).collect()
     }
 
+    /// Entropy in nats of the tokens that chose each expert; `None` of an expert that nothing chose. The fewer tokens an
+    /// expert has, the lower it comes out.
+    pub fn token_entropies(&self, tokens: &[u32]) -> Vec<Option<f64>> {
+        let mut chose: Vec<HashMap<u32, u64>> = vec![HashMap::new(); self.experts];
+        for (&token, chosen) in tokens.iter().zip(self.each()) {
+            chosen.for_each(|e| *chose[e].entry(token).or_default() += 1);
+        }
+        let entropy_of = |chose: HashMap<u32, u64>| {
+            // Sorted, so that the sum does not depend on the order of the table.
+            let mut counts: Vec<u64> = chose.into_values().collect();
+            counts.sort_unstable();
+            let sum = counts.iter().sum::<u64>() as f64;
+            (sum > 0.0).then(|| entropy(&counts.iter().map(|&c| c as f64 / sum).collect::<Vec<_>>()))
+        };
+        chose.into_iter().map(entropy_of).collect()
+    }
+
     /// `B[i][j] = n(i and j chosen together) / n(i chosen)` with `B[i][i] = 0`; zeros for an expert that nothing chose.
     /// Each row of a used expert sums to `k - 1` if no slot is empty.
     pub fn co_activation(&self) -> Vec<Vec<f64>> {
@@ -182,6 +199,14 @@ mod tests {
         assert_eq!(found[1], Speciality { score: Some(0.625), top: vec![(7, 1.0), (5, 0.25)] });
         assert_eq!(found[2], Speciality::default());
         assert_eq!(layer.specialities(&tokens, 1, 2)[1].top, [(7, 1.0), (9, 1.0)], "the frequent one first");
+    }
+
+    #[test]
+    fn token_entropy_by_hand() {
+        let layer = LayerChoices { experts: 3, k: 1, ids: vec![0, 0, 0, 0, 1, 1] };
+        let found = layer.token_entropies(&[5, 5, 6, 7, 8, 8]);
+        assert!((found[0].unwrap() - 1.5 * 2f64.ln()).abs() < 1e-12, "1/2, 1/4, 1/4");
+        assert_eq!((found[1], found[2]), (Some(0.0), None));
     }
 
     #[test]

@@ -5,6 +5,8 @@ pub mod choices;
 pub mod closer_look;
 pub mod contribution;
 pub mod flame;
+pub mod pathway;
+pub mod pathways;
 pub mod similarity;
 pub mod spread;
 
@@ -49,7 +51,7 @@ impl Rows {
 pub fn distribution(score: RouterScore, logits: &[f32]) -> Vec<f64> {
     let mut p: Vec<f64> = logits.iter().map(|&z| f64::from(z)).collect();
     match score {
-        RouterScore::SoftmaxAll | RouterScore::TopkThenSoftmax => {
+        RouterScore::SoftmaxAll | RouterScore::TopkThenSoftmax | RouterScore::SparseMixer => {
             let max = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             p.iter_mut().for_each(|z| *z = (*z - max).exp());
         }

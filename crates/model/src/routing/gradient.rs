@@ -3,7 +3,7 @@
 use quorate_formats::spec::{MoeSpec, RouterScore};
 use quorate_kernels::NO_EXPERT;
 
-use super::{RoutingMode, sigmoid, softmax};
+use super::{RoutingMode, near_enough, sigmoid, softmax};
 
 /// What was chosen, and how gates followed from logits.
 pub(super) struct GateGradient {
@@ -11,6 +11,7 @@ pub(super) struct GateGradient {
     /// `[n, k]`, before slots were dropped.
     pub chosen: Vec<u32>,
     pub keep: Option<(Vec<bool>, RoutingMode)>,
+    pub expert_scale: Option<Vec<f32>>,
 }
 
 impl GateGradient {
@@ -28,13 +29,19 @@ impl GateGradient {
     /// One token: back through dropping, scaling, renormalising and the score function, in this order.
     fn row(&self, z: &[f32], dgates: &[f32], chosen: &[u32], dz: &mut [f32]) {
         let router = &self.moe.router;
+        if router.score == RouterScore::SparseMixer {
+            return self.sparse_mixer(z, dgates, chosen, dz);
+        }
         let scores = self.scores(z, chosen);
         let of = |id: u32| if id == NO_EXPERT { 0.0 } else { scores[id as usize] };
         let raw: Vec<f32> = chosen.iter().map(|&id| of(id)).collect();
         let sum = if router.norm_topk_prob { raw.iter().sum::<f32>().max(1e-20) } else { 1.0 };
-        let gates: Vec<f32> = raw.iter().map(|r| r / sum * router.routed_scaling_factor).collect();
+        let scale = |id: u32| self.expert_scale.as_ref().filter(|_| id != NO_EXPERT).map_or(1.0, |s| s[id as usize]);
+        let factor = |&id: &u32| scale(id) * router.routed_scaling_factor;
+        let gates: Vec<f32> = raw.iter().zip(chosen).map(|(r, id)| r / sum * factor(id)).collect();
         let mut d = dgates.to_vec();
         self.through_drops(chosen, &gates, &mut d);
+        d.iter_mut().zip(chosen).for_each(|(d, &id)| *d *= scale(id));
         d.iter_mut().for_each(|d| *d *= router.routed_scaling_factor);
         if router.norm_topk_prob {
             let inner: f32 = d.iter().zip(&raw).map(|(d, r)| d * r / sum).sum();
@@ -50,6 +57,36 @@ impl GateGradient {
         slots().for_each(|(i, d)| dz[i] += d * scores[i]);
     }
 
+    /// Each choice's share of a softmax over the logits near it.
+    fn sparse_mixer(&self, z: &[f32], dgates: &[f32], chosen: &[u32], dz: &mut [f32]) {
+        let masked = |i: usize| matches!(&self.keep, Some((kept, RoutingMode::Mask)) if !kept[i]);
+        let jitter = self.moe.router.extra.jitter;
+        let mut shares: Vec<Vec<f32>> = Vec::with_capacity(chosen.len());
+        for (slot, &id) in chosen.iter().enumerate() {
+            let mut share = vec![f32::NEG_INFINITY; z.len()];
+            if id != NO_EXPERT {
+                let best = z[id as usize];
+                let seen = |i: usize| {
+                    let free = !masked(i) && !chosen[..slot].contains(&(i as u32));
+                    i == id as usize || free && near_enough(best, z[i], jitter)
+                };
+                (0..z.len()).filter(|&i| seen(i)).for_each(|i| share[i] = z[i]);
+            }
+            softmax(&mut share);
+            shares.push(share);
+        }
+        let of = |slot: usize, id: u32| if id == NO_EXPERT { 0.0 } else { shares[slot][id as usize] };
+        let gates: Vec<f32> = chosen.iter().enumerate().map(|(slot, &id)| of(slot, id)).collect();
+        let mut d = dgates.to_vec();
+        self.through_drops(chosen, &gates, &mut d);
+        for ((share, (&id, g)), d) in shares.iter().zip(chosen.iter().zip(&gates)).zip(d) {
+            if id != NO_EXPERT {
+                dz.iter_mut().zip(share).for_each(|(dz, p)| *dz -= d * g * p);
+                dz[id as usize] += d * g;
+            }
+        }
+    }
+
     /// The score function's values, `[E]`; zero for experts that it does not see.
     fn scores(&self, z: &[f32], chosen: &[u32]) -> Vec<f32> {
         let masked = |i: usize| matches!(&self.keep, Some((kept, RoutingMode::Mask)) if !kept[i]);
@@ -58,6 +95,7 @@ impl GateGradient {
         match self.moe.router.score {
             RouterScore::Sigmoid => scores.iter_mut().for_each(|v| *v = sigmoid(*v)),
             RouterScore::SoftmaxAll => softmax(&mut scores),
+            RouterScore::SparseMixer => {} // has a way of its own
             RouterScore::TopkThenSoftmax => {
                 let mut seen = vec![f32::NEG_INFINITY; z.len()];
                 for &id in chosen.iter().filter(|&&id| id != NO_EXPERT) {
@@ -92,9 +130,9 @@ impl GateGradient {
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Tensor, Var};
-    use quorate_formats::spec::{Activation, RouterSpec};
+    use quorate_formats::spec::{Activation, RouterExtra, RouterSpec};
 
-    use super::super::{Keep, route};
+    use super::super::{Keep, Learned, route};
     use super::*;
     use crate::ops::values;
 
@@ -113,12 +151,21 @@ mod tests {
         modes.push(None);
         for score in [RouterScore::SoftmaxAll, RouterScore::TopkThenSoftmax, RouterScore::Sigmoid] {
             for (norm_topk_prob, mode) in [false, true].into_iter().flat_map(|n| modes.iter().map(move |m| (n, *m))) {
-                let router = RouterSpec { score, norm_topk_prob, routed_scaling_factor: 2.5 };
+                let router =
+                    RouterSpec { score, norm_topk_prob, routed_scaling_factor: 2.5, extra: RouterExtra::default() };
                 let act = Activation::Silu;
-                let moe = MoeSpec { n_experts: 6, top_k: 3, intermediate_size: 1, act, router, shared: None };
+                let moe = MoeSpec {
+                    n_experts: 6,
+                    top_k: 3,
+                    intermediate_size: 1,
+                    act,
+                    router,
+                    shared: None,
+                    expert_bias: false,
+                };
                 let gates = |z: &Tensor| {
                     let keep = mode.map(|mode| Keep { kept: &kept, mode });
-                    route(&moe, 0, z, None, keep).unwrap().gates
+                    route(&moe, 0, z, Learned::default(), None, keep).unwrap().gates
                 };
                 let sum = |z: &[f32]| -> f64 {
                     let z = Tensor::from_slice(z, (3, 6), &Device::Cpu).unwrap();

@@ -11,7 +11,7 @@ mod write;
 
 pub use config::AdapterConfig;
 pub use read::read;
-pub use write::write;
+pub use write::{encode, write};
 
 /// File name of the configuration.
 pub const CONFIG: &str = "adapter_config.json";

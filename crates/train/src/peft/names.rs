@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use quorate_formats::role::roles;
+use quorate_formats::shape::roles;
 use quorate_formats::{Checkpoint, Role};
 
 /// What a module name means.

@@ -1,10 +1,11 @@
 //! Writing an adapter.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
 use candle_core::Tensor;
-use quorate_formats::{Checkpoint, Role, TensorOut, write_file, write_safetensors};
+use quorate_formats::{Checkpoint, Role, TensorOut, safetensors_bytes, write_file, write_safetensors};
 use quorate_model::{LowRank, Overlay, Patch, ops};
 use serde_json::{Map, Value, json};
 
@@ -18,6 +19,37 @@ use crate::TrainError;
 /// # Errors
 /// Biases and replaced experts, which PEFT cannot keep so, an empty overlay, or files that cannot be written.
 pub fn write(checkpoint: &Checkpoint, overlay: &Overlay, folder: &Path, base: &str) -> Result<(), TrainError> {
+    let refuse = |problem: String| TrainError::Adapter { path: folder.to_owned(), problem };
+    let Content { tensors, config } = content(checkpoint, overlay, folder, base)?;
+    fs::create_dir_all(folder).map_err(|e| refuse(format!("cannot make the folder: {e}")))?;
+    write_safetensors(&folder.join(WEIGHTS), Some(metadata()), tensors)?;
+    Ok(write_file(&folder.join(CONFIG), config.as_bytes())?)
+}
+
+/// The files of an adapter, name and content, as [`write()`] would write them.
+///
+/// # Errors
+/// As [`write()`], but for the writing.
+pub fn encode(
+    checkpoint: &Checkpoint,
+    overlay: &Overlay,
+    base: &str,
+) -> Result<[(&'static str, Vec<u8>); 2], TrainError> {
+    let Content { tensors, config } = content(checkpoint, overlay, Path::new("in memory"), base)?;
+    Ok([(CONFIG, config.into_bytes()), (WEIGHTS, safetensors_bytes(Some(metadata()), tensors)?)])
+}
+
+fn metadata() -> HashMap<String, String> {
+    [("format".to_string(), "pt".to_string())].into()
+}
+
+/// What an adapter's files hold.
+struct Content {
+    tensors: Vec<TensorOut<'static>>,
+    config: String,
+}
+
+fn content(checkpoint: &Checkpoint, overlay: &Overlay, folder: &Path, base: &str) -> Result<Content, TrainError> {
     let refuse = |problem: String| TrainError::Adapter { path: folder.to_owned(), problem };
     if overlay.is_empty() {
         return Err(refuse("there is nothing to write, the overlay is empty".to_string()));
@@ -43,12 +75,9 @@ pub fn write(checkpoint: &Checkpoint, overlay: &Overlay, folder: &Path, base: &s
             }
         }
     }
-    fs::create_dir_all(folder).map_err(|e| refuse(format!("cannot make the folder: {e}")))?;
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    write_safetensors(&folder.join(WEIGHTS), Some(metadata), tensors)?;
     let config = config(&terms, &whole, base);
-    let text = serde_json::to_string_pretty(&config).map_err(|e| refuse(format!("cannot write {CONFIG}: {e}")))?;
-    Ok(write_file(&folder.join(CONFIG), text.as_bytes())?)
+    let config = serde_json::to_string_pretty(&config).map_err(|e| refuse(format!("cannot write {CONFIG}: {e}")))?;
+    Ok(Content { tensors, config })
 }
 
 fn out(name: String, tensor: &Tensor) -> Result<TensorOut<'static>, TrainError> {

@@ -1,16 +1,12 @@
-//! Kept experts in the formats of other engines.
-//!
-//! - vLLM pruned-experts profile: JSON with the pairs `[decoder layer, expert]` to *remove*. Version 1 masks before top-k;
-//!   version 2 names the routing mode.
-//! - vllm-ascend expert list: JSON Lines, per MoE layer the full ranking, best expert first.
-
-use std::collections::BTreeMap;
+//! vLLM's pruned-experts profile: JSON with the pairs `[decoder layer, expert]` to *remove*. Version 1 masks before top-k;
+//! version 2 names the routing mode. The kept lists that its converter takes are read too.
 
 use quorate_model::RoutingMode;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{ExpertMap, LensError, Plan, ScoreTable};
+use super::{all_of, check_some_kept, expert_ids, moe_of};
+use crate::{ExpertMap, LensError, Plan};
 
 #[derive(Serialize, Deserialize)]
 struct VllmProfile {
@@ -71,17 +67,23 @@ pub fn from_vllm(text: &str, map: &ExpertMap) -> Result<Plan, LensError> {
     }
     let profile: VllmProfile = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
     let mode = match (profile.version, profile.routing_mode.as_deref()) {
-        (1, None) | (2, Some("pre_topk_mask")) => RoutingMode::Mask,
+        (1, None) | (1 | 2, Some("pre_topk_mask")) => RoutingMode::Mask,
         (2, Some("post_topk_drop")) => RoutingMode::Drop,
         (1 | 2, mode) => return Err(bad(format!("routing mode {mode:?} is unknown for version {}", profile.version))),
         (version, _) => return Err(bad(format!("version {version} is unknown; help: versions 1 and 2 are read"))),
     };
-    let mut kept: Vec<Vec<usize>> = map.experts.iter().map(|&e| (0..e).collect()).collect();
+    let most = map.experts.iter().max().copied().unwrap_or(0);
+    let meant = profile.metadata.as_ref().and_then(|m| m.get("num_experts")?.as_u64());
+    if let Some(meant) = meant.filter(|&n| n != most as u64) {
+        return Err(bad(format!("it is for a model with {meant} experts per layer, this one has {most}")));
+    }
+    let mut kept = all_of(map);
     for [layer, expert] in profile.pruned_experts {
         let moe = map.moe_index(layer).filter(|&m| expert < map.experts[m]);
         let moe = moe.ok_or_else(|| bad(format!("the model has no expert {expert} in layer {layer}")))?;
         kept[moe].retain(|&e| e != expert);
     }
+    check_some_kept(map, &kept).map_err(bad)?;
     let mut plan = Plan::keeping("", map, &kept, mode);
     plan.task = profile.workload;
     Ok(plan)
@@ -89,69 +91,19 @@ pub fn from_vllm(text: &str, map: &ExpertMap) -> Result<Plan, LensError> {
 
 fn from_kept_lists(value: &serde_json::Value, map: &ExpertMap) -> Result<Plan, String> {
     let object = value.as_object().ok_or("it is no JSON object")?;
-    let mut kept: Vec<Vec<usize>> = map.experts.iter().map(|&e| (0..e).collect()).collect();
+    let mut kept = all_of(map);
     for (layer, ids) in object.iter().filter(|(k, _)| !k.starts_with('_')) {
-        let moe = layer.parse().ok().and_then(|l| map.moe_index(l));
-        let moe = moe.ok_or_else(|| format!("`{layer}` is no layer with experts"))?;
+        let moe = moe_of(layer, map)?;
         kept[moe] = expert_ids(ids, map.experts[moe]).map_err(|e| format!("layer {layer}: {e}"))?;
         kept[moe].sort_unstable();
     }
-    Ok(Plan::keeping("", map, &kept, RoutingMode::Mask))
-}
-
-fn expert_ids(value: &serde_json::Value, experts: usize) -> Result<Vec<usize>, String> {
-    let ids: Vec<usize> = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
-    let mut seen = vec![false; experts];
-    for &id in &ids {
-        let flag = seen.get_mut(id).ok_or_else(|| format!("there is no expert {id}, only {experts}"))?;
-        if std::mem::replace(flag, true) {
-            return Err(format!("expert {id} is named twice"));
-        }
-    }
-    Ok(ids)
-}
-
-/// A score table as a vllm-ascend expert list: one line per MoE layer, keyed by decoder layer.
-pub fn to_ascend(scores: &ScoreTable) -> String {
-    let line = |(moe, layer): (usize, &usize)| json!({ layer.to_string(): scores.ranking(moe) }).to_string() + "\n";
-    scores.map.layers.iter().enumerate().map(line).collect()
-}
-
-/// Reads a vllm-ascend expert list; a plan that keeps `floor(E (1 - prune_ratio))` experts of each layer.
-///
-/// # Errors
-/// A line that is no ranking of all experts of a layer of the model, layers missing, or a ratio outside [0, 1).
-pub fn from_ascend(text: &str, prune_ratio: f64, map: &ExpertMap) -> Result<Plan, LensError> {
-    let bad = |problem: String| LensError::invalid("vllm-ascend expert list", problem);
-    if !(0.0..1.0).contains(&prune_ratio) {
-        return Err(bad(format!("prune ratio {prune_ratio} is not in [0, 1)")));
-    }
-    let mut kept: Vec<Vec<usize>> = vec![Vec::new(); map.n_layers()];
-    for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let at = |problem: String| bad(format!("line {}: {problem}", number + 1));
-        let layers: BTreeMap<String, serde_json::Value> = serde_json::from_str(line).map_err(|e| at(e.to_string()))?;
-        for (layer, ids) in layers {
-            let moe = layer.parse().ok().and_then(|l| map.moe_index(l));
-            let moe = moe.ok_or_else(|| at(format!("`{layer}` is no layer with experts")))?;
-            let ranking = expert_ids(&ids, map.experts[moe]).map_err(at)?;
-            if ranking.len() != map.experts[moe] {
-                return Err(at(format!("ranks {} experts, the layer has {}", ranking.len(), map.experts[moe])));
-            }
-            let keep = (map.experts[moe] as f64 * (1.0 - prune_ratio)).floor() as usize;
-            kept[moe] = ranking[..keep].to_vec();
-            kept[moe].sort_unstable();
-        }
-    }
-    if let Some(moe) = kept.iter().position(Vec::is_empty) {
-        return Err(bad(format!("layer {} is missing or keeps nothing", map.layers[moe])));
-    }
+    check_some_kept(map, &kept)?;
     Ok(Plan::keeping("", map, &kept, RoutingMode::Mask))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::MetricInfo;
 
     fn map() -> ExpertMap {
         ExpertMap::new(vec![1, 2], vec![4, 4])
@@ -177,7 +129,11 @@ mod tests {
             (r#"{"version":2,"routing_mode":"x","pruned_experts":[]}"#, "x"),
             (r#"{"version":1,"pruned_experts":[[0,1]]}"#, "layer 0"),
             (r#"{"version":1,"pruned_experts":[[1,4]]}"#, "expert 4"),
+            (r#"{"version":1,"pruned_experts":[[1,0],[1,1],[1,2],[1,3]]}"#, "layer 1 keeps nothing"),
+            (r#"{"version":1,"pruned_experts":[],"_metadata":{"num_experts":8}}"#, "8 experts per layer"),
             (r#"{"1":[0,0]}"#, "twice"),
+            (r#"{"1":[]}"#, "layer 1 keeps nothing"),
+            (r#"{"x":[1]}"#, "`x` is no layer"),
             ("[]", "object"),
         ] {
             let error = from_vllm(text, &map()).unwrap_err().to_string();
@@ -185,22 +141,5 @@ mod tests {
         }
         let kept = from_vllm(r#"{"1":[3,0],"_metadata":{}}"#, &map()).unwrap();
         assert_eq!(kept, Plan::keeping("", &map(), &[vec![0, 3], vec![0, 1, 2, 3]], RoutingMode::Mask));
-    }
-
-    #[test]
-    fn ascend_round_trip() {
-        let scores = ScoreTable {
-            map: map(),
-            metric: MetricInfo { name: "m".into(), gauge_dependent: false },
-            values: vec![0.1, 0.4, 0.3, 0.2, 4.0, 3.0, 2.0, 1.0],
-            counts: vec![0; 8],
-        };
-        let text = to_ascend(&scores);
-        assert_eq!(text, "{\"1\":[1,2,3,0]}\n{\"2\":[0,1,2,3]}\n");
-        let plan = from_ascend(&text, 0.5, &map()).unwrap();
-        assert_eq!(plan, Plan::keeping("", &map(), &[vec![1, 2], vec![0, 1]], RoutingMode::Mask));
-        assert!(from_ascend("{\"1\":[1,2]}", 0.5, &map()).is_err());
-        assert!(from_ascend("{\"1\":[1,2,3,0]}", 0.5, &map()).is_err());
-        assert!(from_ascend(&text, 1.0, &map()).is_err());
     }
 }

@@ -1,0 +1,203 @@
+//! Finds where each weight lies: as a tensor of its own, as a part of one, or packed.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use crate::families::Family;
+use crate::role::Role;
+use crate::shape;
+use crate::source::{Fused, Part, Recipe, rows, stacked};
+use crate::spec::ModelSpec;
+use crate::{Config, DataFile, FormatError, Result, StoredDType, TensorLoc};
+
+/// The weights of a model, found.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    /// Where the bytes of each weight lie; of one with a recipe, type and size are those in memory.
+    pub roles: HashMap<Role, TensorLoc>,
+    /// How packed ones are unpacked.
+    pub recipes: HashMap<Role, Recipe>,
+    /// Names of the tensors that no weight uses.
+    pub unused: Vec<String>,
+    /// What stands before the family's names in this file.
+    pub prefix: Prefix,
+}
+
+/// Some models keep the language model under a name of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Prefix {
+    #[default]
+    None,
+    /// `language_model.model.layers...`
+    Outer,
+    /// `model.language_model.layers...`
+    Inner,
+}
+
+impl Prefix {
+    pub fn name(self, name: &str) -> String {
+        match self {
+            Prefix::None => name.to_owned(),
+            Prefix::Outer => format!("language_model.{name}"),
+            Prefix::Inner => {
+                name.strip_prefix("model.").map_or(name.to_owned(), |n| format!("model.language_model.{n}"))
+            }
+        }
+    }
+}
+
+struct Binder<'a> {
+    path: &'a Path,
+    files: &'a [DataFile],
+    by_name: HashMap<&'a str, &'a TensorLoc>,
+    fp8_block: Option<[usize; 2]>,
+    used: HashSet<String>,
+}
+
+/// Finds the tensor of each role and checks shape and type.
+pub(crate) fn bind(
+    path: &Path,
+    config: &Config,
+    spec: &ModelSpec,
+    family: &Family,
+    files: &[DataFile],
+    tensors: &[TensorLoc],
+) -> Result<Bound> {
+    let by_name: HashMap<&str, &TensorLoc> = tensors.iter().map(|t| (t.name.as_str(), t)).collect();
+    let embed = family.names.of(Role::Embed);
+    let prefixes = [Prefix::None, Prefix::Outer, Prefix::Inner];
+    let prefix = prefixes.into_iter().find(|p| by_name.contains_key(p.name(&embed).as_str())).unwrap_or_default();
+    let fp8_block = fp8_block(config)?;
+    let mut binder = Binder { path, files, by_name, fp8_block, used: HashSet::new() };
+    let (mut roles, mut recipes) = (HashMap::new(), HashMap::new());
+    for role in shape::roles(spec) {
+        let expected = shape::expected_shape(spec, role).expect("`roles` lists what the model has");
+        let (loc, recipe) = match family.fused.and_then(|fused| fused(spec, role)) {
+            Some(fused) => binder.part(&prefix_fused(prefix, fused), &expected)?,
+            None => binder.whole(&prefix.name(&family.names.of(role)), &expected)?,
+        };
+        let loc = match &recipe {
+            // What it takes in memory is what counts.
+            Some(recipe) => {
+                let (dtype, elements) = (recipe.dtype(), loc.elements());
+                TensorLoc { dtype, len: elements * dtype.bits() / 8, ..loc }
+            }
+            None => loc,
+        };
+        recipes.extend(recipe.map(|recipe| (role, recipe)));
+        roles.insert(role, loc);
+    }
+    let mut unused: Vec<String> = tensors.iter().map(|t| t.name.clone()).filter(|n| !binder.used.contains(n)).collect();
+    unused.sort_unstable();
+    Ok(Bound { roles, recipes, unused, prefix })
+}
+
+fn prefix_fused(prefix: Prefix, fused: Fused) -> Fused {
+    Fused { tensor: prefix.name(&fused.tensor), ..fused }
+}
+
+fn fp8_block(config: &Config) -> Result<Option<[usize; 2]>> {
+    let Some(section) = config.opt_section("quantization_config")? else { return Ok(None) };
+    let key = "weight_block_size";
+    match section.opt_indices(key)?.as_deref() {
+        None => Ok(None),
+        Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok(Some([rows, cols])),
+        Some(_) => Err(section.refuse(key, "two numbers above 0 expected")),
+    }
+}
+
+impl<'a> Binder<'a> {
+    fn file(&self, loc: &TensorLoc) -> std::path::PathBuf {
+        self.files[loc.file].path().to_owned()
+    }
+
+    /// A tensor by name, whose shape must be that; axes of length 1 do not count.
+    fn get(&mut self, name: &str, expected: &[usize]) -> Result<&'a TensorLoc> {
+        let Some(&loc) = self.by_name.get(name) else {
+            let (path, tensor) = (self.path.to_owned(), name.to_owned());
+            return Err(FormatError::MissingTensor { path, tensor, expected: expected.to_vec() });
+        };
+        let long = |shape: &[usize]| shape.iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
+        if loc.shape != expected && long(&loc.shape) != long(expected) {
+            let (found, expected) = (loc.shape.clone(), expected.to_vec());
+            return Err(FormatError::Shape { path: self.file(loc), tensor: name.to_owned(), expected, found });
+        }
+        self.used.insert(name.to_owned());
+        Ok(loc)
+    }
+
+    fn need(&self, loc: &TensorLoc, fits: bool, expected: &'static str) -> Result<()> {
+        let (tensor, found) = (loc.name.clone(), loc.dtype.name().to_owned());
+        if fits { Ok(()) } else { Err(FormatError::DType { path: self.file(loc), tensor, found, expected }) }
+    }
+
+    fn computable(&self, loc: &TensorLoc) -> Result<()> {
+        self.need(loc, loc.dtype.computable().is_some(), "F32, F16 or BF16")
+    }
+
+    /// A tensor of its own; in 8-bit floats, with its scales.
+    fn whole(&mut self, name: &str, expected: &[usize]) -> Result<(TensorLoc, Option<Recipe>)> {
+        let loc = TensorLoc { shape: expected.to_vec(), ..self.get(name, expected)?.clone() };
+        let (Some(block), &[n, m], StoredDType::F8E4M3) = (self.fp8_block, expected, loc.dtype) else {
+            self.computable(&loc)?;
+            return Ok((loc, None));
+        };
+        let scales = [n.div_ceil(block[0]), m.div_ceil(block[1])];
+        let scales = TensorLoc { shape: scales.to_vec(), ..self.get(&format!("{name}_scale_inv"), &scales)?.clone() };
+        self.need(&scales, scales.dtype == StoredDType::F32, "F32")?;
+        Ok((loc.clone(), Some(Recipe::Fp8 { values: loc, scales, block })))
+    }
+
+    /// A part of a tensor.
+    fn part(&mut self, fused: &Fused, expected: &[usize]) -> Result<(TensorLoc, Option<Recipe>)> {
+        let packed = format!("{}_blocks", fused.tensor);
+        if let (Part::Columns { index, first, step, .. }, true) =
+            (fused.part, self.by_name.contains_key(packed.as_str()))
+        {
+            return self.mxfp4(&packed, fused, index, first, step, expected);
+        }
+        if fused.shape == expected && matches!(fused.part, Part::Rows { .. }) {
+            return self.whole(&fused.tensor, expected); // only the name is another
+        }
+        let whole = self.get(&fused.tensor, &fused.shape)?;
+        self.computable(whole)?;
+        let whole = TensorLoc { shape: fused.shape.clone(), ..whole.clone() };
+        Ok(match fused.part {
+            Part::Rows { first, rows: count } => (rows(&whole, first, count, expected), None),
+            Part::Columns { index, first, step, count } => {
+                let matrix = if whole.shape.len() == 3 { stacked(&whole, index) } else { whole };
+                let loc = TensorLoc { shape: expected.to_vec(), ..matrix.clone() };
+                (loc, Some(Recipe::Columns { matrix, first, step, count }))
+            }
+            Part::EverySecond { first } => {
+                let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
+                (loc, Some(Recipe::EverySecond { matrix: whole, first }))
+            }
+        })
+    }
+
+    /// The released form of gpt-oss: `X_blocks [E, out, in / 32, 16]`, `X_scales [E, out, in / 32]`, where the plain tensor
+    /// is `X [E, in, out]`.
+    fn mxfp4(
+        &mut self,
+        packed: &str,
+        fused: &Fused,
+        index: usize,
+        first: usize,
+        step: usize,
+        expected: &[usize],
+    ) -> Result<(TensorLoc, Option<Recipe>)> {
+        let &[e, cols, all] = fused.shape.as_slice() else {
+            return Err(FormatError::NoTensor { path: self.path.to_owned(), tensor: fused.tensor.clone() });
+        };
+        let n = cols / 32;
+        let blocks = self.get(packed, &[e, all, n, 16])?;
+        self.need(blocks, blocks.dtype == StoredDType::U8 && cols.is_multiple_of(32), "U8")?;
+        let blocks = stacked(&TensorLoc { shape: vec![e, all, n, 16], ..blocks.clone() }, index);
+        let scales = self.get(&format!("{}_scales", fused.tensor), &[e, all, n])?;
+        self.need(scales, scales.dtype == StoredDType::U8, "U8")?;
+        let scales = stacked(&TensorLoc { shape: vec![e, all, n], ..scales.clone() }, index);
+        let loc = TensorLoc { shape: expected.to_vec(), ..blocks.clone() };
+        Ok((loc, Some(Recipe::Mxfp4 { blocks, scales, first, step })))
+    }
+}

@@ -1,0 +1,120 @@
+//! Where a weight lies in a file when it is not a tensor of its own: a part of a fused tensor, a transposed one, or one in
+//! a packed type.
+
+use crate::{StoredDType, TensorLoc};
+
+/// Which part of a tensor a weight is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fused {
+    /// The tensor's name.
+    pub tensor: String,
+    /// The shape that the tensor must have.
+    pub shape: Vec<usize>,
+    /// The part.
+    pub part: Part,
+}
+
+/// A part of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// `rows` rows from `first` on, all leading axes taken as one; of a tensor with one axis, elements.
+    Rows {
+        /// First row.
+        first: usize,
+        /// Rows.
+        rows: usize,
+    },
+    /// Of matrix `index` of the leading axis (or the only matrix) `[in, out]`: the columns `first`, `first + step`, ..,
+    /// `count` of them, as rows.
+    Columns {
+        /// Which matrix.
+        index: usize,
+        /// First column.
+        first: usize,
+        /// Step between columns.
+        step: usize,
+        /// Columns.
+        count: usize,
+    },
+    /// Of a matrix, every second element of each row from `first` on.
+    EverySecond {
+        /// 0 or 1.
+        first: usize,
+    },
+}
+
+/// How the values of a weight come out of stored bytes that are not the weight as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Recipe {
+    /// Columns of a stored matrix `[rows, cols]`, as rows.
+    Columns {
+        /// The stored matrix.
+        matrix: TensorLoc,
+        /// First column.
+        first: usize,
+        /// Step between columns.
+        step: usize,
+        /// Columns.
+        count: usize,
+    },
+    /// Every second element of each row.
+    EverySecond {
+        /// The stored matrix.
+        matrix: TensorLoc,
+        /// 0 or 1.
+        first: usize,
+    },
+    /// 8-bit floats (E4M3) with one scale for each block.
+    Fp8 {
+        /// The values `[rows, cols]`.
+        values: TensorLoc,
+        /// The scales `[ceil(rows / block[0]), ceil(cols / block[1])]`, which multiply.
+        scales: TensorLoc,
+        /// Rows and columns of a block.
+        block: [usize; 2],
+    },
+    /// 4-bit floats in blocks of 32 with a shared exponent; the rows `first`, `first + step`, ..
+    Mxfp4 {
+        /// Nibbles of one expert `[rows, cols / 32, 16]`; byte `b` of a block holds elements `2b` (low) and `2b + 1`.
+        blocks: TensorLoc,
+        /// Exponents of one expert `[rows, cols / 32]`, biased by 127.
+        scales: TensorLoc,
+        /// First row.
+        first: usize,
+        /// Step between rows.
+        step: usize,
+    },
+}
+
+/// The matrix `index` of a stack `[n, rows, ..]`, as a tensor of its own.
+pub(crate) fn stacked(loc: &TensorLoc, index: usize) -> TensorLoc {
+    let len = loc.len / loc.shape[0].max(1) as u64;
+    TensorLoc { shape: loc.shape[1..].to_vec(), offset: loc.offset + index as u64 * len, len, ..loc.clone() }
+}
+
+/// `rows` rows from `first` on of a tensor, leading axes taken as one; `shape` is the weight's.
+pub(crate) fn rows(loc: &TensorLoc, first: usize, rows: usize, shape: &[usize]) -> TensorLoc {
+    let all: usize = loc.shape[..loc.shape.len().saturating_sub(1).max(1)].iter().product();
+    let row = loc.len / all.max(1) as u64;
+    TensorLoc { shape: shape.to_vec(), offset: loc.offset + first as u64 * row, len: rows as u64 * row, ..loc.clone() }
+}
+
+impl Recipe {
+    /// The stored tensors that it needs.
+    pub fn stored(&self) -> Vec<&TensorLoc> {
+        match self {
+            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } => vec![matrix],
+            Recipe::Fp8 { values, scales, .. } => vec![values, scales],
+            Recipe::Mxfp4 { blocks, scales, .. } => vec![blocks, scales],
+        }
+    }
+
+    /// The type in which the values are kept in memory: exact for all of them.
+    pub fn dtype(&self) -> StoredDType {
+        match self {
+            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } => matrix.dtype,
+            Recipe::Fp8 { .. } => StoredDType::F32,
+            Recipe::Mxfp4 { .. } => StoredDType::Bf16,
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The attention block of a pass: projections, norms and RoPE of every kind of attention, and the sites on the way.
+
+use candle_core::Tensor;
+use quorate_formats::Role;
+use quorate_formats::spec::{AttnSpec, MlaSpec, QkNorm};
+
+use crate::attention::Attention;
+use crate::forward::{Exit, Here, Pass};
+use crate::ops::{self, values};
+use crate::overlay::Vector;
+use crate::{KvCache, ModelError, Site};
+
+/// Epsilon of the norms of latent vectors, whatever the model's own.
+const LATENT_EPS: f32 = 1e-6;
+
+impl Pass<'_> {
+    /// Attention on `h [N, d]`, the block's input.
+    pub fn attention(&mut self, here: Here, attn: &AttnSpec, h: &Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
+        let (model, l, n) = (self.model, here.layer, self.rows.len());
+        let (q, k, v, gate) = match &attn.mla {
+            Some(mla) => self.latent(l, attn, mla, h)?,
+            None => self.projections(l, attn, h)?,
+        };
+        let q = self.visit(here, Site::AttnQ, q, None)?;
+        let k = self.visit(here, Site::AttnK, k, None)?;
+        let v = self.visit(here, Site::AttnV, v, None)?;
+        let (q, k) = (self.turned(attn, &q)?, self.turned(attn, &k)?);
+        let (mut q, mut k) = match attn.extra.norm_after_rope {
+            true => (self.head_norm(attn, q, Role::QNorm(l))?, self.head_norm(attn, k, Role::KNorm(l))?),
+            false => (q, k),
+        };
+        if let Some((floor, scale)) = attn.extra.temperature {
+            let factor = |&p: &usize| 1.0 + scale * ((p as f32 + 1.0) / floor).floor().ln_1p();
+            q = ops::rows_scaled(&q, self.rows.position.iter().map(factor).collect())?;
+        }
+        q = self.visit(here, Site::AttnQRot, q, None)?;
+        k = self.visit(here, Site::AttnKRot, k, None)?;
+
+        self.append(l, [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()], &k, &v, cache)?;
+        let attention = Attention { pool: model.pool(), spec: attn, rows: self.rows, cache, layer: l };
+        let watched = here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern);
+        let z = if watched || !attention.is_plain() {
+            let scores = attention.capped(attention.scores(&q, &k)?)?;
+            let scores = self.visit(here, Site::AttnScores, scores, None)?;
+            let sinks = if attn.extra.sinks { Some(model.weights().vector(Role::Sinks(l))?) } else { None };
+            let pattern = self.visit(here, Site::AttnPattern, attention.pattern(&scores, sinks)?, None)?;
+            attention.mix(&pattern, &v)?
+        } else {
+            attention.at_once(&q, &k, &v)?
+        };
+        let z = match gate {
+            Some(gate) => ops::gated_by_sigmoid(&z, &gate)?,
+            None => z,
+        };
+        let z = self.visit(here, Site::Z, z, None)?;
+        let z = z.reshape((n, attn.n_heads * attn.v_head_dim()))?;
+        let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
+        Ok(ops::linear(model.pool(), self.pack, &z, &model.matrix(Role::O(l))?, bias)?)
+    }
+
+    /// Queries, keys and values `[N, heads, head_dim]` before RoPE, and the gate of the heads' outputs if there is one.
+    fn projections(
+        &self,
+        l: usize,
+        attn: &AttnSpec,
+        h: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
+        let (model, n, dim) = (self.model, self.rows.len(), attn.head_dim);
+        let project = |w: Role, bias: Role| {
+            let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
+            ops::linear(model.pool(), self.pack, h, &model.matrix(w)?, bias)
+        };
+        let shaped = |y: Tensor, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
+            let mut y = match norm {
+                Some(norm) if !attn.extra.norm_after_rope => self.head_norm(attn, y, norm)?,
+                _ => y,
+            };
+            if let Some(c) = attn.clip_qkv {
+                y = ops::clip(&y, c)?;
+            }
+            Ok(y.reshape((n, heads, dim))?)
+        };
+        let (mut q, mut gate) = (project(Role::Q(l), Role::QBias(l))?, None);
+        if attn.extra.gated {
+            let both = q.reshape((n, attn.n_heads, 2 * dim))?;
+            gate = Some(both.narrow(2, dim, dim)?.contiguous()?);
+            q = both.narrow(2, 0, dim)?.contiguous()?.reshape((n, attn.n_heads * dim))?;
+        }
+        let k = project(Role::K(l), Role::KBias(l))?;
+        let v = project(Role::V(l), Role::VBias(l))?;
+        let q = shaped(q, Some(Role::QNorm(l)), attn.n_heads)?;
+        let k = shaped(k, Some(Role::KNorm(l)), attn.n_kv_heads)?;
+        Ok((q, k, shaped(v, None, attn.n_kv_heads)?, gate))
+    }
+
+    /// The norm of queries or keys, over each head or over all together.
+    fn head_norm(&self, attn: &AttnSpec, x: Tensor, weight: Role) -> Result<Tensor, ModelError> {
+        let (model, eps) = (self.model, self.model.spec().norm_eps);
+        match attn.qk_norm {
+            QkNorm::None => Ok(x),
+            QkNorm::Whole | QkNorm::PerHead => ops::rms_norm(model.pool(), &x, model.vector(weight)?, eps),
+            QkNorm::Unit => {
+                let ones = vec![1.0; attn.head_dim];
+                ops::rms_norm(model.pool(), &x, Vector::Stored(&ones), eps)
+            }
+        }
+    }
+
+    /// `x [N, heads, head_dim]` turned by the rows' positions.
+    fn turned(&self, attn: &AttnSpec, x: &Tensor) -> Result<Tensor, ModelError> {
+        let (pool, dim, turn) = (self.model.pool(), attn.rope.dim, &self.angles);
+        if dim == 0 {
+            return Ok(x.clone());
+        }
+        let rotate = |x: &Tensor| match attn.rope.interleaved {
+            true => ops::rope_interleaved(x, dim, turn),
+            false => ops::rope(pool, x, dim, turn),
+        };
+        let Some(mla) = &attn.mla else { return rotate(x) };
+        let still = x.narrow(2, 0, mla.nope_dim)?;
+        let moving = x.narrow(2, mla.nope_dim, dim)?.contiguous()?;
+        Ok(Tensor::cat(&[&still, &rotate(&moving)?], 2)?.contiguous()?)
+    }
+
+    /// Queries, keys and values through latent vectors: `c = norm(W_a h)`, then per head `[k_nope | v] = W_b c`; one rotated
+    /// key for all heads.
+    fn latent(
+        &self,
+        l: usize,
+        attn: &AttnSpec,
+        mla: &MlaSpec,
+        h: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
+        let (model, n, heads, rope) = (self.model, self.rows.len(), attn.n_heads, attn.rope.dim);
+        let product = |x: &Tensor, w: Role| ops::linear(model.pool(), self.pack, x, &model.matrix(w)?, None);
+        let latent_norm = |x: &Tensor, w: Role| ops::rms_norm(model.pool(), x, model.vector(w)?, LATENT_EPS);
+        let q = match mla.q_lora_rank {
+            Some(_) => product(&latent_norm(&product(h, Role::QA(l))?, Role::QANorm(l))?, Role::Q(l))?,
+            None => product(h, Role::Q(l))?,
+        };
+        let q = q.reshape((n, heads, attn.head_dim))?;
+        let both = product(h, Role::KvA(l))?;
+        let c = latent_norm(&both.narrow(1, 0, mla.kv_lora_rank)?.contiguous()?, Role::KvANorm(l))?;
+        let shared = both.narrow(1, mla.kv_lora_rank, rope)?.contiguous()?.reshape((n, 1, rope))?;
+        let kv = product(&c, Role::KvB(l))?.reshape((n, heads, mla.nope_dim + mla.v_head_dim))?;
+        let k = Tensor::cat(&[&kv.narrow(2, 0, mla.nope_dim)?, &shared.broadcast_as((n, heads, rope))?], 2)?;
+        let v = kv.narrow(2, mla.nope_dim, mla.v_head_dim)?;
+        Ok((q, k.contiguous()?, v.contiguous()?, None))
+    }
+
+    fn append(
+        &self,
+        l: usize,
+        widths: [usize; 2],
+        k: &Tensor,
+        v: &Tensor,
+        cache: &mut KvCache,
+    ) -> Result<(), ModelError> {
+        let (k, v) = (values(k)?, values(v)?);
+        for span in &self.rows.spans {
+            let [of_k, of_v] = widths.map(|width| span.row0 * width..(span.row0 + span.len) * width);
+            cache.append(span.slot, l, &k[of_k], &v[of_v]);
+        }
+        Ok(())
+    }
+}

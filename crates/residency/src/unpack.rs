@@ -1,0 +1,128 @@
+//! Weights that do not lie in their files as they are computed with: transposed, interleaved, or packed in small floats.
+
+use quorate_formats::{Checkpoint, Recipe, TensorLoc};
+
+use crate::error::Result;
+
+/// Reads what a recipe names and writes the weight's values, row after row, in the recipe's type; `out` has their length.
+pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -> Result<()> {
+    let read = |loc: &TensorLoc| {
+        let mut bytes = vec![0; usize::try_from(loc.len).expect("weights that are loaded fit the address space")];
+        checkpoint.read_into(loc, &mut bytes)?;
+        Ok::<_, crate::ResidencyError>(bytes)
+    };
+    match recipe {
+        Recipe::Columns { matrix, first, step, count } => {
+            let size = element_bytes(matrix);
+            columns(&read(matrix)?, size, [matrix.shape[0], matrix.shape[1]], [*first, *step, *count], out);
+        }
+        Recipe::EverySecond { matrix, first } => {
+            let (bytes, size) = (read(matrix)?, element_bytes(matrix));
+            let chosen = bytes.chunks_exact(size).skip(*first).step_by(2);
+            out.chunks_exact_mut(size).zip(chosen).for_each(|(out, value)| out.copy_from_slice(value));
+        }
+        Recipe::Fp8 { values, scales, block } => {
+            let scales_shape = scales.shape[1];
+            fp8(&read(values)?, values.shape[1], &read(scales)?, scales_shape, *block, out);
+        }
+        Recipe::Mxfp4 { blocks, scales, first, step } => {
+            let per_row = scales.shape[1];
+            mxfp4(&read(blocks)?, &read(scales)?, per_row, *first, *step, out);
+        }
+    }
+    Ok(())
+}
+
+fn element_bytes(loc: &TensorLoc) -> usize {
+    (loc.dtype.bits() / 8) as usize
+}
+
+/// Columns `first`, `first + step`, .. (`count` of them) of a matrix of `rows x cols` elements, as rows.
+fn columns(matrix: &[u8], size: usize, [rows, cols]: [usize; 2], [first, step, count]: [usize; 3], out: &mut [u8]) {
+    for c in 0..count {
+        for r in 0..rows {
+            let from = (r * cols + first + c * step) * size;
+            out[(c * rows + r) * size..][..size].copy_from_slice(&matrix[from..from + size]);
+        }
+    }
+}
+
+/// E4M3 values times the scale of their block, as f32.
+fn fp8(values: &[u8], cols: usize, scales: &[u8], scales_per_row: usize, block: [usize; 2], out: &mut [u8]) {
+    for (i, (&code, out)) in values.iter().zip(out.chunks_exact_mut(4)).enumerate() {
+        let scale = i / cols / block[0] * scales_per_row + i % cols / block[1];
+        let scale = f32::from_le_bytes([0, 1, 2, 3].map(|b| scales[4 * scale + b]));
+        out.copy_from_slice(&(e4m3(code) * scale).to_le_bytes());
+    }
+}
+
+/// An 8-bit float: sign, 4 bits of exponent biased by 7, 3 of mantissa; no infinities, and `0x7f` is not a number.
+fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let size = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 8.0 * 2f32.powi(-6),
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if code & 128 == 0 { size } else { -size }
+}
+
+/// 4-bit floats: sign, 2 bits of exponent, 1 of mantissa.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// Rows `first`, `first + step`, .. of blocks of 32 with 16 bytes each, as bf16, which holds all values exactly.
+fn mxfp4(blocks: &[u8], scales: &[u8], per_row: usize, first: usize, step: usize, out: &mut [u8]) {
+    let rows = out.len() / (per_row * 64);
+    let mut out = out.chunks_exact_mut(2);
+    for row in 0..rows {
+        for b in 0..per_row {
+            let at = (first + row * step) * per_row + b;
+            // Biased by 127, as in an f32; below its smallest normal number nothing is left of 4 bits.
+            let scale = 2f32.powi(i32::from(scales[at]) - 127);
+            for byte in &blocks[at * 16..at * 16 + 16] {
+                for nibble in [byte & 15, byte >> 4] {
+                    let size = E2M1[usize::from(nibble & 7)] * scale;
+                    let value = if nibble & 8 == 0 { size } else { -size };
+                    if let Some(out) = out.next() {
+                        out.copy_from_slice(&((value.to_bits() >> 16) as u16).to_le_bytes());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_become_rows() {
+        let matrix = [0u8, 1, 2, 3, 10, 11, 12, 13]; // 2 x 4
+        let mut out = [0; 4];
+        columns(&matrix, 1, [2, 4], [1, 2, 2], &mut out);
+        assert_eq!(out, [1, 11, 3, 13]);
+    }
+
+    #[test]
+    fn small_floats() {
+        assert_eq!([0x38, 0x39, 0xb8, 0x7e, 0x01, 0x00].map(e4m3), [1.0, 1.125, -1.0, 448.0, 2f32.powi(-9), 0.0]);
+        assert!(e4m3(0x7f).is_nan());
+        let mut out = [0; 64];
+        let mut block = [0u8; 16];
+        block[0] = 0x72; // 1, then 6
+        block[15] = 0x9f; // -6, then -0.5
+        mxfp4(&block, &[128], 1, 0, 1, &mut out);
+        let value = |i: usize| f32::from_bits(u32::from(u16::from_le_bytes([out[2 * i], out[2 * i + 1]])) << 16);
+        assert_eq!([0, 1, 30, 31].map(value), [2.0, 12.0, -12.0, -1.0]);
+    }
+
+    #[test]
+    fn scales_belong_to_blocks() {
+        let scales: Vec<u8> = [1f32, 2.0, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut out = [0; 4 * 9];
+        fp8(&[0x38; 9], 3, &scales, 2, [2, 2], &mut out);
+        let values: Vec<f32> = out.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        assert_eq!(values, [1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0, 4.0]);
+    }
+}
