@@ -22,6 +22,7 @@ fn main() {
         let bench = Bench { pool: Pool::new(threads), filter: filter.clone() };
         bench.peak();
         bench.products();
+        bench.blocks();
         bench.experts();
         bench.attention();
         bench.rows();
@@ -78,19 +79,33 @@ impl Bench {
     }
 
     fn products(&self) {
-        let types = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+        let types = [DType::F32, DType::F16, DType::BF16];
         for (rows, cols) in [(1024, 256), (4096, 2048)] {
             for (dtype, n) in types.iter().flat_map(|t| [1, 2, 4, 8, 16, 64, 512].map(|n| (*t, n))) {
-                self.product(dtype, n, rows, cols);
+                self.product(dtype, n, rows, cols, "");
             }
         }
         for (n, rows, cols) in [(512, 128, 256), (512, 256, 128)] {
-            self.product(DType::BF16, n, rows, cols);
+            self.product(DType::BF16, n, rows, cols, "");
         }
     }
 
-    fn product(&self, dtype: DType, n: usize, rows: usize, cols: usize) {
-        let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]", dtype.name());
+    /// Weights in blocks: few tokens with 64 MiB of them, to be compared with reading as much, and many tokens.
+    fn blocks(&self) {
+        for dtype in DType::ALL.iter().copied().filter(|t| t.is_quantized()) {
+            let cols = 2048;
+            let many = (64 << 20) / dtype.row_bytes(cols).expect("whole blocks");
+            for n in [1, 2, 4] {
+                self.product(dtype, n, many, cols, ", 64 MiB");
+            }
+            for n in [32, 512] {
+                self.product(dtype, n, 4096, cols, "");
+            }
+        }
+    }
+
+    fn product(&self, dtype: DType, n: usize, rows: usize, cols: usize, note: &str) {
+        let name = format!("matmul {} [{n}, {cols}] x [{cols}, {rows}]{note}", dtype.name());
         if !self.wants(&name) {
             return;
         }
@@ -102,9 +117,12 @@ impl Bench {
     }
 
     fn experts(&self) {
-        for (dtype, e, k, d, i) in
-            [(DType::BF16, 32, 4, 256, 128), (DType::Q8_0, 32, 4, 256, 128), (DType::BF16, 64, 8, 2048, 1024)]
-        {
+        for (dtype, e, k, d, i) in [
+            (DType::BF16, 32, 4, 256, 128),
+            (DType::Q8_0, 32, 4, 256, 128),
+            (DType::BF16, 64, 8, 2048, 1024),
+            (DType::Q4_K, 64, 8, 2048, 1024),
+        ] {
             let of = format!("{} of {e}, d {d}, I {i}, k {k}", dtype.name());
             let names = ["expert_hidden", "expert_down", "experts", "combine"];
             let sizes = [1, 8, 32, 128, 512];
@@ -228,8 +246,34 @@ fn noise(n: usize) -> Vec<f32> {
 
 fn matrix(dtype: DType, rows: usize, cols: usize) -> Vec<u8> {
     let mut data = vec![0; rows * dtype.row_bytes(cols).expect("whole blocks")];
+    if dtype.is_quantized() {
+        let some: Vec<_> = (0..61).map(|i| ordinary_block(dtype, i)).collect();
+        for (i, block) in data.chunks_exact_mut(dtype.block_bytes()).enumerate() {
+            block.copy_from_slice(&some[i % some.len()]);
+        }
+        return data;
+    }
     quantize(dtype, &noise(rows * cols), &mut data);
     data
+}
+
+/// A block of any bits whose values are of ordinary size.
+fn ordinary_block(dtype: DType, seed: u64) -> Vec<u8> {
+    let mut state = seed + 0x9e37_79b9_7f4a_7c15;
+    let (mut block, mut values) = (vec![0; dtype.block_bytes()], vec![0.0; dtype.block_len()]);
+    loop {
+        block.fill_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as u8
+        });
+        dequantize(dtype, &block, &mut values);
+        let most = values.iter().fold(0.0_f32, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v.abs()) });
+        if (1e-3..1e3).contains(&most) {
+            return block;
+        }
+    }
 }
 
 /// `k` different experts of `e` for token `t`, all about equally often.

@@ -6,7 +6,7 @@
 //! behind safe functions that check every length.
 //!
 //! - [`Pool`]: the threads, which all functions that are worth it share.
-//! - [`DType`], [`MatRef`], [`quantize`], [`dequantize`]: weights.
+//! - [`DType`], [`MatRef`], [`quantize`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
 //! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
@@ -27,6 +27,7 @@ mod experts;
 mod math;
 mod pool;
 mod product;
+mod quant;
 mod rows;
 mod scratch;
 mod simd;

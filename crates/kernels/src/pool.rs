@@ -176,14 +176,21 @@ impl Pool {
 }
 
 /// A pointer that workers share; what they write through it must not overlap.
-#[derive(Clone, Copy)]
-pub(crate) struct SendPtr(pub *mut f32);
+pub(crate) struct SendPtr<T = f32>(pub *mut T);
+
+impl<T> Clone for SendPtr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SendPtr<T> {}
 
 // SAFETY: a pointer alone does nothing; who writes through it answers for it.
-unsafe impl Sync for SendPtr {}
+unsafe impl<T> Sync for SendPtr<T> {}
 
-impl SendPtr {
-    pub(crate) fn get(&self) -> *mut f32 {
+impl<T> SendPtr<T> {
+    pub(crate) fn get(&self) -> *mut T {
         self.0
     }
 }

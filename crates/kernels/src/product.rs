@@ -1,14 +1,21 @@
 //! Products of many tokens with one or many matrices, shared among the threads by cost.
 
-use crate::MatRef;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
+use crate::quant::{CHUNK, Rounded, multiply_rounded, packed_len, round_row, rounded_dots};
 use crate::scratch;
 use crate::simd::Isa;
-use crate::tile::{Columns, DOT_TOKENS, Finish, MAX_TOKENS, Rows, dots, finish_tile, multiply, pack, pack_columns};
+use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
+use crate::{DType, MatRef};
 
 /// From this many tokens on a tile is packed.
 const PACK_FROM: usize = 12;
+
+/// The same for weights in blocks.
+const PACK_BLOCKS_FROM: usize = 5;
 
 /// Whether weights are multiplied from packed tiles, or straight from their rows by dot products. The two add in different
 /// orders, so that the last bits of a result differ.
@@ -22,16 +29,22 @@ pub enum Pack {
 }
 
 impl Pack {
-    fn packs(self, tokens: usize) -> bool {
-        self == Pack::Always || tokens >= PACK_FROM
+    fn packs(self, tokens: usize, blocks: bool) -> bool {
+        self == Pack::Always || tokens >= if blocks { PACK_BLOCKS_FROM } else { PACK_FROM }
     }
 }
 
 /// The most tokens of a cell, the unit of sharing.
 const CELL_TOKENS: usize = 96;
 
+/// The same for weights in blocks, whose tiles are packed anew for each cell.
+const CELL_ROUNDED: usize = 192;
+
 /// The cost of packing a tile, in tokens' worth of multiplying it.
 const PACK_COST: usize = 8;
+
+/// The same for weights in blocks.
+const PACK_BLOCKS_COST: usize = 15;
 
 /// `y[s] = finish(w x[s / per_row])` for the slots `s` of each group, with the group's own `w`.
 pub(crate) struct Product<'a> {
@@ -55,31 +68,63 @@ pub(crate) struct Product<'a> {
     pub transposed: bool,
 }
 
+/// One or two matrices of the same shape.
+type Pair<'w> = [Option<MatRef<'w>>; 2];
+
 /// What is to be done for one group.
-struct Group {
+struct Group<'w> {
+    weights: Pair<'w>,
     /// Its first place in the order of slots, and how many it has.
     start: usize,
     tokens: usize,
+    /// Whether tiles are packed, and whether a matrix is multiplied with rounded tokens.
+    packed: bool,
+    rounded: bool,
     /// Cells are numbered tile by tile; a tile has one for each chunk of tokens.
     chunks: usize,
     cells: usize,
     cost: u64,
 }
 
+/// Where inputs and results lie.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The chunks of the rounded rows, if there are any.
+    rounded: *const Rounded,
+    y: SendPtr,
+}
+
+// SAFETY: the rounded rows are only read.
+unsafe impl Sync for Place {}
+
 impl Product<'_> {
-    fn group(&self, isa: Isa, g: usize) -> Group {
+    fn group<'w>(&self, isa: Isa, g: usize, weights: impl Fn(usize) -> (MatRef<'w>, Option<MatRef<'w>>)) -> Group<'w> {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
-        let packed = self.packs(tokens);
-        let chunks = if packed { tokens.div_ceil(CELL_TOKENS) } else { tokens.min(1) };
+        let weights = if tokens > 0 {
+            let (w, other) = weights(g);
+            [Some(w), other]
+        } else {
+            [None, None]
+        };
+        let rounded = weights.iter().flatten().any(|w| self.rounds(w.dtype));
+        // Columns are only ever multiplied from packed tiles.
+        let packed = self.transposed || self.pack.packs(tokens, rounded);
+        let most = if rounded { CELL_ROUNDED } else { CELL_TOKENS };
+        let chunks = if packed { tokens.div_ceil(most) } else { tokens.min(1) };
         let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
-        let cost = tokens.div_ceil(chunks.max(1)) + if packed { PACK_COST } else { 1 };
-        Group { start, tokens, chunks, cells, cost: cost as u64 }
+        let pack_cost = match (packed, rounded) {
+            (false, _) => 1,
+            (true, false) => PACK_COST,
+            (true, true) => PACK_BLOCKS_COST,
+        };
+        let cost = (tokens.div_ceil(chunks.max(1)) + pack_cost) as u64;
+        Group { weights, start, tokens, packed, rounded, chunks, cells, cost }
     }
 
-    /// Columns are only ever multiplied from packed tiles.
-    fn packs(&self, tokens: usize) -> bool {
-        self.transposed || self.pack.packs(tokens)
+    /// Whether weights of this type are multiplied with rounded tokens.
+    fn rounds(&self, dtype: DType) -> bool {
+        dtype.is_quantized() && !self.transposed
     }
 
     fn slot(&self, i: usize) -> usize {
@@ -100,34 +145,53 @@ impl Product<'_> {
         let (slots, rows, cols) = (self.slots, self.rows, self.cols);
         assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
-        let mut total = 0;
+        let (mut total, mut rounded) = (0, false);
         for g in 0..groups {
-            let group = self.group(isa, g);
+            let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
-            if group.tokens > 0 {
-                let (w, other) = weights(g);
-                for w in [Some(w), other].into_iter().flatten() {
-                    let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
-                    assert_eq!(shape, (rows, cols), "shape of the weights");
-                    w.row_bytes();
-                }
+            rounded |= group.rounded;
+            for w in group.weights.iter().flatten() {
+                let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
+                assert_eq!(shape, (rows, cols), "shape of the weights");
+                w.row_bytes();
             }
         }
         let operations = (total as usize).saturating_mul(isa.tile_rows() * cols);
         let y = SendPtr(self.y.as_mut_ptr());
-        pool.run_parts(operations, |part, parts| {
-            let mut share = Share::new(total, part, parts);
-            for g in 0..groups {
-                let group = self.group(isa, g);
-                let cells = share.take(group.cells, group.cost);
-                if !cells.is_empty() {
-                    let (w, other) = weights(g);
-                    let rows = [Some(w), other].map(|w| w.map(|w| as_rows(&w)));
-                    // SAFETY: lengths were checked above; no two cells have the same outputs,
-                    // since a slot is in one group and a cell in one part.
-                    unsafe { self.cells(isa, &group, cells, rows, y) }
+        self.with_rounded(pool, rounded, |product, rounded| {
+            let place = Place { rounded, y };
+            pool.run_parts(operations, |part, parts| {
+                let mut share = Share::new(total, part, parts);
+                for g in 0..groups {
+                    let group = product.group(isa, g, &weights);
+                    let cells = share.take(group.cells, group.cost);
+                    if !cells.is_empty() {
+                        // SAFETY: lengths were checked above; no two cells have the same outputs,
+                        // since a slot is in one group and a cell in one part.
+                        unsafe { product.cells(isa, &group, cells, place) }
+                    }
                 }
-            }
+            });
+        });
+    }
+
+    /// Calls `f` with the chunks of all inputs, row by row, if they are wanted rounded.
+    fn with_rounded(&self, pool: &Pool, wanted: bool, f: impl FnOnce(&Self, *const Rounded)) {
+        if !wanted {
+            return f(self, std::ptr::null());
+        }
+        let (isa, cols, each) = (pool.isa(), self.cols, self.cols.div_ceil(CHUNK));
+        let rows = self.x.len().checked_div(cols).unwrap_or(0);
+        scratch::rounded(rows * each, |chunks| {
+            let (x, out) = (self.x, SendPtr(chunks.as_mut_ptr()));
+            pool.run_parts(x.len().saturating_mul(2), |part, parts| {
+                for row in split(rows, part, parts, 1) {
+                    let x = &x[row * cols..][..cols];
+                    // SAFETY: the set was detected, and the rows of different parts do not overlap.
+                    unsafe { round_row(isa, x.as_ptr(), cols, out.get().add(row * each)) }
+                }
+            });
+            f(self, chunks.as_ptr());
         });
     }
 
@@ -135,33 +199,35 @@ impl Product<'_> {
     ///
     /// # Safety
     /// The weights must be valid, all lengths fit, and nobody else touch the cells' outputs.
-    unsafe fn cells(
-        &self,
-        isa: Isa,
-        group: &Group,
-        cells: std::ops::Range<usize>,
-        weights: [Option<Rows>; 2],
-        y: SendPtr,
-    ) {
-        let (width, k) = (isa.tile_rows(), self.cols);
-        let packed = self.packs(group.tokens);
-        let most = if packed { isa.tile_tokens() } else { DOT_TOKENS };
-        let (tile_len, sums_len) = (if packed { k * width } else { 0 }, MAX_TOKENS * width);
-        scratch::floats(2 * (tile_len + sums_len), |scratch| {
-            let tile = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(tile_len)];
-            let sums = tile[1].add(tile_len);
-            let sums = [sums, sums.add(sums_len)];
+    unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, place: Place) {
+        let width = isa.tile_rows();
+        let weights = group.weights.map(|w| w.map(|w| as_rows(&w)));
+        let most = match (group.packed, group.rounded) {
+            (false, _) => DOT_TOKENS,
+            (true, false) => isa.tile_tokens(),
+            (true, true) => CELL_ROUNDED,
+        };
+        let tile_len = |w: &Option<Rows>| match w {
+            Some(w) if group.packed && self.rounds(w.dtype) => packed_len(isa),
+            Some(_) if group.packed => self.cols * width,
+            _ => 0,
+        };
+        let lens = [tile_len(&weights[0]), tile_len(&weights[1])];
+        scratch::floats(lens[0] + lens[1] + 2 * most * width, |scratch| {
+            let tile = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(lens[0])];
+            let sums = tile[1].add(lens[1]);
+            let sums = [sums, sums.add(most * width)];
             let mut packed_tile = usize::MAX;
             for cell in cells {
                 let first = cell / group.chunks * width;
                 let count = width.min(self.rows - first);
-                if packed && packed_tile != first {
+                if group.packed && packed_tile != first {
                     packed_tile = first;
                     for (w, tile) in weights.iter().zip(tile) {
                         match w {
                             Some(w) if self.transposed => pack_columns(isa, w, first, tile),
-                            Some(w) => pack(isa, w, first, tile),
-                            None => {}
+                            Some(w) if !self.rounds(w.dtype) => pack(isa, w, first, tile),
+                            _ => {}
                         }
                     }
                 }
@@ -169,27 +235,92 @@ impl Product<'_> {
                 let blocks = tokens.len().div_ceil(most);
                 for block in 0..blocks {
                     let part = split(tokens.len(), block, blocks, 1);
-                    let mut x = [std::ptr::null(); MAX_TOKENS];
-                    let mut out = [std::ptr::null_mut(); MAX_TOKENS];
-                    for (i, t) in part.clone().enumerate() {
-                        let slot = self.slot(group.start + tokens.start + t);
-                        x[i] = self.x.as_ptr().add(slot / self.per_row * k);
-                        out[i] = y.get().add(slot * self.rows);
-                    }
-                    let (x, out) = (&x[..part.len()], &out[..part.len()]);
+                    let start = group.start + tokens.start;
+                    let batch = self.batch(start + part.start..start + part.end, place);
                     for (i, w) in weights.iter().enumerate() {
-                        let Some(w) = w else { continue };
-                        if packed {
-                            let b = Columns { data: tile[i], stride: width, k };
-                            multiply(isa, &b, x, sums[i], width, false);
-                        } else {
-                            dots(isa, w, first, count, x, sums[i], width);
+                        if let Some(w) = w {
+                            self.sums(isa, w, first, count, &batch, group.packed, tile[i], sums[i]);
                         }
                     }
-                    finish_tile(isa, sums[0], sums[1], out, first, count, self.finish);
+                    finish_tile(isa, sums[0], sums[1], batch.out(), first, count, self.finish);
                 }
             }
         });
+    }
+
+    /// The tokens at some places of the order of slots.
+    ///
+    /// # Safety
+    /// There must be at most [`CELL_ROUNDED`].
+    unsafe fn batch(&self, places: Range<usize>, place: Place) -> Batch {
+        let (len, chunks) = (places.len(), self.cols.div_ceil(CHUNK));
+        let mut batch = Batch {
+            len,
+            x: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+            rounded: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+            out: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+        };
+        for (i, at) in places.enumerate() {
+            let slot = self.slot(at);
+            let row = slot / self.per_row;
+            batch.x[i].write(self.x.as_ptr().add(row * self.cols));
+            batch.rounded[i].write(place.rounded.wrapping_add(row * chunks));
+            batch.out[i].write(place.y.get().add(slot * self.rows));
+        }
+        batch
+    }
+
+    /// The products of a tile with a batch, from its packed form or from its rows.
+    ///
+    /// # Safety
+    /// As for [`Product::cells`]; `tile` and `sums` must have their lengths.
+    #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+    unsafe fn sums(
+        &self,
+        isa: Isa,
+        w: &Rows,
+        first: usize,
+        count: usize,
+        batch: &Batch,
+        packed: bool,
+        tile: *mut f32,
+        sums: *mut f32,
+    ) {
+        let width = isa.tile_rows();
+        match (self.rounds(w.dtype), packed) {
+            (true, true) => multiply_rounded(isa, w, first, batch.rounded(), tile, sums),
+            (true, false) => rounded_dots(isa, w, first, count, batch.rounded(), sums, width),
+            (false, true) => {
+                let b = Columns { data: tile, stride: width, k: self.cols };
+                multiply(isa, &b, batch.x(), sums, width, false);
+            }
+            (false, false) => dots(isa, w, first, count, batch.x(), sums, width),
+        }
+    }
+}
+
+/// Some tokens: their rows, the same rounded, and where their results go.
+struct Batch {
+    len: usize,
+    x: [MaybeUninit<*const f32>; CELL_ROUNDED],
+    rounded: [MaybeUninit<*const Rounded>; CELL_ROUNDED],
+    out: [MaybeUninit<*mut f32>; CELL_ROUNDED],
+}
+
+impl Batch {
+    fn x(&self) -> &[*const f32] {
+        // SAFETY: the first `len` were written.
+        unsafe { std::slice::from_raw_parts(self.x.as_ptr().cast(), self.len) }
+    }
+
+    fn rounded(&self) -> &[*const Rounded] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.rounded.as_ptr().cast(), self.len) }
+    }
+
+    fn out(&self) -> &[*mut f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.out.as_ptr().cast(), self.len) }
     }
 }
 
@@ -199,7 +330,12 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 }
 
 /// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is
-/// `[n, rows]`. Weights are widened exactly; all arithmetic is in `f32`.
+/// `[n, rows]`. Weights without blocks are widened exactly, and all arithmetic is in `f32`.
+///
+/// With weights in blocks every 32 values of `x` are rounded to signed bytes of a common scale, so that a value is off by
+/// at most 1/254 of the greatest magnitude among its 32, and codes are multiplied as whole numbers; the sums of
+/// blocks are gathered in `f32`. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
+/// beyond 2^100 or so, even if all its codes are 0.)
 ///
 /// # Panics
 /// If a slice has not the length of its shape.

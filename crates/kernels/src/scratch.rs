@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 
+use crate::quant::Rounded;
+
 /// A cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -9,6 +11,7 @@ struct Line(#[allow(dead_code, reason = "read through pointers")] [f32; 16]);
 
 thread_local! {
     static FLOATS: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+    static ROUNDED: Cell<Vec<Rounded>> = const { Cell::new(Vec::new()) };
     static INDICES: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
 }
 
@@ -32,5 +35,16 @@ pub(crate) fn indices<R>(len: usize, f: impl FnOnce(&mut [u32]) -> R) -> R {
     values.resize(len, 0);
     let result = f(&mut values);
     INDICES.set(values);
+    result
+}
+
+/// Calls `f` with `len` chunks; what they hold is left from before.
+pub(crate) fn rounded<R>(len: usize, f: impl FnOnce(&mut [Rounded]) -> R) -> R {
+    let mut chunks = ROUNDED.take();
+    if chunks.len() < len {
+        chunks.resize(len, Rounded::ZERO);
+    }
+    let result = f(&mut chunks[..len]);
+    ROUNDED.set(chunks);
     result
 }

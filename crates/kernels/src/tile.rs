@@ -9,8 +9,9 @@
 
 use crate::DType;
 use crate::math::{Act, activate};
+use crate::quant::CHUNK;
 use crate::simd::{Isa, MAX_LANES, Simd, kernel, reduce, transpose};
-use crate::weight::{Weight, with_weight};
+use crate::weight::{Weight, widen, with_weight};
 
 impl Isa {
     /// Weight rows in a tile: two vectors.
@@ -44,7 +45,7 @@ pub(crate) struct Rows {
 impl Rows {
     /// The `r`-th row, or the last if there are fewer.
     #[inline(always)]
-    unsafe fn row(&self, r: usize) -> *const u8 {
+    pub(crate) unsafe fn row(&self, r: usize) -> *const u8 {
         self.data.add(r.min(self.rows - 1) * self.stride)
     }
 
@@ -121,14 +122,31 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     }
 }
 
+/// Packs the tile that begins at column `first`: `packed[r * tile_rows + c]` is the value of row `r` at column
+/// `first + c`, zero behind the last column.
+///
+/// # Safety
+/// The machine must have `isa`; `w` must be valid and have column `first`, which must be a multiple of `tile_rows`;
+/// `packed` must hold `rows * tile_rows` values.
+pub(crate) unsafe fn pack_columns(isa: Isa, w: &Rows, first: usize, packed: *mut f32) {
+    if !w.dtype.is_quantized() {
+        return pack_plain_columns(isa, w, first, packed);
+    }
+    // A block has a whole number of tiles' columns.
+    let (width, len) = (isa.tile_rows(), w.dtype.block_len());
+    let mut values = [0.0; CHUNK];
+    for r in 0..w.rows {
+        widen(isa, w.dtype, w.row(r).add(first / len * w.dtype.block_bytes()), &mut values[..len]);
+        std::ptr::copy_nonoverlapping(values[first % len..].as_ptr(), packed.add(r * width), width);
+    }
+}
+
 kernel! {
-    /// Packs the tile that begins at column `first`: `packed[r * tile_rows + c]` is the value of row `r` at column
-    /// `first + c`, zero behind the last column.
+    /// [`pack_columns`] of a type without blocks.
     ///
     /// # Safety
-    /// `w` must be valid and have column `first`, which must be a multiple of `tile_rows`; `packed` must hold
-    /// `rows * tile_rows` values.
-    pub(crate) unsafe fn pack_columns<S>(w: &Rows, first: usize, packed: *mut f32) {
+    /// As for [`pack_columns`].
+    unsafe fn pack_plain_columns<S>(w: &Rows, first: usize, packed: *mut f32) {
         with_weight!(w.dtype, W => {
             for (half, start) in [first, first + S::LANES].into_iter().enumerate() {
                 let count = w.cols.saturating_sub(start);

@@ -1,32 +1,31 @@
 //! Reading and writing the element types.
 //!
-//! A new type is a case of [`DType`], a [`Weight`] here that widens one vector of it, a line in
-//! [`with_weight!`], and a way to write it in [`quantize`].
+//! A new type without blocks is a case of [`DType`], a [`Weight`] here that widens one vector of it,
+//! and a line in [`with_weight!`]; one with blocks is a [`Quant`] and a name in [`with_quant!`].
 
 use half::{bf16, f16};
 
 use crate::DType;
+use crate::quant::{Quant, widen_chunk, with_quant};
 use crate::simd::{Isa, MAX_LANES, Simd, kernel};
 
-/// An element type, as the kernels read it.
+/// A type whose values stand for themselves, as the kernels read it.
 pub(crate) trait Weight {
     const DTYPE: DType;
 
-    /// Values `c..c + LANES` of a row, widened exactly. `c` is a multiple of `LANES`, and a block
-    /// is one value or a multiple of `LANES`.
+    /// Values `c..c + LANES` of a row, widened exactly.
     ///
     /// # Safety
     /// The machine must have the set of `S`, and the row these values.
     unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V;
 
-    /// Values `c..c + n`, with `n < LANES`, and zeros behind them. For types with blocks of one.
+    /// Values `c..c + n`, with `n < LANES`, and zeros behind them.
     ///
     /// # Safety
     /// As for [`Weight::load`].
     #[inline(always)]
     unsafe fn load_part<S: Simd>(row: *const u8, c: usize, n: usize) -> S::V {
         let bytes = const { Self::DTYPE.block_bytes() };
-        debug_assert_eq!(Self::DTYPE.block_len(), 1);
         let mut buffer = [0_u8; 4 * MAX_LANES];
         std::ptr::copy_nonoverlapping(row.add(bytes * c), buffer.as_mut_ptr(), bytes * n);
         Self::load::<S>(buffer.as_ptr(), 0)
@@ -60,18 +59,7 @@ impl Weight for Bf16 {
     }
 }
 
-/// Blocks of a half, then 32 bytes.
-pub(crate) struct Q8_0;
-impl Weight for Q8_0 {
-    const DTYPE: DType = DType::Q8_0;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(row: *const u8, c: usize) -> S::V {
-        let block = row.add(c / 32 * 34);
-        S::mul(S::load_i8(block.add(2 + c % 32)), S::splat_f16(block))
-    }
-}
-
-/// Evaluates an expression with `$W` standing for the [`Weight`] of a [`DType`].
+/// Evaluates an expression with `$W` standing for the [`Weight`] of a [`DType`] without blocks.
 macro_rules! with_weight {
     ($dtype:expr, $W:ident => $body:expr) => {
         match $dtype {
@@ -87,10 +75,7 @@ macro_rules! with_weight {
                 type $W = $crate::weight::Bf16;
                 $body
             }
-            $crate::DType::Q8_0 => {
-                type $W = $crate::weight::Q8_0;
-                $body
-            }
+            dtype => unreachable!("{} has blocks", dtype.name()),
         }
     };
 }
@@ -110,10 +95,18 @@ pub(crate) fn dequantize_with(isa: Isa, dtype: DType, src: &[u8], out: &mut [f32
     unsafe { widen(isa, dtype, src.as_ptr(), out) }
 }
 
+/// Widens `out.len()` values.
+///
+/// # Safety
+/// The machine must have `isa`, and `src` hold `out.len()` values, in whole blocks.
+pub(crate) unsafe fn widen(isa: Isa, dtype: DType, src: *const u8, out: &mut [f32]) {
+    with_quant!(dtype, Q => widen_blocks::<Q>(isa, src, out), else widen_plain(isa, dtype, src, out));
+}
+
 kernel! {
     /// # Safety
-    /// `src` must hold `out.len()` values.
-    unsafe fn widen<S>(dtype: DType, src: *const u8, out: &mut [f32]) {
+    /// As for [`widen`].
+    unsafe fn widen_plain<S>(dtype: DType, src: *const u8, out: &mut [f32]) {
         with_weight!(dtype, W => widen_all::<S, W>(src, out));
     }
 }
@@ -130,12 +123,23 @@ unsafe fn widen_all<S: Simd, W: Weight>(src: *const u8, out: &mut [f32]) {
     }
 }
 
+kernel! {
+    /// # Safety
+    /// As for [`widen`].
+    unsafe fn widen_blocks<S, Q: Quant>(src: *const u8, out: &mut [f32]) {
+        let (len, bytes) = const { (Q::DTYPE.block_len(), Q::DTYPE.block_bytes()) };
+        for (i, out) in out.chunks_exact_mut(len).enumerate() {
+            widen_chunk::<S, Q>(src.add(i * bytes), 1, out.as_mut_ptr());
+        }
+    }
+}
+
 /// Narrows `src`: halves and bfloats round to the nearest, ties to even; `Q8_0` follows ggml: the
 /// scale is the largest magnitude of a block over 127, kept as a half, and values round to the
 /// nearest, ties away from zero. (So a block of `Q8_0` should not exceed 127 times 65504.)
 ///
 /// # Panics
-/// If `out` has not the bytes of so many values.
+/// If `out` has not the bytes of so many values, or `dtype` is another: those are only read.
 pub fn quantize(dtype: DType, src: &[f32], out: &mut [u8]) {
     assert_eq!(dtype.row_bytes(src.len()), Some(out.len()), "bytes of the result");
     match dtype {
@@ -152,6 +156,7 @@ pub fn quantize(dtype: DType, src: &[f32], out: &mut [u8]) {
             }
             block
         }),
+        _ => panic!("{} is only read, not written", dtype.name()),
     }
 }
 

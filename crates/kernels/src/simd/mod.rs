@@ -3,12 +3,19 @@
 //! A kernel is written once, over [`Simd`], inside [`kernel!`]; the macro compiles it for each
 //! instruction set and gives it a leading argument of type [`Isa`].
 
+mod bytes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_bytes;
 mod portable;
+mod portable_bytes;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_bytes;
 
+pub(crate) use bytes::Bytes;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
@@ -23,7 +30,7 @@ pub(crate) const MAX_LANES: usize = 16;
 /// A set of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
@@ -53,6 +60,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
                     && Self::Avx2.detect()
             }
             #[cfg(target_arch = "x86_64")]
@@ -91,7 +99,7 @@ impl Isa {
 /// Each function demands that the machine has the instruction set `ISA`, and that a pointer is
 /// good for the bytes of all lanes.
 #[allow(clippy::missing_safety_doc, reason = "stated once, above")]
-pub(crate) trait Simd: Copy {
+pub(crate) trait Simd: Bytes {
     /// The vector.
     type V: Copy;
     /// What it is made of.
@@ -110,8 +118,11 @@ pub(crate) trait Simd: Copy {
     unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V);
     /// Widens `LANES` signed bytes.
     unsafe fn load_i8(p: *const u8) -> Self::V;
-    /// Widens one half into all lanes.
-    unsafe fn splat_f16(p: *const u8) -> Self::V;
+    /// Widens whole numbers; exact up to 2^24.
+    unsafe fn from_i32(v: Self::I) -> Self::V;
+    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes;
+    /// any, if they do not fit.
+    unsafe fn store_i8(p: *mut u8, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -239,42 +250,46 @@ pub(crate) unsafe fn reduce<S: Simd>(v: &mut [S::V; MAX_LANES], n: usize) {
 }
 
 /// Defines `unsafe fn name<S>(args) -> R { .. }` as a kernel: the body is compiled once per
-/// instruction set `S: Simd`, and `name(isa, args)` calls the one asked for.
+/// instruction set `S: Simd`, and `name(isa, args)` calls the one asked for. Other parameters may
+/// follow `S`: types with their trait, and behind a semicolon numbers (`usize`).
 ///
 /// The caller promises that the machine has `isa`, and what the body demands of its arguments.
 macro_rules! kernel {
-    ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident<$S:ident>(
+    ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident<
+        $S:ident $(, $T:ident : $bound:ident)* $(; $N:ident)*
+    >(
         $($arg:ident : $ty:ty),* $(,)?
     ) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-        $vis unsafe fn $name(isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis unsafe fn $name<$($T: $bound,)* $(const $N: usize),*>(isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            unsafe fn body<$S: $crate::simd::Simd>($($arg: $ty),*) $(-> $ret)? $body
+            unsafe fn body<$S: $crate::simd::Simd, $($T: $bound,)* $(const $N: usize),*>(
+                $($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-            unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
-                body::<$crate::simd::Avx512>($($arg),*)
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+            unsafe fn avx512<$($T: $bound,)* $(const $N: usize),*>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Avx512, $($T,)* $($N),*>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
-                body::<$crate::simd::Avx2>($($arg),*)
+            unsafe fn avx2<$($T: $bound,)* $(const $N: usize),*>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Avx2, $($T,)* $($N),*>($($arg),*)
             }
             #[cfg(target_arch = "aarch64")]
             #[target_feature(enable = "neon")]
-            unsafe fn neon($($arg: $ty),*) $(-> $ret)? {
-                body::<$crate::simd::Neon>($($arg),*)
+            unsafe fn neon<$($T: $bound,)* $(const $N: usize),*>($($arg: $ty),*) $(-> $ret)? {
+                body::<$crate::simd::Neon, $($T,)* $($N),*>($($arg),*)
             }
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Isa::Avx512 => avx512($($arg),*),
+                $crate::simd::Isa::Avx512 => avx512::<$($T,)* $($N),*>($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Isa::Avx2 => avx2($($arg),*),
+                $crate::simd::Isa::Avx2 => avx2::<$($T,)* $($N),*>($($arg),*),
                 #[cfg(target_arch = "aarch64")]
-                $crate::simd::Isa::Neon => neon($($arg),*),
-                _ => body::<$crate::simd::Portable>($($arg),*),
+                $crate::simd::Isa::Neon => neon::<$($T,)* $($N),*>($($arg),*),
+                _ => body::<$crate::simd::Portable, $($T,)* $($N),*>($($arg),*),
             }
         }
     };

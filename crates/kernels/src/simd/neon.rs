@@ -54,8 +54,14 @@ impl Simd for Neon {
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        widen_f16(vdup_n_u16(p.cast::<u16>().read_unaligned()))
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        vcvtq_f32_s32(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        let words = vmovn_s32(vcvtnq_s32_f32(v));
+        let bytes = vmovn_s16(vcombine_s16(words, words));
+        p.cast::<i32>().write_unaligned(vget_lane_s32::<0>(vreinterpret_s32_s8(bytes)));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -16,7 +16,7 @@ fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
 /// Exactly the value of a half, without branches: the bits in their places, the exponent mended by
 /// a product (which is right for subnormals too), and the highest exponent kept the highest.
 #[inline(always)]
-fn widen_f16(h: u16) -> f32 {
+pub(super) fn widen_half(h: u16) -> f32 {
     let size = f32::from_bits(u32::from(h & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
     let special = if size >= 65536.0 { 0x7f80_0000 } else { 0 };
     f32::from_bits(size.to_bits() | special | u32::from(h & 0x8000) << 16)
@@ -40,7 +40,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::V {
-        p.cast::<[u16; N]>().read_unaligned().map(widen_f16)
+        p.cast::<[u16; N]>().read_unaligned().map(widen_half)
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u8) -> Self::V {
@@ -56,8 +56,14 @@ impl Simd for Portable {
         p.cast::<[i8; N]>().read_unaligned().map(f32::from)
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        [widen_f16(p.cast::<u16>().read_unaligned()); N]
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        v.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        // Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even.
+        let rounded = v.map(|x| ((x + 12_582_912.0) - 12_582_912.0) as i8 as u8);
+        p.cast::<[u8; N]>().write_unaligned(rounded);
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -57,9 +57,12 @@ impl Simd for Avx512 {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        let h = _mm_set1_epi16(p.cast::<i16>().read_unaligned());
-        _mm512_broadcastss_ps(_mm_cvtph_ps(h))
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        _mm512_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
@@ -150,8 +153,14 @@ impl Simd for Avx2 {
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)))
     }
     #[inline(always)]
-    unsafe fn splat_f16(p: *const u8) -> Self::V {
-        _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned()))
+    unsafe fn from_i32(v: Self::I) -> Self::V {
+        _mm256_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
+        let v = _mm256_cvtps_epi32(v);
+        let words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

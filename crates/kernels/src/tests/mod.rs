@@ -3,13 +3,16 @@
 mod attention;
 mod pool;
 mod products;
+mod quant;
 mod rows;
 
 use half::{bf16, f16};
 
+use crate::weight::dequantize_with;
 use crate::*;
 
-const TYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+/// Types whose products are of the values as they are, without rounded activations.
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 const ACTS: [Act; 3] = [Act::Silu, Act::GeluTanh, Act::Gelu];
 
 /// Half an ulp, relative.
@@ -90,6 +93,12 @@ fn widen(dtype: DType, bytes: &[u8]) -> Vec<f64> {
         DType::BF16 => bytes.chunks_exact(2).map(|b| f64::from(bf16::from_le_bytes([b[0], b[1]]))).collect(),
         DType::Q8_0 => {
             bytes.chunks_exact(34).flat_map(|b| b[2..].iter().map(move |q| half(b) * f64::from(*q as i8))).collect()
+        }
+        // The others are proved by the fixture in `quant`.
+        _ => {
+            let mut values = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_len()];
+            dequantize_with(Isa::Portable, dtype, bytes, &mut values);
+            values.into_iter().map(f64::from).collect()
         }
     }
 }

@@ -166,7 +166,7 @@ fn threads_do_not_change_rows() {
 fn dequantize_is_exact() {
     let mut random = Random(16);
     for n in (1..=70).chain([1024]) {
-        for dtype in TYPES {
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0] {
             let n = n * dtype.block_len();
             let bytes: Vec<u8> = (0..=dtype.row_bytes(n).unwrap()).map(|_| random.next() as u8).collect();
             let want = widen(dtype, &bytes[1..]);

@@ -1,0 +1,115 @@
+//! Products of rows of blocks with a few tokens, straight from the blocks: each code is unpacked
+//! once, into a register. What this costs is reading the weights.
+
+use super::{CHUNK, GROUPS, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
+use crate::simd::{Isa, Simd, kernel};
+use crate::tile::Rows;
+
+/// How far ahead the weights are asked for.
+const AHEAD: usize = 2048;
+
+/// `out[t * width + r]` is the product of row `first + r` and token `x[t]`, for `r` in `0..count`.
+///
+/// # Safety
+/// The machine must have `isa`; `w` must be valid, of a type with blocks, and have these rows; there
+/// may be up to [`DOT_TOKENS`](crate::tile::DOT_TOKENS) tokens, each of `cols` values in chunks;
+/// `out` must have a row of `width`, which is at least `count`, for four.
+pub(crate) unsafe fn rounded_dots(
+    isa: Isa,
+    w: &Rows,
+    first: usize,
+    count: usize,
+    x: &[*const Rounded],
+    out: *mut f32,
+    width: usize,
+) {
+    let Some(last) = x.len().checked_sub(1) else { return };
+    let x = [0, 1, 2, 3].map(|t: usize| x[t.min(last)]);
+    with_quant!(w.dtype, Q => match last {
+        0 => dots::<Q, 1>(isa, w, first, count, x, out, width),
+        1 => dots::<Q, 2>(isa, w, first, count, x, out, width),
+        _ => dots::<Q, 4>(isa, w, first, count, x, out, width),
+    }, else unreachable!("{} has no blocks", w.dtype.name()));
+}
+
+kernel! {
+    /// [`rounded_dots`] for the first `T` tokens.
+    unsafe fn dots<S, Q: Quant; T>(
+        w: &Rows, first: usize, count: usize, x: [*const Rounded; 4], out: *mut f32, width: usize,
+    ) {
+        for r in 0..count {
+            let sums = row::<S, Q, T>(w.row(first + r), w.cols, x);
+            for t in 0..T {
+                *out.add(t * width + r) = S::sum8(sums[t]);
+            }
+        }
+    }
+}
+
+/// The products of a row with `T` tokens, in eight parts each.
+#[inline(always)]
+unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [*const Rounded; 4]) -> [S::F; T] {
+    let halves = const { CHUNK / Q::GROUP / 8 };
+    let mut sums = [S::splat8(0.0); T];
+    let (mut s, mut m) = ([0.0; GROUPS], [0.0; GROUPS]);
+    for c in 0..cols.div_ceil(CHUNK) {
+        let p = w.add(c * chunk_bytes::<Q>());
+        for line in (0..const { chunk_bytes::<Q>() }).step_by(64) {
+            S::prefetch(p.wrapping_add(AHEAD + line));
+        }
+        let n = blocks_of::<Q>((cols - c * CHUNK).min(CHUNK));
+        Q::scales::<S>(p, n, &mut s, &mut m);
+        let mut dot = Dot::<S, Q, T> {
+            x: [std::ptr::null(); T],
+            scales: [[0.0; GROUPS]; T],
+            sums: [S::splat8(0.0); T],
+            of: std::marker::PhantomData,
+        };
+        for t in 0..T {
+            let x = x[t].add(c);
+            let (scale, less) = Rounded::scales(x, Q::GROUP);
+            dot.x[t] = Rounded::codes(x);
+            for i in 0..halves {
+                let ours = S::load8(s.as_ptr().add(8 * i));
+                S::store8(dot.scales[t].as_mut_ptr().add(8 * i), S::mul8(ours, S::load8(scale.add(8 * i))));
+                if Q::MINS || Q::OFFSET > 0 {
+                    let min = if Q::MINS {
+                        S::load8(m.as_ptr().add(8 * i))
+                    } else {
+                        S::mul8(ours, S::splat8(f32::from(Q::OFFSET)))
+                    };
+                    dot.sums[t] = S::fma8(min, S::load8(less.add(8 * i)), dot.sums[t]);
+                }
+            }
+        }
+        Q::codes::<S>(p, n, &mut dot);
+        for t in 0..T {
+            sums[t] = S::add8(sums[t], dot.sums[t]);
+        }
+    }
+    sums
+}
+
+/// Multiplies codes with `T` tokens.
+struct Dot<S: Simd, Q, const T: usize> {
+    x: [*const u8; T],
+    scales: [[f32; GROUPS]; T],
+    sums: [S::F; T],
+    of: std::marker::PhantomData<Q>,
+}
+
+impl<S: Simd, Q: Quant, const T: usize> Sink<S> for Dot<S, Q, T> {
+    #[inline(always)]
+    unsafe fn take(&mut self, i: usize, codes: S::B) {
+        for t in 0..T {
+            let x = S::load32(self.x[t].add(32 * i));
+            let products = if Q::SIGNED { S::dot_signed(codes, x) } else { S::dot_codes(codes, x) };
+            let scale = if Q::GROUP == 32 {
+                S::splat8(self.scales[t][i])
+            } else {
+                S::splat_pair(self.scales[t].as_ptr().add(2 * i))
+            };
+            self.sums[t] = S::fma8(products, scale, self.sums[t]);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Weights in blocks: rounded codes with scales.
+//!
+//! Every type is the same thing in another packing: a value is `scale * (code - OFFSET) - min`, where
+//! [`Quant::GROUP`] values in a row share the scale and the min. So a type says here how to unpack its
+//! codes, thirty-two at a time, and its scales and mins; what is made of them (dot products, tiles,
+//! plain values) is written once.
+//!
+//! A row is worked on in chunks of [`CHUNK`] values: one block, or up to eight small ones.
+
+#![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
+
+mod blocks;
+mod codebooks;
+mod dots;
+mod grids;
+mod rounded;
+mod super_blocks;
+mod tiles;
+
+pub(crate) use blocks::*;
+pub(crate) use codebooks::*;
+pub(crate) use dots::rounded_dots;
+pub(crate) use rounded::{Rounded, round_row};
+pub(crate) use super_blocks::*;
+pub(crate) use tiles::{multiply_rounded, packed_len};
+
+use crate::DType;
+use crate::simd::Simd;
+
+/// Values in a chunk.
+pub(crate) const CHUNK: usize = 256;
+
+/// The most groups in a chunk.
+pub(crate) const GROUPS: usize = 16;
+
+/// Takes unpacked codes.
+///
+/// A trait, not a closure: a closure cannot be told to become part of the kernel.
+pub(crate) trait Sink<S: Simd> {
+    /// Values `32 i..32 i + 32` of the chunk.
+    ///
+    /// # Safety
+    /// As for [`Simd`], and what the sink was made for.
+    unsafe fn take(&mut self, i: usize, codes: S::B);
+}
+
+/// A type of weights in blocks.
+pub(crate) trait Quant {
+    const DTYPE: DType;
+    /// Values that share a scale: 16 or 32.
+    const GROUP: usize;
+    /// Whether codes are signed bytes; else they are at most 127.
+    const SIGNED: bool = false;
+    /// What is taken from unsigned codes.
+    const OFFSET: u8 = 0;
+    /// Whether there are mins, to be taken from the scaled values. If so, `OFFSET` is 0.
+    const MINS: bool = false;
+
+    /// Writes the scales (and mins, if there are any) of the `n` blocks at `p`: one, or up to eight if
+    /// a block has 32 values. What lies behind them in `s` and `m` becomes 0, up to eight values.
+    ///
+    /// # Safety
+    /// The machine must have the set of `S`, and there be so many blocks.
+    unsafe fn scales<S: Simd>(p: *const u8, n: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]);
+
+    /// Unpacks the codes of the `n` blocks at `p`.
+    ///
+    /// # Safety
+    /// As for [`Quant::scales`].
+    unsafe fn codes<S: Simd>(p: *const u8, n: usize, sink: &mut impl Sink<S>);
+}
+
+/// Blocks in a chunk of `cols` values.
+#[inline(always)]
+pub(crate) const fn blocks_of<Q: Quant>(cols: usize) -> usize {
+    cols / const { Q::DTYPE.block_len() }
+}
+
+/// Bytes of a whole chunk.
+#[inline(always)]
+pub(crate) const fn chunk_bytes<Q: Quant>() -> usize {
+    const { CHUNK / Q::DTYPE.block_len() * Q::DTYPE.block_bytes() }
+}
+
+/// Evaluates an expression with `$Q` standing for the [`Quant`] of a [`DType`], or else another.
+macro_rules! with_quant {
+    ($dtype:expr, $Q:ident => $body:expr, else $other:expr) => {
+        $crate::quant::with_quant!(@ $dtype, $Q, $body, $other,
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4
+            IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M)
+    };
+    (@ $dtype:expr, $Q:ident, $body:expr, $other:expr, $($name:ident)*) => {
+        match $dtype {
+            $($crate::DType::$name => {
+                type $Q = $crate::quant::$name;
+                $body
+            })*
+            _ => $other,
+        }
+    };
+}
+pub(crate) use with_quant;
+
+/// Codes as bytes, in the order of their values.
+struct Store([u8; CHUNK]);
+
+impl<S: Simd> Sink<S> for Store {
+    #[inline(always)]
+    unsafe fn take(&mut self, i: usize, codes: S::B) {
+        S::store32(self.0.as_mut_ptr().add(32 * i), codes);
+    }
+}
+
+/// Values of the `n` blocks at `p`, exactly as their type defines them: what is rounded, and when, is
+/// the same as in ggml.
+///
+/// # Safety
+/// The machine must have the set of `S`, there be so many blocks, and `out` hold their values.
+#[inline(always)]
+pub(crate) unsafe fn widen_chunk<S: Simd, Q: Quant>(p: *const u8, n: usize, out: *mut f32) {
+    let (mut s, mut m) = ([0.0; GROUPS], [0.0; GROUPS]);
+    Q::scales::<S>(p, n, &mut s, &mut m);
+    let mut codes = Store([0; CHUNK]);
+    Q::codes::<S>(p, n, &mut codes);
+    for code in &mut codes.0 {
+        *code = code.wrapping_sub(Q::OFFSET);
+    }
+    for g in 0..n * Q::DTYPE.block_len() / Q::GROUP {
+        let (scale, min) = (S::splat(s[g]), S::splat(m[g]));
+        for c in (g * Q::GROUP..(g + 1) * Q::GROUP).step_by(S::LANES) {
+            let value = S::mul(scale, S::load_i8(codes.0.as_ptr().add(c)));
+            S::store(out.add(c), if Q::MINS { S::sub(value, min) } else { value });
+        }
+    }
+}

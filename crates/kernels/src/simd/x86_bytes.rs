@@ -1,0 +1,185 @@
+//! x86-64: codes in 256-bit registers for both sets; tiles in registers of full width.
+
+use std::arch::x86_64::*;
+
+use super::bytes::Bytes;
+use super::{Avx2, Avx512};
+
+/// What both sets do with the same instructions.
+macro_rules! shared {
+    () => {
+        type B = __m256i;
+        type F = __m256;
+
+        #[inline(always)]
+        unsafe fn load32(p: *const u8) -> __m256i {
+            _mm256_loadu_si256(p.cast())
+        }
+        #[inline(always)]
+        unsafe fn store32(p: *mut u8, v: __m256i) {
+            _mm256_storeu_si256(p.cast(), v);
+        }
+        #[inline(always)]
+        unsafe fn nibbles(p: *const u8) -> __m256i {
+            let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast()));
+            let shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+            _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+        }
+        #[inline(always)]
+        unsafe fn splat_byte(x: u8) -> __m256i {
+            _mm256_set1_epi8(x as i8)
+        }
+        #[inline(always)]
+        unsafe fn and(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_and_si256(a, b)
+        }
+        #[inline(always)]
+        unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_or_si256(a, b)
+        }
+        #[inline(always)]
+        unsafe fn xor(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_xor_si256(a, b)
+        }
+        #[inline(always)]
+        unsafe fn add_bytes(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_add_epi8(a, b)
+        }
+        #[inline(always)]
+        unsafe fn sub_bytes(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_sub_epi8(a, b)
+        }
+        #[inline(always)]
+        unsafe fn shr<const N: i32>(v: __m256i) -> __m256i {
+            _mm256_and_si256(_mm256_srli_epi16::<N>(v), _mm256_set1_epi8((0xff_u8 >> N) as i8))
+        }
+        #[inline(always)]
+        unsafe fn shl<const N: i32>(v: __m256i) -> __m256i {
+            _mm256_and_si256(_mm256_slli_epi16::<N>(v), _mm256_set1_epi8((0xff_u8 << N) as i8))
+        }
+        #[inline(always)]
+        unsafe fn lookup(table: &[i8; 16], i: __m256i) -> __m256i {
+            _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), i)
+        }
+        #[inline(always)]
+        unsafe fn load8(p: *const f32) -> __m256 {
+            _mm256_loadu_ps(p)
+        }
+        #[inline(always)]
+        unsafe fn store8(p: *mut f32, v: __m256) {
+            _mm256_storeu_ps(p, v);
+        }
+        #[inline(always)]
+        unsafe fn splat8(x: f32) -> __m256 {
+            _mm256_set1_ps(x)
+        }
+        #[inline(always)]
+        unsafe fn splat_pair(p: *const f32) -> __m256 {
+            let pair = _mm256_castpd_ps(_mm256_set1_pd(p.cast::<f64>().read_unaligned()));
+            _mm256_permutevar_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+        }
+        #[inline(always)]
+        unsafe fn mul8(a: __m256, b: __m256) -> __m256 {
+            _mm256_mul_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn add8(a: __m256, b: __m256) -> __m256 {
+            _mm256_add_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn fma8(a: __m256, b: __m256, c: __m256) -> __m256 {
+            _mm256_fmadd_ps(a, b, c)
+        }
+        #[inline(always)]
+        unsafe fn sum8(v: __m256) -> f32 {
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+        #[inline(always)]
+        unsafe fn widen_u8(bytes: u64) -> __m256 {
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)))
+        }
+        #[inline(always)]
+        unsafe fn widen_i8(bytes: u64) -> __m256 {
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes as i64)))
+        }
+        #[inline(always)]
+        unsafe fn widen_f16(halves: [u64; 2]) -> __m256 {
+            _mm256_cvtph_ps(_mm_set_epi64x(halves[1] as i64, halves[0] as i64))
+        }
+    };
+}
+
+impl Bytes for Avx512 {
+    shared!();
+    type I = __m512i;
+    const BIASED: bool = true;
+
+    #[inline(always)]
+    unsafe fn spread_bits(bits: u32) -> __m256i {
+        _mm256_movm_epi8(bits)
+    }
+    #[inline(always)]
+    unsafe fn dot_codes(w: __m256i, x: __m256i) -> __m256 {
+        _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), w, x))
+    }
+    #[inline(always)]
+    unsafe fn dot_signed(w: __m256i, x: __m256i) -> __m256 {
+        Self::dot_codes(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const u8) -> __m512i {
+        _mm512_loadu_si512(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> __m512i {
+        _mm512_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn dot4<const SIGNED: bool>(acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        _mm512_dpbusd_epi32(acc, w, x)
+    }
+}
+
+/// Sums of four products; `w` unsigned. No sum of two exceeds 16 bits as long as `w` is at most 128
+/// and `x` not -128.
+#[inline(always)]
+unsafe fn dot_256(w: __m256i, x: __m256i) -> __m256i {
+    _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))
+}
+
+impl Bytes for Avx2 {
+    shared!();
+    type I = __m256i;
+    const BIASED: bool = false;
+
+    #[inline(always)]
+    unsafe fn spread_bits(bits: u32) -> __m256i {
+        let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+        let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), byte);
+        _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit)
+    }
+    #[inline(always)]
+    unsafe fn dot_codes(w: __m256i, x: __m256i) -> __m256 {
+        _mm256_cvtepi32_ps(dot_256(w, x))
+    }
+    #[inline(always)]
+    unsafe fn dot_signed(w: __m256i, x: __m256i) -> __m256 {
+        Self::dot_codes(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const u8) -> __m256i {
+        _mm256_loadu_si256(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> __m256i {
+        _mm256_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn dot4<const SIGNED: bool>(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        let (w, x) = if SIGNED { (_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) } else { (w, x) };
+        _mm256_add_epi32(acc, dot_256(w, x))
+    }
+}
