@@ -119,7 +119,7 @@ impl<'a> Binder<'a> {
         };
         let long = |shape: &[usize]| shape.iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
         if loc.shape != expected && long(&loc.shape) != long(expected) {
-            let (found, expected) = (loc.shape.clone(), expected.to_vec());
+            let (found, expected) = (loc.shape.clone().into(), expected.into());
             return Err(FormatError::Shape { path: self.file(loc), tensor: name.to_owned(), expected, found });
         }
         self.used.insert(name.to_owned());

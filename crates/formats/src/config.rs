@@ -135,7 +135,7 @@ impl Section {
         FormatError::ConfigValue {
             path: self.path.clone(),
             key: format!("{}{key}", self.prefix),
-            value,
+            value: value.into(),
             problem: problem.into(),
         }
     }

@@ -131,22 +131,22 @@ pub enum FormatError {
         /// The key, with the names of the objects around it.
         key: String,
         /// The value found, shortened.
-        value: String,
+        value: Box<str>,
         /// What was expected.
         problem: String,
     },
     /// No family reads this `model_type`.
     #[error("{}: model_type {model_type:?} is not supported; known: {}; help: {}",
-        path.display(), known.join(", "), nearest_help(nearest.as_deref()))]
+        path.display(), known.join(", "), nearest_help(*nearest))]
     UnknownFamily {
         /// The configuration file.
         path: PathBuf,
         /// What it says.
         model_type: String,
         /// Supported types.
-        known: Vec<String>,
+        known: Vec<&'static str>,
         /// The supported type with the most similar name, if any is similar.
-        nearest: Option<String>,
+        nearest: Option<&'static str>,
     },
     /// A name in an index file would leave the folder.
     #[error("{}: shard name {name:?} is refused: {problem}", path.display())]
@@ -184,9 +184,9 @@ pub enum FormatError {
         /// The tensor's name.
         tensor: String,
         /// Shape by the configuration.
-        expected: Vec<usize>,
+        expected: Box<[usize]>,
         /// Shape in the file.
-        found: Vec<usize>,
+        found: Box<[usize]>,
     },
     /// A tensor has a type that is not what the caller can use.
     #[error("{}: tensor {tensor} is stored as {found}; expected {expected}", path.display())]

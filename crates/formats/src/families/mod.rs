@@ -88,15 +88,15 @@ pub fn find(config: &Config) -> Result<&'static Family> {
     if let Some(family) = FAMILIES.iter().find(|f| f.model_types.contains(&model_type)) {
         return Ok(family);
     }
-    let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
+    let known: Vec<&'static str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
     // A text of any length may stand there; only a short one can be a slip of the pen.
     let short: String = model_type.chars().take(64).collect();
     let nearest = known.iter().map(|k| (distance(k, &short), *k)).min().filter(|(d, k)| *d <= k.len() / 4);
     Err(FormatError::UnknownFamily {
         path: config.path().to_owned(),
         model_type: short,
-        known: known.iter().map(|&k| k.to_owned()).collect(),
-        nearest: nearest.map(|(_, k)| k.to_owned()),
+        known,
+        nearest: nearest.map(|(_, k)| k),
     })
 }
 
