@@ -142,7 +142,7 @@ impl<'a> Binder<'a> {
 
     fn computable(&self, loc: &TensorLoc) -> Result<()> {
         let fits = loc.dtype.computable().is_some() && loc.dtype.bytes_of(&loc.shape).is_some();
-        self.need(loc, fits, "F32, F16, BF16 or a type of blocks that fill the rows")
+        self.need(loc, fits, "F32, F16 or BF16, or whole blocks of a GGUF type")
     }
 
     /// A tensor of its own; in 8-bit floats, with its scales.
