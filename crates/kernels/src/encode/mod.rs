@@ -71,8 +71,7 @@ fn check(dtype: DType, cols: usize, src: &[f32]) -> Result<(), KernelError> {
         DType::F32 | DType::BF16 | DType::MXFP4 => f32::MAX,
         _ => LARGEST,
     };
-    // Not a number is not below anything.
-    match src.iter().position(|v| !(v.abs() <= most)) {
+    match src.iter().position(|v| v.is_nan() || v.abs() > most) {
         Some(at) => Err(KernelError::Unwritable { dtype, row: at / cols, value: src[at] }),
         None => Ok(()),
     }

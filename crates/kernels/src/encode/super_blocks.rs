@@ -214,7 +214,7 @@ pub(super) fn q6_k(x: &Block, importance: Option<Importance<'_, 256>>) -> [u8; 2
     }
     let inverse = -128.0 / most;
     let scale = 1.0 / inverse;
-    let scales = scales.map(|s| round(inverse * s).max(-128.0).min(127.0));
+    let scales = scales.map(|s| round(inverse * s).clamp(-128.0, 127.0));
     recode(x, 32.0, &mut codes, |g| as_f16(scale) * scales[g]);
     for half in 0..2 {
         let codes = &codes[128 * half..];

@@ -70,7 +70,6 @@ fn no_more_is_lost_than_by_ggml() {
     for (dtype, plain, weighted) in GGML {
         let plainly = loss(dtype, &encoded(&pool, dtype, &x, None), &x, &[1.0; COLS]);
         let with_importance = loss(dtype, &encoded(&pool, dtype, &x, Some(&w)), &x, &w);
-        println!("{:7} {plainly:.6} ({plain:.6})  {with_importance:.6} ({weighted:.6})", dtype.name());
         assert!(plainly <= 1.02 * plain, "{}: {plainly} of {plain}", dtype.name());
         assert!(with_importance <= 1.02 * weighted, "{}: {with_importance} of {weighted}", dtype.name());
         assert!(plainly >= 0.9 * plain, "{}: {plainly} of {plain} is too good to be true", dtype.name());
