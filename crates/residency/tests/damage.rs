@@ -156,7 +156,6 @@ fn damaged_headers_are_refused_or_loaded() {
             add(damage(&copy, &copy.join("model.safetensors"), 8 + u64::from_le_bytes(length), &mut random));
         }
     }
-    println!("{count} files: {sum:?}");
     assert!(count > 55, "only {count} files");
     // Not all damage is to be seen: a changed byte may lie in a text, or make another number.
     assert!(sum.loaded > 100 && sum.refused > 5000, "{sum:?}");
