@@ -12,6 +12,7 @@ mod profile_vllm;
 mod prune;
 mod record;
 mod run;
+mod tokenize;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,8 @@ pub enum Command {
     Prune(prune::Prune),
     /// Record values inside the forward pass
     Record(record::Record),
+    /// Text to tokens and back
+    Tokenize(tokenize::Tokenize),
     /// Measure speed and memory
     Bench(bench::Bench),
     /// Every method: paper, what it needs, how to run it
@@ -60,6 +63,7 @@ impl Command {
             Command::Inspect(c) => c.run(common),
             Command::Prune(c) => c.run(common),
             Command::Record(c) => c.run(common),
+            Command::Tokenize(c) => c.run(common),
             Command::Bench(c) => c.run(common),
             Command::Methods(c) => c.run(common),
         }
