@@ -180,7 +180,7 @@ impl Progress {
     }
 
     /// There are `total` units in all.
-    fn set_total(&mut self, total: u64) {
+    pub fn set_total(&mut self, total: u64) {
         self.bar.set_length(total);
     }
 

@@ -91,6 +91,12 @@ struct Parts {
     adds_eos: bool,
 }
 
+/// What `tokenizer.ggml.pre` calls a way of splitting texts: these expressions, one after the other, and whether a piece that is
+/// a token is that token whatever the merges would make of it. `None` if it has no name.
+pub fn gguf_pre_name(splits: &[&str], ignore_merges: bool) -> Option<&'static str> {
+    pre::name_of(splits, ignore_merges)
+}
+
 /// Builds the tokenizer of a file's metadata. `path` is the file's, for messages.
 pub(super) fn read(metadata: &BTreeMap<String, GgufValue>, path: &Path) -> Result<GgufTokenizer, TextError> {
     let keys = Keys { metadata, path };
@@ -145,7 +151,9 @@ fn byte_level(keys: &Keys<'_>, tokens: &[String]) -> Result<Parts, TextError> {
     })?;
     let Some(pre) = Pre::of(name) else {
         let known = pre::names().collect::<Vec<_>>().join(", ");
-        return Err(keys.wrong(format!("the way it splits texts ({key}) is `{name}`, which is not known; known are {known}")));
+        return Err(
+            keys.wrong(format!("the way it splits texts ({key}) is `{name}`, which is not known; known are {known}"))
+        );
     };
     let library = |error: tokenizers::Error| keys.wrong(error.to_string());
     let merges_key = "tokenizer.ggml.merges";
@@ -219,12 +227,7 @@ fn pipeline(model: impl Into<ModelWrapper>) -> Pipeline {
 }
 
 /// Tokens that texts spell out, whatever is around them. White space behind those of Phi-3 belongs to them.
-fn add_tokens(
-    keys: &Keys<'_>,
-    pipeline: &mut Pipeline,
-    tokens: &[String],
-    kinds: &[Kind],
-) -> Result<(), TextError> {
+fn add_tokens(keys: &Keys<'_>, pipeline: &mut Pipeline, tokens: &[String], kinds: &[Kind]) -> Result<(), TextError> {
     let name = keys.text("general.name")?.unwrap_or_default().to_lowercase();
     let strips = ["phi-3", "phi3"].iter().any(|phi| name.contains(phi));
     let added = tokens.iter().zip(kinds).filter_map(|(token, kind)| {

@@ -208,7 +208,10 @@ fn chat_templates_come_from_the_file() {
     let mut metadata = metadata("byte_bpe_digits", "gpt2", "gpt-2");
     let tokenizer = open(&metadata).unwrap();
     let missing = tokenizer.chat_template(false).err().unwrap().to_string();
-    assert!(missing.contains("model.gguf has no chat template: looked for the key tokenizer.chat_template"), "{missing}");
+    assert!(
+        missing.contains("model.gguf has no chat template: looked for the key tokenizer.chat_template"),
+        "{missing}"
+    );
     set(&mut metadata, "bos_token_id", GgufValue::Unsigned(500));
     set(&mut metadata, "eos_token_id", GgufValue::Unsigned(502));
     let source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}";
