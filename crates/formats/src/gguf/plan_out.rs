@@ -113,8 +113,12 @@ fn stored(checkpoint: &Checkpoint, kept: Option<&[Vec<usize>]>) -> Result<Vec<Gg
 /// # Errors
 /// A file that cannot be opened, or another specification; then what differs.
 pub fn check_written(path: &Path, expected: &ModelSpec) -> Result<()> {
-    match difference(expected, &model::open(path)?.spec) {
-        None => Ok(()),
-        Some(what) => Err(FormatError::NotInGguf { problem: what }),
-    }
+    let problem = match model::open(path) {
+        Ok(written) => difference(expected, &written.spec),
+        Err(FormatError::MissingTensor { tensor, .. }) => {
+            Some(format!("its architecture has {tensor} in every model, this one has not"))
+        }
+        Err(other) => return Err(other),
+    };
+    problem.map_or(Ok(()), |problem| Err(FormatError::NotInGguf { problem }))
 }
