@@ -94,6 +94,7 @@ fn adapted(dir: &TempDir) -> Vec<(&'static str, PathBuf)> {
     let llama4: &[(&str, serde_json::Value)] = &[
         ("attention_chunk_size", 8192.into()),
         ("floor_scale", 8192.into()),
+        ("attn_scale", 0.1.into()),
         ("no_rope_layers", serde_json::json!([])),
     ];
     let adapt = |(name, changes): (&'static str, &[(&str, serde_json::Value)])| {
@@ -400,9 +401,9 @@ fn what_fails_leaves_nothing_behind() {
     let uneven = Options { kept: Some(&kept), ..options("F16") };
     let error = write(&fixture("olmoe"), &uneven, &out).unwrap_err().to_string();
     assert!(error.contains("4 experts kept in layer 1, 3 in layer 0"), "{error}");
-    // A layer without experts has no place in this architecture, groups by their best no name.
+    // A layer without experts has no place in this architecture, a factor on cos and sin beside that of scores no name.
     for (name, says) in
-        [("qwen2_moe_mixed", "has blk.1.ffn_gate_inp.weight in every model"), ("deepseek_v2", "groups.rule")]
+        [("qwen2_moe_mixed", "has blk.1.ffn_gate_inp.weight in every model"), ("deepseek_v2", "attention_factor is 1.02")]
     {
         let error = write(&fixture(name), &options("F16"), &out).unwrap_err().to_string();
         assert!(error.contains("cannot write the model as GGUF") && error.contains(says), "{name}: {error}");
