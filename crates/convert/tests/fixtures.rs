@@ -402,9 +402,10 @@ fn what_fails_leaves_nothing_behind() {
     let error = write(&fixture("olmoe"), &uneven, &out).unwrap_err().to_string();
     assert!(error.contains("4 experts kept in layer 1, 3 in layer 0"), "{error}");
     // A layer without experts has no place in this architecture, a factor on cos and sin beside that of scores no name.
-    for (name, says) in
-        [("qwen2_moe_mixed", "has blk.1.ffn_gate_inp.weight in every model"), ("deepseek_v2", "attention_factor is 1.02")]
-    {
+    for (name, says) in [
+        ("qwen2_moe_mixed", "has blk.1.ffn_gate_inp.weight in every model"),
+        ("deepseek_v2", "attention_factor is 1.02"),
+    ] {
         let error = write(&fixture(name), &options("F16"), &out).unwrap_err().to_string();
         assert!(error.contains("cannot write the model as GGUF") && error.contains(says), "{name}: {error}");
     }
