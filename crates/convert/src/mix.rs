@@ -214,7 +214,7 @@ mod tests {
         let about = About { layers: 32, experts: 0, group: 4, tied: false, values: 32, importance: false };
         let down = types("q4_k_m", about, "ffn_down.weight", &[4096, 11008]);
         let expected: Vec<DType> =
-            (0..32).map(|l| if l < 4 || l >= 28 || (l - 4) % 3 == 2 { Q6_K } else { Q4_K }).collect();
+            (0..32).map(|l| if !(4..28).contains(&l) || (l - 4) % 3 == 2 { Q6_K } else { Q4_K }).collect();
         assert_eq!(down, expected);
         assert_eq!(types("Q4_K_M", about, "attn_v.weight", &[1024, 4096]), expected);
         let down = types("Q4_K_S", about, "ffn_down_exps.weight", &[8, 4096, 11008]);

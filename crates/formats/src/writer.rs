@@ -24,7 +24,8 @@ pub struct TensorOut<'a> {
     produce: Produce<'a>,
 }
 
-type Produce<'a> = Box<dyn FnOnce(&mut Sink<'_>) -> Result<()> + 'a>;
+/// What writes a tensor's bytes when it is its turn.
+pub type Produce<'a> = Box<dyn FnOnce(&mut Sink<'_>) -> Result<()> + 'a>;
 
 impl fmt::Debug for TensorOut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::header::GgufValue;
 use super::{ALIGNMENT, GGUF_MAGIC, GgmlType};
-use crate::writer::{Sink, Temporary, check_output};
+use crate::writer::{Produce, Sink, Temporary, check_output};
 use crate::{FormatError, Result};
 
 /// Keys whose numbers are single bytes.
@@ -43,7 +43,7 @@ pub struct GgufOut<'a> {
     /// Element type.
     pub dtype: GgmlType,
     /// Writes the bytes.
-    pub produce: Box<dyn FnOnce(&mut Sink<'_>) -> Result<()> + 'a>,
+    pub produce: Produce<'a>,
 }
 
 impl fmt::Debug for GgufOut<'_> {
