@@ -10,8 +10,10 @@ mod methods;
 mod profile;
 mod profile_vllm;
 mod prune;
+mod quantize;
 mod record;
 mod run;
+mod tokenize;
 
 use std::process::ExitCode;
 
@@ -39,8 +41,12 @@ pub enum Command {
     Inspect(inspect::Inspect),
     /// Write a model, or a list, with only the kept experts
     Prune(prune::Prune),
+    /// Write a model as GGUF, in a smaller type
+    Quantize(quantize::Quantize),
     /// Record values inside the forward pass
     Record(record::Record),
+    /// Text to tokens and back
+    Tokenize(tokenize::Tokenize),
     /// Measure speed and memory
     Bench(bench::Bench),
     /// Every method: paper, what it needs, how to run it
@@ -59,7 +65,9 @@ impl Command {
             Command::Library(c) => c.run(common),
             Command::Inspect(c) => c.run(common),
             Command::Prune(c) => c.run(common),
+            Command::Quantize(c) => c.run(common),
             Command::Record(c) => c.run(common),
+            Command::Tokenize(c) => c.run(common),
             Command::Bench(c) => c.run(common),
             Command::Methods(c) => c.run(common),
         }
