@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use quorate_formats::Preset;
 use quorate_lens::{LensError, Library};
 use quorate_model::{KeptExperts, Model, RoutingMode};
 use serde::Serialize;
@@ -49,8 +50,12 @@ impl Common {
     pub fn model_path(&self) -> Result<PathBuf> {
         match &self.model {
             Some(path) if path.exists() => Ok(path.clone()),
+            Some(path) if path.to_str().and_then(Preset::find).is_some() => bail!(
+                "{} is a preset, known by its shape only; help: `quorate inspect -m {0}` looks at it; to run it, name a folder with its weights",
+                path.display()
+            ),
             Some(path) => bail!(
-                "there is no model at {}; help: give a folder with config.json and *.safetensors, or leave -m out for the embedded model",
+                "there is no model at {}; help: give a folder with config.json and *.safetensors, or leave -m out for the embedded model; `quorate inspect --presets` lists the models that are known by name",
                 path.display()
             ),
             None => Ok(embedded::unpacked()?.join("model")),

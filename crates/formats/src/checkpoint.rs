@@ -11,7 +11,7 @@ use crate::config::read_json;
 use crate::families::{self, Family};
 use crate::role::Role;
 use crate::safetensors::HEADER_BYTES_MAX;
-use crate::shape;
+use crate::shape::{self, ParameterCounts};
 use crate::source::Recipe;
 use crate::spec::ModelSpec;
 use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
@@ -32,15 +32,6 @@ pub struct Checkpoint {
     tensors: Vec<TensorLoc>,
     bound: Bound,
     fingerprint: String,
-}
-
-/// How many numbers a model has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ParameterCounts {
-    /// All, tied matrices once.
-    pub total: u64,
-    /// Those that one token passes: all but the experts that are not chosen for it.
-    pub active: u64,
 }
 
 impl Checkpoint {
@@ -172,13 +163,7 @@ impl Checkpoint {
 
     /// How many numbers the model has.
     pub fn parameter_counts(&self) -> ParameterCounts {
-        let shared = self.sum(|role| !role.is_expert(), TensorLoc::elements);
-        let chosen = self.spec.moe_layers().into_iter().map(|l| {
-            let one: u64 =
-                Role::of_expert(l, 0).iter().filter_map(|&r| self.tensor(r).ok()).map(|t| t.elements()).sum();
-            one * self.spec.moe(l).map_or(0, |moe| moe.top_k as u64)
-        });
-        ParameterCounts { total: self.sum(|_| true, TensorLoc::elements), active: shared + chosen.sum::<u64>() }
+        shape::parameter_counts(&self.spec)
     }
 
     fn sum(&self, which: impl Fn(Role) -> bool, what: impl Fn(&TensorLoc) -> u64) -> u64 {

@@ -1,6 +1,8 @@
 //! The KV cache: keys (after RoPE) and values of every layer, for several sequences.
 
-use quorate_formats::spec::{LayerSpec, ModelSpec};
+use quorate_formats::spec::ModelSpec;
+
+use crate::cache_layout::widths;
 
 /// Keys and values of a set of sequences, each in its own slot. Values are f32.
 #[derive(Clone, Debug)]
@@ -36,15 +38,6 @@ pub(crate) struct State {
     pub matrices: Vec<f32>,
 }
 
-/// Widths of a key row and of a value row; nothing is kept of a layer with a recurrent state.
-fn widths(layer: &LayerSpec) -> [usize; 2] {
-    let attn = &layer.attn;
-    match layer.delta {
-        Some(_) => [0, 0],
-        None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
-    }
-}
-
 impl KvCache {
     /// An empty cache with `slots` sequences.
     pub fn new(spec: &ModelSpec, slots: usize) -> KvCache {
@@ -52,11 +45,6 @@ impl KvCache {
         let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
         let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
         KvCache { widths, recurrent, slots: vec![slot; slots] }
-    }
-
-    /// Bytes that one token of one sequence takes.
-    pub fn bytes_per_token(spec: &ModelSpec) -> u64 {
-        spec.layers.iter().map(|l| 4 * widths(l).iter().sum::<usize>() as u64).sum()
     }
 
     /// Number of slots.

@@ -13,5 +13,5 @@ mod weights;
 
 pub use error::{ResidencyError, Result};
 pub use matrix::{Bytes, Expert, Matrix};
-pub use plan::{Budget, MemoryPlan, memory_plan, skeleton_bytes};
+pub use plan::{Budget, LayerExperts, MemoryPlan, WeightSizes, memory_plan, skeleton_bytes};
 pub use weights::{Progress, Weights};
