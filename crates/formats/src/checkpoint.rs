@@ -213,14 +213,30 @@ struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
+impl ShardIndex {
+    /// The shards, each once, in order.
+    fn shards(&self, index_path: &Path) -> Result<Vec<&String>> {
+        let mut shards: Vec<&String> = self.weight_map.values().collect();
+        shards.sort_unstable();
+        shards.dedup();
+        shards.iter().try_for_each(|name| check_shard_name(index_path, name))?;
+        Ok(shards)
+    }
+}
+
+/// The shards that an index (`model.safetensors.index.json`) names, each once, in order.
+///
+/// # Errors
+/// The file cannot be read, or a name would leave the folder.
+pub fn shard_names(index_path: &Path) -> Result<Vec<String>> {
+    let index: ShardIndex = read_json(index_path, HEADER_BYTES_MAX)?;
+    Ok(index.shards(index_path)?.into_iter().cloned().collect())
+}
+
 /// Opens the shards that an index names, and checks that each tensor is where the index says.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<DataFile>, Vec<TensorLoc>)> {
     let index: ShardIndex = read_json(index_path, HEADER_BYTES_MAX)?;
-    let mut shards: Vec<&String> = index.weight_map.values().collect();
-    shards.sort_unstable();
-    shards.dedup();
-    shards.iter().try_for_each(|name| check_shard_name(index_path, name))?;
-
+    let shards = index.shards(index_path)?;
     let (mut files, mut tensors) = (Vec::new(), Vec::new());
     for shard in &shards {
         let (data, mut of_shard) = SafetensorsFile::open(&folder.join(shard))?.into_parts(files.len());

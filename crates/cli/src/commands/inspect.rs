@@ -11,6 +11,7 @@ use quorate_residency::WeightSizes;
 use serde_json::{Value, json};
 
 use crate::common::{Common, human_bytes, parse_count, say};
+use crate::hub::{self, Hub};
 
 /// Arguments of `inspect`.
 #[derive(Args)]
@@ -20,6 +21,7 @@ Examples:
   quorate inspect -m models/OLMoE-1B-7B --json
   quorate inspect -m deepseek-r1 --quant Q2_K --ctx 8192    a preset, without weights
   quorate inspect -m config.json                            a configuration alone
+  quorate inspect -m Qwen/Qwen3-30B-A3B                     of the hub, without fetching its weights
   quorate inspect --presets                                 names of all presets")]
 pub struct Inspect {
     /// Type of the weights for the table of what fits, e.g. Q4_K; left out, as stored, or Q4_K if there are no weights
@@ -63,7 +65,10 @@ impl Subject {
             let (outline, named) = (preset.outline()?, preset.name.to_owned());
             return Ok(Subject::Outline { outline, named, preset: Some(preset) });
         }
-        let path = common.model_path()?;
+        let path = match common.model.as_deref().and_then(hub::named) {
+            Some(repo) => Hub::new(common)?.outline(common, &repo)?,
+            None => common.model_path()?,
+        };
         match is_outline(&path) {
             Some(config) => {
                 let named = path.display().to_string();

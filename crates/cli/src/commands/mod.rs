@@ -10,6 +10,7 @@ mod methods;
 mod profile;
 mod profile_vllm;
 mod prune;
+mod pull;
 mod record;
 mod run;
 
@@ -37,6 +38,8 @@ pub enum Command {
     Library(library::LibraryCommand),
     /// What a model is, where its bytes are, what fits in how much memory
     Inspect(inspect::Inspect),
+    /// Fetch a model from the Hugging Face hub
+    Pull(pull::Pull),
     /// Write a model, or a list, with only the kept experts
     Prune(prune::Prune),
     /// Record values inside the forward pass
@@ -58,6 +61,7 @@ impl Command {
             Command::Compare(c) => c.run(common),
             Command::Library(c) => c.run(common),
             Command::Inspect(c) => c.run(common),
+            Command::Pull(c) => c.run(common),
             Command::Prune(c) => c.run(common),
             Command::Record(c) => c.run(common),
             Command::Bench(c) => c.run(common),
