@@ -14,7 +14,9 @@ pub mod gguf;
 pub mod hf_writer;
 pub mod outline;
 pub mod presets;
+mod prune;
 pub mod quantised;
+
 pub mod role;
 pub mod rope;
 pub mod safetensors;
