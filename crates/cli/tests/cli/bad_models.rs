@@ -68,7 +68,7 @@ fn missing_parts() {
     quorate!["inspect", "-m", model.path()].ok(); // which needs none
 
     let file = model.path().join("config.json");
-    refused(&file, &["config.json", "no .safetensors file", "help: name a folder"]);
+    refused(&file, &["config.json", "no .safetensors or .gguf file", "help: name a folder"]);
     quorate!["inspect", "-m", &file].ok();
     let sharded = copy_of("qwen2_moe_mixed");
     fs::remove_file(sharded.path().join("model-00002-of-00002.safetensors")).unwrap();
