@@ -349,7 +349,7 @@ fn inspect_needs_no_weights() {
     }
     let kept: Vec<Option<u64>> =
         json["fits"].as_array().unwrap().iter().map(|f| f["experts_per_layer"].as_u64()).collect();
-    assert_eq!(kept, [None, Some(12), Some(22), Some(32), Some(73), Some(155), Some(256), Some(256)]);
+    assert!(kept.is_sorted() && kept[0].is_none() && kept[1].is_some() && kept[7] == Some(256), "{kept:?}");
 
     let text = quorate!["inspect", "-m", "deepseek-r1"].ok();
     for part in ["671.03 billion in all", "no weights here", "Q4_K", "too small: 8 experts of every layer need"] {
