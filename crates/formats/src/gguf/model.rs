@@ -14,6 +14,7 @@ use super::{GgufFile, GgufValue};
 use crate::bind::{Bound, Naming, bind};
 use crate::config::{HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, POSITIONS_MAX, Section};
 use crate::families::{self, Family};
+use crate::packed::Scheme;
 use crate::role::Role;
 use crate::spec::{DeltaLayout, FfnSpec, ModelSpec, NormKind, RouterScore};
 use crate::{Config, DataFile, FormatError, Result, TensorLoc};
@@ -46,7 +47,7 @@ pub(crate) fn open(path: &Path) -> Result<GgufModel> {
     let config = reader.config(&metadata)?;
     let family = families::find(&config)?;
     let spec = reader.spec(&config, family)?;
-    let naming = Naming { names: &GGUF_NAMES, fused: &|role| reader.layout.fused(&spec, role), fp8_block: None };
+    let naming = Naming { names: &GGUF_NAMES, fused: &|role| reader.layout.fused(&spec, role), scheme: Scheme::Plain };
     let bound = bind(path, &spec, &naming, &files, &tensors)?;
     reader.refuse_unknown(&spec, &bound.unused)?;
     Ok(GgufModel { config, spec, family, files, tensors, bound, metadata })
