@@ -50,7 +50,7 @@ impl Hub {
             match select::weights(&listing, repo.file.as_deref())? {
                 select::Weights::Files(files) => downloads.fetch(&files)?,
                 select::Weights::Index(index) => {
-                    downloads.fetch(&[index.clone()])?;
+                    downloads.fetch(std::slice::from_ref(&index))?;
                     let shards = quorate_formats::checkpoint::shard_names(&downloads.path_of(&index)?)?;
                     downloads.fetch(&select::listed(&listing, &shards)?)?;
                 }

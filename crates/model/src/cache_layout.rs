@@ -2,6 +2,8 @@
 
 use quorate_formats::spec::{LayerSpec, ModelSpec};
 
+use crate::cache::Widths;
+
 /// How a context is kept, layer by layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheLayout {
@@ -18,26 +20,25 @@ struct LayerLayout {
 }
 
 impl CacheLayout {
-    /// As [`KvCache`](crate::KvCache) keeps it: f32, keys and values of every head, all positions.
+    /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: f32, all positions, of multi-head
+    /// latent attention the latent vector and the rotated key.
     pub fn own(spec: &ModelSpec) -> CacheLayout {
-        let of_layer =
-            |l: &LayerSpec| LayerLayout { token_bytes: 4 * widths(l).iter().sum::<usize>() as u64, window: None };
-        CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), state_bytes: state_bytes(spec) }
+        CacheLayout::of(spec, 4, |_| None)
     }
 
-    /// The least that computes the same with numbers of 16 bits: of multi-head latent attention just the latent vector and the
-    /// rotated key, of sliding windows and chunks just the positions that can still be seen.
+    /// The least that computes the same with numbers of 16 bits: of sliding windows and chunks just the positions that can
+    /// still be seen.
     pub fn compact(spec: &ModelSpec) -> CacheLayout {
+        CacheLayout::of(spec, 2, |l| match (l.attn.sliding_window, l.attn.extra.chunk) {
+            (Some(window), Some(chunk)) => Some(window.min(chunk)),
+            (window, chunk) => window.or(chunk),
+        })
+    }
+
+    fn of(spec: &ModelSpec, bytes: u64, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
         let of_layer = |l: &LayerSpec| {
-            let numbers = match (&l.delta, &l.attn.mla) {
-                (None, Some(mla)) => mla.kv_lora_rank + l.attn.rope.dim,
-                _ => widths(l).iter().sum(),
-            };
-            let window = match (l.attn.sliding_window, l.attn.extra.chunk) {
-                (Some(window), Some(chunk)) => Some(window.min(chunk)),
-                (window, chunk) => window.or(chunk),
-            };
-            LayerLayout { token_bytes: 2 * numbers as u64, window }
+            let numbers = Widths::new(l).least().iter().sum::<usize>() as u64;
+            LayerLayout { token_bytes: bytes * numbers, window: window(l) }
         };
         CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), state_bytes: state_bytes(spec) }
     }
@@ -56,15 +57,6 @@ impl CacheLayout {
     /// Bytes of one more token when all windows are full.
     pub fn bytes_per_token_beyond_windows(&self) -> u64 {
         self.layers.iter().filter(|l| l.window.is_none()).map(|l| l.token_bytes).sum()
-    }
-}
-
-/// Widths of a key row and of a value row; nothing is kept of a layer with a recurrent state.
-pub(crate) fn widths(layer: &LayerSpec) -> [usize; 2] {
-    let attn = &layer.attn;
-    match layer.delta {
-        Some(_) => [0, 0],
-        None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
     }
 }
 
@@ -88,10 +80,10 @@ mod tests {
 
     #[test]
     fn latent_vectors_windows_and_states_are_counted() {
-        // 61 layers of 512 + 64 numbers; a head has keys of 192 and values of 128.
+        // 61 layers of 512 + 64 numbers.
         let r1 = preset("deepseek-r1");
         assert_eq!(CacheLayout::compact(&r1).bytes_per_token(), 61 * 576 * 2);
-        assert_eq!(CacheLayout::own(&r1).bytes_per_token(), 61 * 128 * (192 + 128) * 4);
+        assert_eq!(CacheLayout::own(&r1).bytes_per_token(), 61 * 576 * 4);
         // Every second layer sees 128 positions.
         let oss = CacheLayout::compact(&preset("gpt-oss-20b"));
         let token = 2 * 8 * 64 * 2;

@@ -41,9 +41,9 @@ pub struct Inspect {
 /// How keys and values are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
-    /// As this program keeps them, in f32
+    /// As this program keeps them: f32, all positions
     Own,
-    /// The least that computes the same: 16 bits, latent vectors, full windows only
+    /// The least that computes the same: 16 bits, only positions that can still be seen
     Compact,
 }
 

@@ -17,7 +17,7 @@ use super::{Hub, Repo, cache, select};
 use crate::common::{Common, Progress, interrupted};
 
 /// Bytes that are fetched along rather than asked for apart.
-const GAP_BYTES: u64 = 64 << 10;
+const GAP_BYTES: u64 = 4 << 10;
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// What was done.

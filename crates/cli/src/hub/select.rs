@@ -68,9 +68,7 @@ pub fn gguf(names: &[&str], wanted: Option<&str>) -> Result<Vec<String>> {
         Some(wanted) => {
             let (stem, wanted) = (stem.to_ascii_lowercase(), wanted.to_ascii_lowercase());
             let wanted = without_part(wanted.strip_suffix(".gguf").unwrap_or(&wanted));
-            let ends =
-                stem.strip_suffix(wanted).is_some_and(|rest| rest.is_empty() || rest.ends_with(['-', '.', '_', '/']));
-            ends
+            stem.strip_suffix(wanted).is_some_and(|rest| rest.is_empty() || rest.ends_with(['-', '.', '_', '/']))
         }
     };
     let all: Vec<String> = models.keys().cloned().collect();
