@@ -61,7 +61,8 @@ impl Checkpoint {
             }
             Weights::Index(index) => open_shards(&folder, &index)?,
             Weights::Gguf(file) => {
-                let GgufModel { config, spec, family, files, tensors, bound, metadata } = gguf::open_model(&file)?;
+                let GgufModel { config, spec, family, files, tensors, bound, metadata } =
+                    gguf::open_model(&file, true)?;
                 let about = About { path: path.to_owned(), folder, config, spec, family, gguf: Some(metadata) };
                 return Self::of(about, files, tensors, bound);
             }

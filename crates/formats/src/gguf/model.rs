@@ -30,12 +30,13 @@ pub(crate) struct GgufModel {
     pub metadata: BTreeMap<String, GgufValue>,
 }
 
-/// Opens a model of one file or several. Only headers are read, and factors of the rotation.
+/// Opens a model of one file or several. Only headers are read, and factors of the rotation; unless it is `whole`, there need
+/// be no more.
 ///
 /// # Errors
 /// Anything missing, malformed, inconsistent or not supported, by name.
-pub(crate) fn open(path: &Path) -> Result<GgufModel> {
-    let Files { metadata, files, tensors } = files::open(path)?;
+pub(crate) fn open(path: &Path, whole: bool) -> Result<GgufModel> {
+    let Files { metadata, files, tensors } = files::open(path, whole)?;
     let name = metadata.get("general.architecture").and_then(GgufValue::as_str).unwrap_or_default();
     let arch = Arch::named(name).ok_or_else(|| FormatError::UnknownArch {
         path: path.to_owned(),
