@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::bind::{Bound, Naming, bind, fp8_block};
+use crate::bind::{Bound, Naming, bind};
 use crate::config::read_json;
 use crate::families::{self, Family};
 use crate::gguf::{self, GgufModel, GgufValue};
@@ -15,7 +15,7 @@ use crate::safetensors::HEADER_BYTES_MAX;
 use crate::shape::{self, ParameterCounts};
 use crate::source::Recipe;
 use crate::spec::ModelSpec;
-use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
+use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint, packed};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -61,7 +61,8 @@ impl Checkpoint {
             }
             Weights::Index(index) => open_shards(&folder, &index)?,
             Weights::Gguf(file) => {
-                let GgufModel { config, spec, family, files, tensors, bound, metadata } = gguf::open_model(&file)?;
+                let GgufModel { config, spec, family, files, tensors, bound, metadata } =
+                    gguf::open_model(&file, true)?;
                 let about = About { path: path.to_owned(), folder, config, spec, family, gguf: Some(metadata) };
                 return Self::of(about, files, tensors, bound);
             }
@@ -70,7 +71,7 @@ impl Checkpoint {
         let family = families::find(&config)?;
         let spec = (family.spec)(&config)?;
         let fused = |role| family.fused.and_then(|fused| fused(&spec, role));
-        let naming = Naming { names: &family.names, fused: &fused, fp8_block: fp8_block(&config)? };
+        let naming = Naming { names: &family.names, fused: &fused, scheme: packed::scheme(&config)? };
         let bound = bind(path, &spec, &naming, &files, &tensors)?;
         Self::of(About { path: path.to_owned(), folder, config, spec, family, gguf: None }, files, tensors, bound)
     }

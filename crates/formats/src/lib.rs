@@ -13,6 +13,7 @@ mod fingerprint;
 pub mod gguf;
 pub mod hf_writer;
 pub mod outline;
+pub mod packed;
 pub mod presets;
 mod prune;
 pub mod quantised;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use quorate_formats::spec::{AttnSpec, FfnSpec, ModelSpec, MoeSpec, QkNorm};
-use quorate_formats::{Checkpoint, Outline, Preset, QUANTISATIONS, Quantisation, shape};
+use quorate_formats::{Checkpoint, FormatError, Outline, Preset, QUANTISATIONS, Quantisation, shape};
 use quorate_model::{CacheLayout, buffer_bytes};
 use quorate_residency::WeightSizes;
 use serde_json::{Value, json};
@@ -69,12 +69,19 @@ impl Subject {
             Some(repo) => Hub::new(common)?.outline(common, &repo)?,
             None => common.model_path()?,
         };
-        match is_outline(&path) {
-            Some(config) => {
-                let named = path.display().to_string();
-                Ok(Subject::Outline { outline: Outline::open(&config)?, named, preset: None })
+        let named = path.display().to_string();
+        if let Some(config) = is_outline(&path) {
+            return Ok(Subject::Outline { outline: Outline::open(&config)?, named, preset: None });
+        }
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => Ok(Subject::Weights(Box::new(checkpoint))),
+            // The header of a GGUF file says it all.
+            Err(cut @ FormatError::Truncated { .. }) if path.extension().is_some_and(|end| end == "gguf") => {
+                let Ok(outline) = Outline::open(&path) else { return Err(cut.into()) };
+                common.note(&format!("{cut}; only its header is looked at"));
+                Ok(Subject::Outline { outline, named, preset: None })
             }
-            None => Ok(Subject::Weights(Box::new(Checkpoint::open(&path)?))),
+            Err(other) => Err(other.into()),
         }
     }
 

@@ -370,6 +370,22 @@ fn inspect_needs_no_weights() {
             assert_eq!(bare[field], whole[field], "{field}");
         }
     }
+    // Nor does a GGUF file need more than its header.
+    let (gguf, cut) = (fixture("qwen3_moe").join("gguf/qwen3_moe-f16.gguf"), folder.path().join("cut.gguf"));
+    let bytes = fs::read(&gguf).unwrap();
+    let whole = quorate!["inspect", "-m", &gguf, "--quant", "Q8_0", "--json"].json();
+    let header = bytes.len() - whole["model_bytes"].as_u64().unwrap() as usize;
+    fs::write(&cut, &bytes[..header + 1000]).unwrap();
+    let told = quorate!["inspect", "-m", &cut, "--quant", "Q8_0", "--json"];
+    assert!(told.err.contains("truncated") && told.err.contains("only its header"), "{}", told.err);
+    let bare = told.json();
+    for field in ["parameters", "quantisations", "fits", "experts"] {
+        assert_eq!(bare[field], whole[field], "{field}");
+    }
+    quorate!["run", "x", "-m", &cut].fails(3, &["truncated"]);
+    fs::write(&cut, &bytes[..header / 2]).unwrap();
+    quorate!["inspect", "-m", &cut].fails(3, &["cut.gguf"]);
+    fs::remove_file(&cut).unwrap();
     // An index whose shards are missing is a broken model, no configuration.
     fs::write(folder.path().join("model.safetensors.index.json"), "{\"weight_map\":{\"x\":\"m.safetensors\"}}")
         .unwrap();

@@ -19,9 +19,9 @@ pub(super) struct Files {
     pub tensors: Vec<TensorLoc>,
 }
 
-/// Opens a file, and the others if it is the first part of a split model.
-pub(super) fn open(path: &Path) -> Result<Files> {
-    let first = GgufFile::open(path)?;
+/// Opens a file, and the others if it is the first part of a split model; unless `whole`, headers are enough.
+pub(super) fn open(path: &Path, whole: bool) -> Result<Files> {
+    let first = GgufFile::open_part(path, whole)?;
     let bad = |problem: String| FormatError::Gguf { path: path.to_owned(), problem };
     let (part, parts) = (split(&first, "split.no")?.unwrap_or(0), split(&first, "split.count")?.unwrap_or(1));
     let expected = split(&first, "split.tensors.count")?;
@@ -32,7 +32,7 @@ pub(super) fn open(path: &Path) -> Result<Files> {
     let (metadata, file, tensors) = first.into_parts(0);
     let mut all = Files { metadata, files: vec![file], tensors };
     for (i, path) in rest.iter().enumerate() {
-        let next = GgufFile::open(path)?;
+        let next = GgufFile::open_part(path, whole)?;
         if (split(&next, "split.no")?, split(&next, "split.count")?) != (Some(i as u64 + 1), Some(parts)) {
             return Err(FormatError::Gguf {
                 path: path.clone(),
