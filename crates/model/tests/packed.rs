@@ -102,7 +102,7 @@ fn files_that_do_not_keep_their_word_are_refused() {
         ("compressed_int4", "\"group_size\": 32", "\"group_size\": 64", "weight_scale"),
         ("compressed_int8", "\"channel\"", "\"token\"", "known: group, channel, tensor"),
     ] {
-        let error = Checkpoint::open(with_config(kind, from, to).path()).err().expect(kind);
+        let error = Checkpoint::open(with_config(kind, from, to).path()).expect_err(kind);
         assert!(error.to_string().contains(part), "{error}");
     }
     // A group that is not there.
