@@ -145,7 +145,9 @@ fn byte_level(keys: &Keys<'_>, tokens: &[String]) -> Result<Parts, TextError> {
     })?;
     let Some(pre) = Pre::of(name) else {
         let known = pre::names().collect::<Vec<_>>().join(", ");
-        return Err(keys.wrong(format!("the way it splits texts ({key}) is `{name}`, which is not known; known are {known}")));
+        return Err(
+            keys.wrong(format!("the way it splits texts ({key}) is `{name}`, which is not known; known are {known}"))
+        );
     };
     let library = |error: tokenizers::Error| keys.wrong(error.to_string());
     let merges_key = "tokenizer.ggml.merges";
@@ -219,12 +221,7 @@ fn pipeline(model: impl Into<ModelWrapper>) -> Pipeline {
 }
 
 /// Tokens that texts spell out, whatever is around them. White space behind those of Phi-3 belongs to them.
-fn add_tokens(
-    keys: &Keys<'_>,
-    pipeline: &mut Pipeline,
-    tokens: &[String],
-    kinds: &[Kind],
-) -> Result<(), TextError> {
+fn add_tokens(keys: &Keys<'_>, pipeline: &mut Pipeline, tokens: &[String], kinds: &[Kind]) -> Result<(), TextError> {
     let name = keys.text("general.name")?.unwrap_or_default().to_lowercase();
     let strips = ["phi-3", "phi3"].iter().any(|phi| name.contains(phi));
     let added = tokens.iter().zip(kinds).filter_map(|(token, kind)| {

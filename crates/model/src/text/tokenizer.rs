@@ -172,7 +172,8 @@ impl Tokenizer {
     pub fn chat_template(&self, with_tools: bool) -> Result<ChatTemplate, TextError> {
         let for_tools = self.chat_template_source("tool_use").filter(|_| with_tools);
         let source = for_tools.or_else(|| self.chat_template_source("default"));
-        let source = source.ok_or_else(|| TextError::NoChatTemplate { place: self.place.clone(), looked_for: self.looked_for })?;
+        let source = source
+            .ok_or_else(|| TextError::NoChatTemplate { place: self.place.clone(), looked_for: self.looked_for })?;
         ChatTemplate::new(source, self.config.specials.clone())
     }
 }

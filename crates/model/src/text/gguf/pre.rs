@@ -94,14 +94,17 @@ const DEEPSEEK_LLM: &[&str] = &[
     "[一-龥\u{800}-一가-\u{d7ff}]+",
     r"\p{N}+",
 ];
-const DEEPSEEK_CODER: &[&str] =
-    &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u{800}-一가-\u{d7ff}]+", r"\p{N}"];
+const DEEPSEEK_CODER: &[&str] = &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u{800}-一가-\u{d7ff}]+", r"\p{N}"];
 const DIGITS_GPT2: &[&str] = &[r"\p{N}", GPT2];
 
 /// All kinds that are known.
 const KINDS: &[Pre] = &[
     Pre::new(&["default"], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
-    Pre::whole(&["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"], &[LLAMA3], true),
+    Pre::whole(
+        &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
+        &[LLAMA3],
+        true,
+    ),
     Pre::new(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
     Pre::whole(&["glm4", "glm5"], &[LLAMA3], false),
     Pre::new(
