@@ -220,7 +220,7 @@ pub enum FormatError {
         /// What is wrong with the kept experts.
         problem: String,
         /// What to do.
-        help: &'static str,
+        help: std::borrow::Cow<'static, str>,
     },
     /// New values for a weight that are not as many as it has.
     #[error("tensor {tensor}: {found} new values for {expected}; help: give one for each")]

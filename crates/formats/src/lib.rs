@@ -12,6 +12,7 @@ pub mod families;
 mod fingerprint;
 pub mod gguf;
 pub mod hf_writer;
+mod prune;
 pub mod role;
 pub mod rope;
 pub mod safetensors;

@@ -46,6 +46,12 @@ pub const CARD: Card = Card {
             experts. What is found is a list for --protect-file.",
 };
 
+/// The percentile of all experts' outputs that one exceeds, unless told otherwise.
+pub const PERCENTILE: f64 = 99.5;
+
+/// How often one exceeds the median, unless told otherwise: our own guard, since a percentile finds someone in every model.
+pub const GUARD: f64 = 50.0;
+
 /// Parameters of super experts.
 #[derive(Args, Clone, Debug, Serialize)]
 pub struct SuperExperts {
@@ -56,10 +62,10 @@ pub struct SuperExperts {
     #[arg(long, value_name = "SHARE")]
     pub layer_fraction: Option<f64>,
     /// Percentile of all experts that a super expert exceeds
-    #[arg(long, default_value_t = 99.5, value_name = "P")]
+    #[arg(long, default_value_t = PERCENTILE, value_name = "P")]
     pub percentile: f64,
     /// How often the median expert's largest output a super expert exceeds
-    #[arg(long, default_value_t = 50.0, value_name = "TIMES")]
+    #[arg(long, default_value_t = GUARD, value_name = "TIMES")]
     pub guard: f64,
     /// Random sets of experts to compare with
     #[arg(long, default_value_t = 5, value_name = "N")]

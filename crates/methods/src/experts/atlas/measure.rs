@@ -5,6 +5,7 @@ use quorate_eval::encode::EncodedItem;
 use quorate_lens::{ExpertMap, RoutingTrace, TraceRecorder};
 use quorate_model::{At, Chain, Flow, Lens, ModelError, NO_EXPERT, Site, SiteSet, ops};
 
+use crate::experts::super_experts::{GUARD, PERCENTILE, Thresholds};
 use crate::routing::choices::Choices;
 use crate::routing::entropy;
 use crate::{Lab, MethodError};
@@ -170,14 +171,11 @@ pub fn spread(weights: &[f64]) -> f64 {
     entropy(&weights.iter().map(|w| w / sum).collect::<Vec<_>>()) / (weights.len() as f64).ln()
 }
 
-/// Super experts: outputs whose peak is above the 99.5th percentile of all experts' and a tenth of the largest (the rule of
-/// arXiv 2507.23279), and ten times the median (without which the rule finds someone in every model).
+/// Super experts by their outputs alone: [`Thresholds`] as `quorate super-experts` has them unless told otherwise.
 fn super_experts(peaks: &[Option<f64>]) -> Vec<bool> {
     let known: Vec<f64> = peaks.iter().copied().flatten().collect();
-    let quantile = |q| quorate_eval::statistics::quantile(&known, q).unwrap_or(f64::INFINITY);
-    let least = (quantile(1.0) / 10.0).max(10.0 * quantile(0.5));
-    let percentile = quantile(0.995);
-    peaks.iter().map(|p| p.is_some_and(|p| p > percentile && p > least)).collect()
+    let least = Thresholds::of(&known, PERCENTILE, GUARD).map_or(f64::INFINITY, |t| t.least);
+    peaks.iter().map(|p| p.is_some_and(|p| p > least)).collect()
 }
 
 #[cfg(test)]

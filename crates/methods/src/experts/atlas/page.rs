@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::measure::{Numbers, Recorded};
 use super::{Atlas, Found, flags as flags_of, round};
 use crate::contrast::top;
+use crate::experts::super_experts::{GUARD, PERCENTILE};
 use crate::routing::choices::{Choices, Speciality};
 use crate::{CardList, Cards, ExpertCard, Flag, Lab, MethodError};
 
@@ -34,8 +35,9 @@ pub fn flags(atlas: &Atlas, found: &[Found]) -> Vec<Flag> {
         );
         flags.push(flag(&f.name, about));
     }
-    let about = "peak output above the 99.5th percentile, a tenth of the largest, and ten times the median";
-    flags.push(flag(SUPER, about.to_string()));
+    let about =
+        format!("peak output above percentile {PERCENTILE}, a tenth of the largest, and {GUARD} times the median");
+    flags.push(flag(SUPER, about));
     flags
 }
 

@@ -1,14 +1,11 @@
 //! Analyses of routing on models whose answer is known: the same and random routers, copied, permuted and scaled experts,
 //! items whose correctness an expert decides.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use clap::{ArgMatches, Command};
-use engine::{Capture, edited, embedded, fixture, noise, open};
+use crate::engine::{Capture, edited, embedded, fixture, noise, open};
+use crate::support::{Tasks, number, run_on, table};
 use quorate_eval::encode::EncodedItem;
 use quorate_eval::evaluate::ItemScore;
 use quorate_eval::statistics::{deviation, mean};
@@ -18,31 +15,10 @@ use quorate_formats::spec::RouterScore;
 use quorate_lens::ExpertMap;
 use quorate_methods::routing::similarity::{neurons, places};
 use quorate_methods::routing::{distribution, entropy};
-use quorate_methods::{Lab, METHODS, MethodError, Report, World};
+use quorate_methods::{Lab, Report};
 use quorate_model::sampling::SplitMix64;
 use quorate_model::{Model, NoLens, Site, ops};
 use quorate_residency::{Expert, Matrix};
-use serde_json::Value;
-
-/// Tasks in memory.
-struct Tasks(Vec<Task>);
-
-impl World for Tasks {
-    fn tasks(&mut self, _: &str) -> Result<Vec<Task>, MethodError> {
-        Ok(self.0.clone())
-    }
-    fn open_model(&mut self, path: &Path) -> Result<Model, MethodError> {
-        let mut model = Model::open(path, 2, None)?;
-        model.load_all_experts()?;
-        Ok(model)
-    }
-    fn read_text(&mut self, _: &Path) -> Result<String, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn progress(&mut self, _: &str, _: u64, _: u64) -> bool {
-        true
-    }
-}
 
 fn item(task: &str, prompt: String, answer: &str) -> TaskItem {
     TaskItem { task: task.into(), prompt, answer: answer.into(), choices: None, meta: serde_json::Map::new() }
@@ -65,32 +41,12 @@ fn sums(count: usize) -> Vec<Task> {
     vec![task((0..count).map(of).collect())]
 }
 
-/// Runs a method's command on a model; the model comes back with the report.
-fn run_on(model: Model, tasks: Vec<Task>, line: &str) -> (Model, Result<Report, MethodError>) {
-    let mut words = line.split(' ');
-    let method = METHODS.iter().find(|m| Some(m.card.id) == words.clone().next()).unwrap();
-    let runner = method.command.unwrap();
-    let matches: ArgMatches = (runner.augment)(Command::new(method.card.id)).get_matches_from(&mut words);
-    let mut world = Tasks(tasks);
-    let mut lab = Lab::new(model, &mut world);
-    let report = (runner.run)(method.card, &matches, &mut lab);
-    (lab.model, report)
-}
-
 fn run(path: &Path, tasks: Vec<Task>, line: &str) -> Result<Report, String> {
     run_on(open(path), tasks, line).1.map_err(|e| e.to_string())
 }
 
-fn table<'a>(report: &'a Report, name: &str) -> &'a [Vec<Value>] {
-    &report.tables.iter().find(|t| t.name == name).unwrap_or_else(|| panic!("no table {name}")).rows
-}
-
 fn map<'a>(report: &'a Report, name: &str) -> &'a [Vec<Option<f64>>] {
     &report.maps.iter().find(|m| m.name == name).unwrap_or_else(|| panic!("no map {name}")).values
-}
-
-fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
 /// Rows of a CSV file by their first `keys` cells, the other cells as numbers.
@@ -262,7 +218,7 @@ fn a_scaled_expert_has_the_largest_outputs_and_the_stream_stays_normal() {
         let n = kept.values.len() / d;
         assert_eq!(number(&report.headline["tokens"]), n as f64);
         let x = ops::tensor(kept.values.clone(), &[n, d]).unwrap();
-        let y = engine::values(&model.all_expert_outputs(layer, &x).unwrap());
+        let y = crate::engine::values(&model.all_expert_outputs(layer, &x).unwrap());
         let norms: Vec<f32> = y.chunks(d).map(|y| y.iter().map(|v| v * v).sum::<f32>().sqrt()).collect();
         for e in 0..8 {
             let of: Vec<f64> = norms.iter().skip(e).step_by(8).map(|&n| f64::from(n)).collect();

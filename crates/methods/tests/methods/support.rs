@@ -1,5 +1,4 @@
 //! A world of tasks in memory, and methods run in it as commands.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::path::Path;
 
@@ -47,7 +46,7 @@ fn sum(a: usize, b: usize) -> (String, String) {
 
 /// Runs a method's command line on a model; the model comes back with the report.
 pub fn run_on(model: Model, tasks: Vec<Task>, line: &str) -> (Model, Result<Report, MethodError>) {
-    let mut words = line.split(' ');
+    let mut words = line.split_whitespace();
     let method = METHODS.iter().find(|m| Some(m.card.id) == words.clone().next()).unwrap();
     let runner = method.command.unwrap();
     let matches: ArgMatches = (runner.augment)(Command::new(method.card.id)).get_matches_from(&mut words);

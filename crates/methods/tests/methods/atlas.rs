@@ -1,38 +1,15 @@
 //! The atlas on models and labels whose answer is known.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
-use std::path::Path;
-
-use clap::Command;
-use engine::{fixture, open};
+use crate::engine::{fixture, open};
+use crate::support::{Tasks, run_on};
 use quorate_eval::tasks::{Task, TaskItem};
 use quorate_formats::Role;
 use quorate_lens::{ExpertMap, RoutingTrace};
-use quorate_methods::{ExpertCard, Lab, METHODS, MethodError, Report, World};
+use quorate_methods::{ExpertCard, Lab, MethodError, Report};
 use quorate_model::Model;
 use quorate_model::sampling::SplitMix64;
 use quorate_residency::{Expert, Matrix};
 use serde_json::{Map, Value};
-
-/// Tasks in memory.
-struct Tasks(Vec<Task>);
-
-impl World for Tasks {
-    fn tasks(&mut self, _: &str) -> Result<Vec<Task>, MethodError> {
-        Ok(self.0.clone())
-    }
-    fn open_model(&mut self, _: &Path) -> Result<Model, MethodError> {
-        Err(MethodError::needs("no models", "none"))
-    }
-    fn read_text(&mut self, _: &Path) -> Result<String, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn progress(&mut self, _: &str, _: u64, _: u64) -> bool {
-        true
-    }
-}
 
 /// A task of random words over an alphabet of its own.
 fn words(name: &str, first: char, count: usize) -> Task {
@@ -43,12 +20,7 @@ fn words(name: &str, first: char, count: usize) -> Task {
 }
 
 fn atlas(model: Model, tasks: &[Task], options: &str) -> Result<Report, MethodError> {
-    let method = METHODS.iter().find(|m| m.card.id == "atlas").unwrap();
-    let runner = method.command.unwrap();
-    let line = format!("atlas --occurrences 2 --examples 1 {options}");
-    let matches = (runner.augment)(Command::new("atlas")).get_matches_from(line.split_whitespace());
-    let mut world = Tasks(tasks.to_vec());
-    (runner.run)(method.card, &matches, &mut Lab::new(model, &mut world))
+    run_on(model, tasks.to_vec(), &format!("atlas --occurrences 2 --examples 1 {options}")).1
 }
 
 fn cards(report: &Report) -> &[ExpertCard] {

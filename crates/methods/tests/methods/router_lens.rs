@@ -1,13 +1,10 @@
 //! Router Lens and CEFT on the embedded model, with few steps: what is trained, what is left alone, and what is measured.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::engine::{Capture, assert_same, embedded, fixture, open};
 use clap::{ArgMatches, Command, FromArgMatches};
-use engine::{Capture, assert_same, embedded, fixture, open};
 use quorate_eval::tasks::{Task, TaskItem, load_tasks};
 use quorate_formats::Role;
 use quorate_methods::experts::context::{Source, insight};
@@ -84,7 +81,7 @@ fn losses(report: &Report) -> Vec<f64> {
 }
 
 fn logits(model: &Model) -> Vec<f32> {
-    engine::logits(model, &(4..40).collect::<Vec<u32>>(), &mut NoLens)
+    crate::engine::logits(model, &(4..40).collect::<Vec<u32>>(), &mut NoLens)
 }
 
 fn number(report: &Report, name: &str, field: &str) -> f64 {
@@ -164,7 +161,7 @@ fn the_last_token_is_seen_as_it_is() {
         let prompt = Segment { logits: LogitRows::Last, ..Segment::prompt(0, question.text.prompt.clone()) };
         let mut cache = KvCache::new(lab.model.spec(), 1);
         let forward = lab.model.forward(&[prompt], &mut cache, &mut NoLens).unwrap();
-        let logits: Vec<f64> = engine::logits_of(forward).iter().map(|&v| f64::from(v)).collect();
+        let logits: Vec<f64> = crate::engine::logits_of(forward).iter().map(|&v| f64::from(v)).collect();
         let sum: f64 = logits.iter().map(|v| v.exp()).sum();
         own += logits[question.text.answer[0] as usize].exp() / sum / 10.0;
         question.passage = (0..question.text.prompt.len()).collect();
@@ -184,11 +181,11 @@ fn the_last_layer_unembedded_is_the_output() {
         let model = open(&path);
         let mut capture = Capture::new(&[Site::ResidPost, Site::Logits]);
         let tokens: Vec<u32> = (4..20).collect();
-        engine::logits(&model, &tokens, &mut capture);
+        crate::engine::logits(&model, &tokens, &mut capture);
         let layers = model.spec().layers.len();
         let stream = capture.get(layers - 1, Site::ResidPost);
         let read = model.unembed(&ops::tensor(stream.values.clone(), &stream.shape).unwrap()).unwrap();
-        assert_same("logits", &engine::values(&read), &capture.get(layers, Site::Logits).values);
+        assert_same("logits", &crate::engine::values(&read), &capture.get(layers, Site::Logits).values);
         let wide = ops::tensor(vec![0.0; 3], &[1, 3]).unwrap();
         assert!(model.unembed(&wide).unwrap_err().to_string().contains("rows of 3 values"));
     }

@@ -1,33 +1,11 @@
 //! RICE end to end on the embedded model, which thinks or not as its prompt says; and what it refuses.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
 use std::path::{Path, PathBuf};
 
-use clap::Command;
-use engine::{embedded, fixture, open};
+use crate::engine::{embedded, fixture, open};
+use crate::support::run_on;
 use quorate_eval::tasks::{Task, load_tasks};
-use quorate_methods::{Lab, METHODS, MethodError, Report, World};
-use quorate_model::Model;
-
-/// Tasks in memory; every split is the same.
-struct Tasks(Vec<Task>);
-
-impl World for Tasks {
-    fn tasks(&mut self, _: &str) -> Result<Vec<Task>, MethodError> {
-        Ok(self.0.clone())
-    }
-    fn open_model(&mut self, _: &Path) -> Result<Model, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn read_text(&mut self, _: &Path) -> Result<String, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn progress(&mut self, _: &str, _: u64, _: u64) -> bool {
-        true
-    }
-}
+use quorate_methods::Report;
 
 /// The first items of an embedded task.
 fn task(name: &str, items: usize) -> Task {
@@ -38,14 +16,8 @@ fn task(name: &str, items: usize) -> Task {
 }
 
 fn run(path: &Path, task: Task, line: &str) -> Result<Report, String> {
-    let method = METHODS.iter().find(|m| m.card.id == "rice").unwrap();
-    let runner = method.command.unwrap();
-    let words = ["rice", "--from", &task.name, "--task", &task.name].map(str::to_string);
-    let words = words.into_iter().chain(line.split_whitespace().map(str::to_string));
-    let matches = (runner.augment)(Command::new("rice")).get_matches_from(words);
-    let mut world = Tasks(vec![task]);
-    let mut lab = Lab::new(open(path), &mut world);
-    (runner.run)(method.card, &matches, &mut lab).map_err(|e| e.to_string())
+    let line = format!("rice --from {name} --task {name} {line}", name = task.name);
+    run_on(open(path), vec![task], &line).1.map_err(|e| e.to_string())
 }
 
 #[track_caller]

@@ -1,9 +1,6 @@
 //! Rerouting on models whose answer is known: zero vectors, central differences, and planted damage that is undone.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
-use engine::{embedded, fixture, open, prompts};
+use crate::engine::{embedded, fixture, open, prompts};
 use quorate_eval::encode::{EncodedItem, encode_text};
 use quorate_eval::evaluate::{ItemScore, teacher_forced};
 use quorate_eval::tasks::load_tasks;
@@ -49,8 +46,8 @@ fn without_steps_it_is_plain_decoding() {
     let none = FitOptions { fit_steps: 0, fit_every: 4, ..FitOptions::default() };
     assert_eq!(generate(&model, &prompt, &none), (plain.tokens, 0));
     let rerouting = Rerouting::new(model.spec(), &none).unwrap();
-    let expected = engine::logits(&model, &prompt, &mut NoLens);
-    assert_eq!(engine::logits(&model, &prompt, &mut rerouting.lens().unwrap()), expected);
+    let expected = crate::engine::logits(&model, &prompt, &mut NoLens);
+    assert_eq!(crate::engine::logits(&model, &prompt, &mut rerouting.lens().unwrap()), expected);
 }
 
 /// Refits at the prompt and after every 10 tokens; each starts from where the last ended.

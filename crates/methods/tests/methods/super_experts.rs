@@ -1,10 +1,7 @@
 //! Super experts that were planted: one expert writes something huge into one channel when a certain token passes.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-mod support;
-
-use engine::{Capture, edited, embedded, fixture, logits, open};
+use crate::engine::{Capture, edited, embedded, fixture, logits, open};
+use crate::support::{Tasks, number, run_on, sums, table, task};
 use quorate_eval::encode::EncodedItem;
 use quorate_formats::Role;
 use quorate_lens::read_experts;
@@ -14,7 +11,6 @@ use quorate_methods::{Lab, MethodError, Report};
 use quorate_model::{Chain, Lens, Model, NoLens, Site};
 use quorate_residency::{Expert, Matrix};
 use serde_json::{Value, json};
-use support::{Tasks, number, run_on, sums, table, task};
 
 const CHANNEL: usize = 7;
 const TEXTS: usize = 30;

@@ -1,16 +1,12 @@
 //! Pathways on models whose answer is known: the same model, the same experts in another order, noisier routers.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-mod support;
-
-use engine::{edited, embedded, fixture, noise, open};
+use crate::engine::{edited, embedded, fixture, noise, open};
+use crate::support::{number, run_on, sums, table, task};
 use quorate_formats::Role;
 use quorate_methods::Report;
 use quorate_model::Model;
 use quorate_residency::Matrix;
 use serde_json::Value;
-use support::{number, run_on, sums, table, task};
 
 fn mixed() -> Vec<quorate_eval::tasks::Task> {
     let echo = |i: usize| (format!("<|user|>List: {} j k\nLast<|assistant|>", ["a", "b", "q"][i % 3]), "k".to_string());

@@ -1,40 +1,19 @@
 //! The relatives on models whose answer is known: reconstruction against the model itself, planted weights, duplicated and
 //! renumbered experts.
 
-#[path = "../../model/tests/support/mod.rs"]
-mod engine;
-
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::path::Path;
 
-use engine::{Capture, assert_close, assert_same, edited, fixture, keep, largest, logits, open, plain, prompts};
+use crate::engine::{Capture, assert_close, assert_same, edited, fixture, keep, largest, logits, open, plain, prompts};
+use crate::support::Tasks;
 use quorate_eval::encode::EncodedItem;
-use quorate_eval::tasks::Task;
 use quorate_formats::Role;
 use quorate_lens::Interventions;
+use quorate_methods::Lab;
 use quorate_methods::relatives::{Aligner, Bench, Calibration, Compressed, RELATIVES, aimer, best_subset, mone};
-use quorate_methods::{Lab, MethodError, World};
 use quorate_model::{Model, NoLens, RoutingMode, Site};
 use quorate_residency::{Expert, Matrix};
-
-/// No files, no user.
-struct Nowhere;
-
-impl World for Nowhere {
-    fn tasks(&mut self, _: &str) -> Result<Vec<Task>, MethodError> {
-        Ok(Vec::new())
-    }
-    fn open_model(&mut self, _: &Path) -> Result<Model, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn read_text(&mut self, _: &Path) -> Result<String, MethodError> {
-        Err(MethodError::needs("no files", "none"))
-    }
-    fn progress(&mut self, _: &str, _: u64, _: u64) -> bool {
-        true
-    }
-}
 
 fn texts() -> Vec<EncodedItem> {
     let halves = |text: Vec<u32>| EncodedItem { prompt: text[..14].to_vec(), answer: text[14..].to_vec() };
@@ -43,7 +22,7 @@ fn texts() -> Vec<EncodedItem> {
 
 /// Everything recorded of two texts, all of their tokens in full.
 fn calibrated(path: &Path) -> (Model, Calibration) {
-    let mut world = Nowhere;
+    let mut world = Tasks(Vec::new());
     let mut lab = Lab::new(open(path), &mut world);
     let calibration = Calibration::record(&mut lab, &texts(), usize::MAX).unwrap();
     (lab.model, calibration)
@@ -79,12 +58,12 @@ fn subsets(n: usize, k: usize) -> Vec<Vec<usize>> {
 /// What inner products say is what the model does: the routed sum of the first MoE layer with and without some experts.
 #[test]
 fn errors_from_inner_products_are_those_of_the_masked_model() {
-    for name in engine::ROUTERS {
+    for name in crate::engine::ROUTERS {
         let (mut model, calibration) = calibrated(&fixture(name));
         let layer = calibration.map().layers[0];
         let layers = calibration.map().n_layers();
         let fit = &calibration.fits(&model).unwrap()[0];
-        let (experts, top_k) = engine::sizes(&model);
+        let (experts, top_k) = crate::engine::sizes(&model);
         let run = |model: &Model| {
             let mut capture = Capture::new(&[Site::MoeOut]);
             texts().iter().for_each(|t| drop(logits(model, &[&t.prompt[..], &t.answer].concat(), &mut capture)));
@@ -163,7 +142,7 @@ fn mone_scores_equal_their_closed_form_and_keeping_all_changes_nothing() {
     assert_same("all kept", &logits_of(&mut model, &nothing, &text), &before);
     let few = compressed(&model, &calibration, "mone", 2);
     assert_eq!(few.intervene.len(), map.n_layers());
-    assert!(engine::change(&logits_of(&mut model, &few, &text), &before) > 1e-4);
+    assert!(crate::engine::change(&logits_of(&mut model, &few, &text), &before) > 1e-4);
 }
 
 /// A weight matrix filled by a rule.
@@ -250,7 +229,7 @@ fn merging_equal_experts_gives_the_function_back() {
     let after = logits_of(&mut model, &made, &text);
     assert_close("merged pairs", &after, &before, 1e-5 * largest(&before));
     let few = compressed(&model, &calibration, "hc-smoe", 2);
-    assert!(engine::change(&logits_of(&mut model, &few, &text), &before) > 1e-3);
+    assert!(crate::engine::change(&logits_of(&mut model, &few, &text), &before) > 1e-3);
     assert_same("undone", &logits(&model, &text, &mut NoLens), &before);
 }
 
@@ -299,7 +278,7 @@ fn sampled_tokens_are_those_of_the_model() {
         logits(&model, &[&text.prompt[..], &text.answer].concat(), &mut capture);
     }
     let d = model.spec().hidden_size;
-    let mut world = Nowhere;
+    let mut world = Tasks(Vec::new());
     let mut lab = Lab::new(model, &mut world);
     let some = Calibration::sample(&mut lab, &texts(), 10).unwrap();
     for (whole, some) in whole.sample.iter().zip(&some) {
