@@ -46,7 +46,8 @@ impl Perplexity {
             bail!("a window of {} tokens is not possible; help: --context takes 4 to {longest}", self.context);
         }
         let mut tokens = encode_text(&model, &text)?;
-        let bos = model.tokenizer().encode("", true)?.first().copied();
+        let bos = model.tokenizer().bos_token().and_then(|token| model.tokenizer().token_to_id(token));
+        let bos = bos.filter(|id| tokens.first() == Some(id));
         if tokens.len() < self.context {
             bail!(
                 "the text has {} tokens, fewer than a window of {}; help: lower --context",
