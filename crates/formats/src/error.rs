@@ -116,7 +116,7 @@ pub enum FormatError {
         limit: u64,
     },
     /// A configuration lacks a key.
-    #[error("{}: key {key:?} is missing; help: is this the model's own config.json?", path.display())]
+    #[error("{}: key {key:?} is missing; help: is this the model's own configuration?", path.display())]
     ConfigMissing {
         /// The file.
         path: PathBuf,
@@ -147,6 +147,17 @@ pub enum FormatError {
         known: Vec<&'static str>,
         /// The supported type with the most similar name, if any is similar.
         nearest: Option<&'static str>,
+    },
+    /// No family reads this architecture of a GGUF file.
+    #[error("{}: architecture {arch:?} is not supported; known: {}; help: take the Hugging Face form of the model, if its \
+             family is known there", path.display(), known.join(", "))]
+    UnknownArch {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        arch: String,
+        /// Supported architectures.
+        known: Vec<&'static str>,
     },
     /// A name in an index file would leave the folder.
     #[error("{}: shard name {name:?} is refused: {problem}", path.display())]

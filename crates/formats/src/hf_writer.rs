@@ -91,6 +91,10 @@ fn write_hf(
     shard_bytes_max: u64,
     progress: &mut Progress<'_>,
 ) -> Result<()> {
+    if checkpoint.gguf().is_some() {
+        let problem = "the model is in GGUF, whose tensors have other names and another order".to_owned();
+        return Err(FormatError::Kept { problem, help: "start from the safetensors form of the model".into() });
+    }
     if out_dir.exists() && fs::read_dir(out_dir).map_or(true, |mut entries| entries.next().is_some()) {
         return Err(FormatError::OutputExists { path: out_dir.to_owned() });
     }
