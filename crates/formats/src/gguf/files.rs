@@ -78,7 +78,7 @@ fn other_parts(first: &Path, parts: u64) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// There are several models, or the folder cannot be read.
-pub(crate) fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
+pub fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(|e| FormatError::io("read", folder, e))? {
         let path = entry.map_err(|e| FormatError::io("read", folder, e))?.path();

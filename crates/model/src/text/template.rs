@@ -43,7 +43,7 @@ const NESTED_MAX: usize = 100;
 /// How many parts of a value are looked at. Where values can grow from round to round, in namespaces, all of them are, of
 /// all such values together so many, and more for each byte of the conversation.
 const PARTS_SEEN: usize = 200;
-const NAMESPACE_PARTS: usize = 20_000_000;
+const NAMESPACE_PARTS: usize = 4_000_000;
 const NAMESPACE_PARTS_PER_INPUT_BYTE: usize = 1000;
 /// Instructions that every render may take, and more for each byte of the conversation.
 const FUEL: usize = 5_000_000;
