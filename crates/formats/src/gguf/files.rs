@@ -80,7 +80,7 @@ fn stem(first: &Path, parts: u64) -> Result<String> {
 ///
 /// # Errors
 /// There are several models, or the folder cannot be read.
-pub(crate) fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
+pub fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(|e| FormatError::io("read", folder, e))? {
         let path = entry.map_err(|e| FormatError::io("read", folder, e))?.path();
