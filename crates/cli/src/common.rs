@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quorate_formats::Preset;
 use quorate_lens::{LensError, Library};
-use quorate_model::{KeptExperts, Model, RoutingMode};
+use quorate_model::text::Tokenizer;
+use quorate_model::{KeptExperts, Model, OpenOptions, RoutingMode};
 use serde::Serialize;
 
 use crate::embedded;
@@ -32,6 +33,9 @@ pub struct Common {
     /// Model: a folder (config.json, safetensors, tokenizer.json), or OWNER/REPO of the Hugging Face hub; left out, the embedded model
     #[arg(short, long, global = true, value_name = "MODEL")]
     pub model: Option<PathBuf>,
+    /// Folder whose tokenizer.json is used in place of the model's own tokenizer
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub tokenizer: Option<PathBuf>,
     /// Compute threads; left out, all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
@@ -75,6 +79,12 @@ impl Common {
         }
     }
 
+    /// Opens the tokenizer alone.
+    pub fn open_tokenizer(&self) -> Result<Tokenizer> {
+        let path = self.tokenizer.clone().map_or_else(|| self.model_path(), Ok)?;
+        Ok(Tokenizer::open(&path)?)
+    }
+
     /// Number of compute threads.
     pub fn thread_count(&self) -> Result<usize> {
         match self.threads {
@@ -87,7 +97,8 @@ impl Common {
     /// Opens the model without its experts.
     pub fn open_model(&self, memory_limit: Option<u64>) -> Result<Model> {
         let mut bar = self.progress("loading", 0, "bytes");
-        let model = Model::open_with(&self.model_path()?, self.thread_count()?, memory_limit, &mut loading(&mut bar))?;
+        let options = OpenOptions { threads: self.thread_count()?, memory_limit, tokenizer: self.tokenizer.as_deref() };
+        let model = Model::open_with(&self.model_path()?, &options, &mut loading(&mut bar))?;
         bar.finish();
         Ok(model)
     }
@@ -258,6 +269,20 @@ impl Fnv {
     pub fn hex(&self) -> String {
         format!("{:016x}", self.0)
     }
+}
+
+/// The text of a file.
+pub fn read_text_file(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    as_text(bytes, &path.display().to_string())
+}
+
+/// Bytes of `place` as text.
+pub fn as_text(bytes: Vec<u8>, place: &str) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to() + 1;
+        anyhow!("{place} is no UTF-8 text: byte {at} is wrong; help: convert it to UTF-8")
+    })
 }
 
 /// Bytes as text with a binary unit.

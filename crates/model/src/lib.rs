@@ -33,7 +33,7 @@ pub use error::ModelError;
 pub use forward::{Forward, buffer_bytes};
 pub use generate::{Event, Finish, GenerateOptions, Generation, Guide, PREFILL_CHUNK};
 pub use lens::{At, Chain, Flow, Lens, NoLens};
-pub use model::{KeptExperts, LoadProgress, Model};
+pub use model::{KeptExperts, LoadProgress, Model, OpenOptions};
 pub use overlay::{LowRank, Overlay, Patch};
 pub use quorate_kernels::NO_EXPERT;
 pub use routing::{Routing, RoutingMode, drop_slots, route_logits, softmax};

@@ -27,6 +27,17 @@ pub struct Model {
     overlay: Installed,
 }
 
+/// How a model is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions<'a> {
+    /// Compute threads.
+    pub threads: usize,
+    /// Bytes of weights in memory at most.
+    pub memory_limit: Option<u64>,
+    /// Folder whose tokenizer is used in place of the model's own.
+    pub tokenizer: Option<&'a Path>,
+}
+
 /// Kept experts of one MoE layer: `None` keeps all.
 pub type KeptExperts = Option<Vec<usize>>;
 
@@ -39,7 +50,7 @@ impl Model {
     /// Whatever is wrong with the folder: missing or broken files, an unknown family, weights that are not numbers, or
     /// non-expert weights above the limit.
     pub fn open(path: &Path, threads: usize, memory_limit: Option<u64>) -> Result<Model, ModelError> {
-        Model::open_with(path, threads, memory_limit, &mut |_, _| true)
+        Model::open_with(path, &OpenOptions { threads, memory_limit, tokenizer: None }, &mut |_, _| true)
     }
 
     /// [`Model::open`] with a progress in bytes, `(done, total)`, that returns false to cancel.
@@ -48,12 +59,16 @@ impl Model {
     /// As there, or a cancel.
     pub fn open_with(
         path: &Path,
-        threads: usize,
-        memory_limit: Option<u64>,
+        options: &OpenOptions<'_>,
         progress: &mut LoadProgress<'_>,
     ) -> Result<Model, ModelError> {
+        let OpenOptions { threads, memory_limit, tokenizer } = *options;
         let checkpoint = Arc::new(Checkpoint::open(path)?);
-        let tokenizer = Tokenizer::open(path)?;
+        let tokenizer = match (tokenizer, checkpoint.gguf()) {
+            (Some(folder), _) => Tokenizer::open(folder)?,
+            (None, Some(metadata)) => Tokenizer::from_gguf(metadata, path)?,
+            (None, None) => Tokenizer::open(path)?,
+        };
         let mut weights = Weights::open(checkpoint.clone(), memory_limit);
         weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];

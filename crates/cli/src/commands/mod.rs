@@ -7,12 +7,14 @@ mod eval;
 mod inspect;
 mod library;
 mod methods;
+mod perplexity;
 mod profile;
 mod profile_vllm;
 mod prune;
 mod pull;
 mod record;
 mod run;
+mod tokenize;
 
 use std::process::ExitCode;
 
@@ -44,6 +46,10 @@ pub enum Command {
     Prune(prune::Prune),
     /// Record values inside the forward pass
     Record(record::Record),
+    /// How well a model predicts a text
+    Perplexity(perplexity::Perplexity),
+    /// Text to tokens and back
+    Tokenize(tokenize::Tokenize),
     /// Measure speed and memory
     Bench(bench::Bench),
     /// Every method: paper, what it needs, how to run it
@@ -64,6 +70,8 @@ impl Command {
             Command::Pull(c) => c.run(common),
             Command::Prune(c) => c.run(common),
             Command::Record(c) => c.run(common),
+            Command::Perplexity(c) => c.run(common),
+            Command::Tokenize(c) => c.run(common),
             Command::Bench(c) => c.run(common),
             Command::Methods(c) => c.run(common),
         }

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_eval::encode::encode_text;
 use quorate_lens::{Interventions, Library, Nearest, retrieve};
@@ -14,7 +14,7 @@ use quorate_model::text::Message;
 use quorate_model::{Event, GenerateOptions, KvCache, Model};
 use serde_json::json;
 
-use crate::common::{Common, human_bytes, interrupted, say, wait_for};
+use crate::common::{Common, as_text, human_bytes, interrupted, say, wait_for};
 use crate::experts::{Beside, ExpertArgs, kept_per_layer, load_plan, open};
 
 /// Arguments of `run`.
@@ -73,6 +73,9 @@ pub struct SamplingArgs {
     /// Seed of the random choice
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Go on after tokens that end an answer
+    #[arg(long)]
+    pub ignore_eos: bool,
     /// Text that ends the answer; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -89,9 +92,9 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
         };
-        let (max_tokens, stop) = (self.max_tokens, self.stop.clone());
+        let (max_tokens, stop, ignore_eos) = (self.max_tokens, self.stop.clone(), self.ignore_eos);
         // Special tokens are shown: `</think>` tells where the answer begins.
-        GenerateOptions { max_tokens, stop, sampling, keep_special: true, ..GenerateOptions::default() }
+        GenerateOptions { max_tokens, stop, sampling, ignore_eos, keep_special: true }
     }
 }
 
@@ -178,10 +181,7 @@ impl Run {
         if text == "-" {
             let mut bytes = Vec::new();
             wait_for(|| std::io::stdin().read_to_end(&mut bytes)).context("cannot read standard input")?;
-            text = String::from_utf8(bytes).map_err(|e| {
-                let at = e.utf8_error().valid_up_to() + 1;
-                anyhow!("standard input is no UTF-8 text: byte {at} is wrong; help: convert it to UTF-8")
-            })?;
+            text = as_text(bytes, "standard input")?;
             if !self.raw {
                 text.truncate(text.trim_end_matches(['\r', '\n']).len());
             }

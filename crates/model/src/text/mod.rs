@@ -1,12 +1,15 @@
 //! Text to tokens and back, and conversations to prompts.
 //!
-//! [`Tokenizer`] reads a model folder's tokenizer files, [`StreamDecoder`] turns generated tokens
+//! [`Tokenizer`] reads the tokenizer of a model folder or a GGUF file, [`StreamDecoder`] turns generated tokens
 //! into text that can be shown at once, [`ChatTemplate`] writes a conversation in the form that the
 //! model was trained on. Nothing here knows of weights.
 
 mod chat;
+mod gguf;
+mod spm;
 mod stream;
 mod template;
+mod token_model;
 mod tokenizer;
 mod tokenizer_config;
 
@@ -57,6 +60,20 @@ pub enum TextError {
         /// What is wrong and where.
         message: String,
     },
+    /// A GGUF file's metadata have no tokenizer that can be used.
+    #[error(
+        "the tokenizer in {} cannot be used: {message}; help: --tokenizer FOLDER takes another one, from the model's \
+         tokenizer.json", .path.display()
+    )]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// The file's header could not be read.
+    #[error(transparent)]
+    Format(#[from] quorate_formats::FormatError),
     /// The tokenizer failed to encode a text.
     #[error("cannot tokenize the text: {message}")]
     Encode {
@@ -70,13 +87,12 @@ pub enum TextError {
         message: String,
     },
     /// The model has no chat template.
-    #[error(
-        "{} has no chat template: looked for chat_template.jinja and the key chat_template in \
-         tokenizer_config.json; help: use the text as it is (--raw)", .dir.display()
-    )]
+    #[error("{} has no chat template: {looked_for}; help: use the text as it is (--raw)", .place.display())]
     NoChatTemplate {
-        /// The model's folder.
-        dir: PathBuf,
+        /// The model's folder or file.
+        place: PathBuf,
+        /// Where one would be.
+        looked_for: &'static str,
     },
     /// The chat template is not a template that can be run.
     #[error("the chat template is broken{}: {message}", in_line(*.line))]

@@ -1,9 +1,14 @@
-//! A model folder's tokenizer.
+//! A model's tokenizer.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use quorate_formats::{GgufFile, GgufValue};
+
+use super::gguf::{self, GgufTokenizer};
+use super::token_model::Pipeline;
 use super::tokenizer_config::{TokenizerConfig, read_limited};
 use super::{ChatTemplate, SpecialTokens, StreamDecoder, TextError};
 
@@ -13,11 +18,16 @@ const TOKENIZER_BYTES_MAX: u64 = 1 << 30;
 /// Files of tokenizer formats that are not read, named when `tokenizer.json` is missing.
 const OTHER_FORMATS: [&str; 5] = ["tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "tiktoken.model"];
 
-/// Text to token ids and back, as transformers does it with the same files.
+/// Where chat templates are looked for.
+const FOLDER_TEMPLATES: &str = "looked for chat_template.jinja and the key chat_template in tokenizer_config.json";
+const GGUF_TEMPLATES: &str = "looked for the key tokenizer.chat_template";
+
+/// Text to token ids and back, as transformers does it with the same folder and llama.cpp with the same file.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Pipeline,
     config: TokenizerConfig,
-    dir: PathBuf,
+    place: PathBuf,
+    looked_for: &'static str,
 }
 
 /// A token with its place in the text.
@@ -32,24 +42,42 @@ pub struct EncodedToken {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a model folder: `tokenizer.json` and, where present, `tokenizer_config.json`,
-    /// `special_tokens_map.json` and the chat template's files. The path of a model's file stands for its folder.
+    /// Reads the tokenizer of a GGUF file, or of a model folder: `tokenizer.json` and, where present,
+    /// `tokenizer_config.json`, `special_tokens_map.json` and the chat template's files. The path of another file of a
+    /// model stands for its folder.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
     ///
     /// # Errors
-    /// A missing, broken or oversized file.
-    pub fn open(dir: &Path) -> Result<Self, TextError> {
-        let dir = if dir.is_file() { dir.parent().unwrap_or(dir) } else { dir };
+    /// A missing, broken or oversized file, or a GGUF file with a tokenizer of an unknown kind.
+    pub fn open(path: &Path) -> Result<Self, TextError> {
+        if path.is_file() && path.extension().is_some_and(|name| name == "gguf") {
+            return Self::from_gguf(GgufFile::open(path)?.metadata(), path);
+        }
+        let dir = if path.is_file() { path.parent().unwrap_or(path) } else { path };
         let path = dir.join("tokenizer.json");
         let Some(bytes) = read_limited(&path, TOKENIZER_BYTES_MAX)? else {
-            return Err(no_tokenizer(dir));
+            let file = if dir.is_dir() { quorate_formats::gguf::in_folder(dir)? } else { None };
+            return file.map_or_else(|| Err(no_tokenizer(dir)), |file| Self::open(&file));
         };
         let invalid = |message: String| TextError::Invalid { path: path.clone(), message };
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(invalid)?;
+        let mut inner = guarded(|| Pipeline::from_bytes(&bytes)).map_err(invalid)?;
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         inner.with_padding(None);
-        Ok(Self { inner, config: TokenizerConfig::read(dir)?, dir: dir.to_owned() })
+        let (config, place) = (TokenizerConfig::read(dir)?, dir.to_owned());
+        Ok(Self { inner, config, place, looked_for: FOLDER_TEMPLATES })
+    }
+
+    /// Builds the tokenizer that a GGUF file's metadata describe; `path` is the file's.
+    ///
+    /// # Errors
+    /// A vocabulary that is missing, contradicts itself or is of an unknown kind.
+    pub fn from_gguf(metadata: &BTreeMap<String, GgufValue>, path: &Path) -> Result<Self, TextError> {
+        let place = path.to_owned();
+        let read = catch_unwind(AssertUnwindSafe(|| gguf::read(metadata, path)));
+        let broken = |_| TextError::Gguf { path: place.clone(), message: "its parts contradict each other".to_owned() };
+        let GgufTokenizer { pipeline, config } = read.map_err(broken)??;
+        Ok(Self { inner: pipeline, config, place, looked_for: GGUF_TEMPLATES })
     }
 
     /// The ids of a text. `add_special` lets the tokenizer add what it adds to whole texts, such as
@@ -138,7 +166,8 @@ impl Tokenizer {
     pub fn chat_template(&self, with_tools: bool) -> Result<ChatTemplate, TextError> {
         let for_tools = self.chat_template_source("tool_use").filter(|_| with_tools);
         let source = for_tools.or_else(|| self.chat_template_source("default"));
-        let source = source.ok_or_else(|| TextError::NoChatTemplate { dir: self.dir.clone() })?;
+        let source = source
+            .ok_or_else(|| TextError::NoChatTemplate { place: self.place.clone(), looked_for: self.looked_for })?;
         ChatTemplate::new(source, self.config.specials.clone())
     }
 }
@@ -148,7 +177,7 @@ impl Tokenizer {
 fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(_) => Err("the parts of tokenizer.json contradict each other".to_owned()),
+        Err(_) => Err("the parts of the tokenizer contradict each other".to_owned()),
     }
 }
 
