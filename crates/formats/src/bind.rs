@@ -223,6 +223,10 @@ impl<'a> Binder<'a> {
         };
         let (zeros, groups) = (get(zeros, !words.symmetric)?, get(groups, !words.in_order)?);
         self.used.insert(format!("{base}.weight_shape"));
+        if !m.is_multiple_of(8) {
+            let problem = format!("its rows of {m} numbers are no whole words");
+            return Err(FormatError::TensorEntry { path: self.file(&codes), tensor: codes.name, problem });
+        }
         self.float(&scales)?;
         for words in [Some(&codes), zeros.as_ref(), groups.as_ref()].into_iter().flatten() {
             self.need(words, words.dtype == StoredDType::I32, "I32")?;
