@@ -8,8 +8,11 @@ mod ends;
 mod files;
 mod header;
 mod layout;
+mod meta_out;
 mod model;
 mod names;
+mod plan_out;
+mod tensors_out;
 mod types;
 mod writer;
 
@@ -19,10 +22,13 @@ use std::path::Path;
 pub use arch::{ARCHS, Arch, COMMON_KEYS};
 pub use files::in_folder;
 pub use header::GgufValue;
+pub use meta_out::{difference, metadata_for_gguf};
 pub(crate) use model::{GgufModel, open as open_model};
 pub use names::GGUF_NAMES;
+pub use plan_out::{GgufPlan, check_written, plan_gguf};
+pub use tensors_out::{Change, Content, GgufMade, tensors_for_gguf};
 pub use types::GgmlType;
-pub use writer::gguf_bytes;
+pub use writer::{GgufOut, gguf_bytes, write_gguf};
 
 use crate::{DataFile, FormatError, Result, StoredDType, TensorLoc};
 use header::Cursor;

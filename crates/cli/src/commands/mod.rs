@@ -12,6 +12,7 @@ mod profile;
 mod profile_vllm;
 mod prune;
 mod pull;
+mod quantize;
 mod record;
 mod run;
 mod tokenize;
@@ -44,6 +45,8 @@ pub enum Command {
     Pull(pull::Pull),
     /// Write a model, or a list, with only the kept experts
     Prune(prune::Prune),
+    /// Write a model as GGUF, in a smaller type
+    Quantize(quantize::Quantize),
     /// Record values inside the forward pass
     Record(record::Record),
     /// How well a model predicts a text
@@ -69,6 +72,7 @@ impl Command {
             Command::Inspect(c) => c.run(common),
             Command::Pull(c) => c.run(common),
             Command::Prune(c) => c.run(common),
+            Command::Quantize(c) => c.run(common),
             Command::Record(c) => c.run(common),
             Command::Perplexity(c) => c.run(common),
             Command::Tokenize(c) => c.run(common),
