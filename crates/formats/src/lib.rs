@@ -22,7 +22,7 @@ pub mod writer;
 
 pub use checkpoint::{Checkpoint, ParameterCounts};
 pub use config::Config;
-pub use datafile::DataFile;
+pub use datafile::{DataFile, UNCACHED_ALIGNMENT, uncached_len};
 pub use error::{FormatError, Result};
 pub use families::{FAMILIES, Family};
 pub use gguf::{GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};

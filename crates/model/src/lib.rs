@@ -16,6 +16,7 @@ mod grad;
 mod lens;
 mod mixer;
 mod model;
+mod moe;
 pub mod ops;
 mod overlay;
 mod routing;

@@ -89,6 +89,20 @@ pub enum ResidencyError {
         /// Bytes of buffers.
         overhead_bytes: u64,
     },
+    /// Not even the least that streams fits.
+    #[error(
+        "cannot stream experts through {}: at least {} needed; help: allow {} more with --memory",
+        human(*room_bytes), human(*needed_bytes), human(needed_bytes.saturating_sub(*room_bytes))
+    )]
+    NoRoomToStream {
+        /// Bytes there would be for experts.
+        room_bytes: u64,
+        /// Bytes needed at least.
+        needed_bytes: u64,
+    },
+    /// The system starts no thread to read with.
+    #[error("cannot start a thread to read experts with")]
+    NoThread(#[source] io::Error),
     /// The system gives no more memory.
     #[error("cannot get {} of memory from the system; help: keep fewer experts, or set --memory", human(*bytes))]
     NoMemory {
