@@ -6,6 +6,7 @@ mod common;
 mod embedded;
 mod experts;
 mod method;
+mod stream;
 mod vllm;
 
 use std::io::Write as _;

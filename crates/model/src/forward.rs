@@ -260,13 +260,13 @@ impl Pass<'_> {
     }
 }
 
-/// Bytes that a process holds, about, besides weights and KV cache: the program itself and the buffers of a forward pass
-/// over [`PREFILL_CHUNK`](crate::PREFILL_CHUNK) tokens with logits of `logit_rows` of them.
+/// Bytes, about, of the buffers of a forward pass over [`PREFILL_CHUNK`](crate::PREFILL_CHUNK) tokens with logits of
+/// `logit_rows` of them.
 pub fn buffer_bytes(spec: &ModelSpec, logit_rows: usize) -> u64 {
     let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
         .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
         .max()
         .unwrap_or(0);
     let rows = crate::PREFILL_CHUNK * (12 * spec.hidden_size + widest);
-    (16 << 20) + 4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
+    4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
 }

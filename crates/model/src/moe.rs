@@ -112,7 +112,7 @@ impl Pass<'_> {
         untracked(l, block.x)?;
         let mut out = vec![0.0; n * k * d];
         if !here.sites.contains(Site::ExpertHidden) {
-            while let Some(lease) = visit.next()? {
+            while let Some(lease) = visit.more()? {
                 let part = Part::of(self.model, l, block, &slots_of, &lease);
                 let hidden = self.part_hidden(block, &part)?;
                 self.part_down(&part, &hidden, &mut out)?;
@@ -120,7 +120,7 @@ impl Pass<'_> {
             return Ok(ops::tensor(out, &[n, k, d])?);
         }
         let mut hidden = vec![0.0; n * k * width];
-        while let Some(lease) = visit.next()? {
+        while let Some(lease) = visit.more()? {
             let part = Part::of(self.model, l, block, &slots_of, &lease);
             part.put(&self.part_hidden(block, &part)?, &mut hidden)?;
         }
@@ -130,7 +130,7 @@ impl Pass<'_> {
         let hidden = hidden.reshape((n * k, width))?;
         // The lens has seen all at once, so the experts are needed again.
         let mut visit = cache.visit(l, &wanted, n);
-        while let Some(lease) = visit.next()? {
+        while let Some(lease) = visit.more()? {
             let part = Part::of(self.model, l, block, &slots_of, &lease);
             self.part_down(&part, &ops::pick_rows(&hidden, &part.slots)?, &mut out)?;
         }

@@ -91,12 +91,12 @@ pub enum ResidencyError {
     },
     /// Not even the least that streams fits.
     #[error(
-        "cannot stream experts through {}: at least {} needed; help: allow {} more with --memory",
-        human(*room_bytes), human(*needed_bytes), human(needed_bytes.saturating_sub(*room_bytes))
+        "cannot stream experts in {}: {} needed at least; help: --memory {}",
+        human(*budget_bytes), human(*needed_bytes), flag(*needed_bytes)
     )]
     NoRoomToStream {
-        /// Bytes there would be for experts.
-        room_bytes: u64,
+        /// Bytes allowed.
+        budget_bytes: u64,
         /// Bytes needed at least.
         needed_bytes: u64,
     },

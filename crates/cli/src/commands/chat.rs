@@ -12,6 +12,7 @@ use serde_json::json;
 use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
 use crate::common::{Common, interrupted, say, wait_for};
 use crate::experts::{Beside, ExpertArgs, open};
+use crate::stream;
 
 /// Arguments of `chat`.
 #[derive(Args)]
@@ -49,6 +50,7 @@ impl Chat {
         let mut held: Vec<u32> = Vec::new(); // tokens whose keys and values the cache holds
         let mut task: Option<Option<String>> = None;
         let options = self.sampling.options();
+        let mut failed = false;
         while let Some(line) = read_line()? {
             let start = Instant::now();
             messages.push(Message::new("user", line.clone()));
@@ -76,12 +78,27 @@ impl Chat {
             let shared = cache.len(0); // a recurrent state cannot be taken back
             let mut timing = Timing::new(start, prompt.len() - shared);
             let mut shown = Shown::new(common);
+            let before = stream::stats(&model);
             let answer = model.generate(&prompt[shared..], 0, &mut cache, &options, &mut NoLens, &mut |event| {
                 timing.note(&event);
                 shown.show(&event) && !interrupted()
-            })?;
+            });
             timing.end();
             shown.end()?;
+            let answer = match answer {
+                Ok(answer) => answer,
+                // A disk that failed, or a message that is too long: the conversation goes on without it.
+                Err(error) => {
+                    let error = format!("{:#}", anyhow::Error::from(error));
+                    if common.json {
+                        say!("{}", json!({ "error": error }))?;
+                    }
+                    common.note(&format!("error: {error}"));
+                    (held, failed) = (cache.tokens(0).to_vec(), true);
+                    messages.pop();
+                    continue;
+                }
+            };
             held = prompt;
             held.extend(&answer.tokens);
             held.truncate(cache.len(0));
@@ -90,15 +107,22 @@ impl Chat {
                     "text": answer.text, "tokens": answer.tokens, "task": task.clone().flatten(),
                     "cached_tokens": shared, "finish": answer.finish.name(),
                     "decode_tokens_per_s": timing.decode_rate(), "time_to_first_token_s": timing.first_token_s,
+                    "stream": stream::report(&model, &stream::stats(&model).since(&before)),
                 });
                 say!("{document}")?;
             } else {
                 common.note(&timing.summary());
+                if model.weights().stream().is_some() {
+                    common.note(&stream::summary(&stream::stats(&model).since(&before)));
+                }
             }
             messages.push(Message::new("assistant", answer.text));
             if interrupted() {
                 bail!("interrupted");
             }
+        }
+        if failed {
+            bail!("not every message was answered");
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use quorate_residency::{memory_plan, skeleton_bytes};
 use serde_json::{Value, json};
 
 use crate::common::{Common, human_bytes, say};
+use crate::stream::BASE_BYTES;
 
 /// Arguments of `inspect`.
 #[derive(Args)]
@@ -25,7 +26,7 @@ impl Inspect {
         let expert_bytes = first_moe.map(|(l, _)| checkpoint.expert_bytes(l, 0));
         let kv = KvCache::bytes_per_token(spec);
         let context = spec.max_position_embeddings.min(4096);
-        let (cache, buffers) = (kv * context as u64, buffer_bytes(spec, 1));
+        let (cache, buffers) = (kv * context as u64, BASE_BYTES + buffer_bytes(spec, 1));
         let fits: Vec<Value> = memory_sizes(&checkpoint, cache + buffers)
             .into_iter()
             .map(|bytes| {

@@ -7,8 +7,6 @@
 
 mod reader;
 mod state;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -121,18 +119,27 @@ pub struct StreamStats {
 impl StreamStats {
     /// What happened since `before`.
     pub fn since(&self, before: &Self) -> Self {
+        self.with(before, |now, before| now - before, |now, before| now - before)
+    }
+
+    /// Both together.
+    pub fn plus(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a + b, |a, b| a + b)
+    }
+
+    fn with(&self, other: &Self, n: fn(u64, u64) -> u64, s: fn(f64, f64) -> f64) -> Self {
         Self {
-            wanted: self.wanted - before.wanted,
-            hits: self.hits - before.hits,
-            hits_ahead: self.hits_ahead - before.hits_ahead,
-            predicted: self.predicted - before.predicted,
-            predicted_right: self.predicted_right - before.predicted_right,
-            predictable: self.predictable - before.predictable,
-            reads: self.reads - before.reads,
-            read_bytes: self.read_bytes - before.read_bytes,
-            read_s: self.read_s - before.read_s,
-            busy_s: self.busy_s - before.busy_s,
-            wait_s: self.wait_s - before.wait_s,
+            wanted: n(self.wanted, other.wanted),
+            hits: n(self.hits, other.hits),
+            hits_ahead: n(self.hits_ahead, other.hits_ahead),
+            predicted: n(self.predicted, other.predicted),
+            predicted_right: n(self.predicted_right, other.predicted_right),
+            predictable: n(self.predictable, other.predictable),
+            reads: n(self.reads, other.reads),
+            read_bytes: n(self.read_bytes, other.read_bytes),
+            read_s: s(self.read_s, other.read_s),
+            busy_s: s(self.busy_s, other.busy_s),
+            wait_s: s(self.wait_s, other.wait_s),
         }
     }
 
@@ -188,7 +195,7 @@ impl ExpertCache {
     pub(crate) fn new(checkpoint: Arc<Checkpoint>, options: StreamOptions) -> Result<Self> {
         let needed_bytes = least_stream_bytes(&checkpoint)?;
         if options.room_bytes < needed_bytes {
-            return Err(ResidencyError::NoRoomToStream { room_bytes: options.room_bytes, needed_bytes });
+            return Err(ResidencyError::NoRoomToStream { budget_bytes: options.room_bytes, needed_bytes });
         }
         let state = Mutex::new(State::new(&checkpoint, options.room_bytes, options.policy)?);
         let shared = Arc::new(Shared { checkpoint, state, work: Condvar::new(), ready: Condvar::new() });
@@ -317,7 +324,7 @@ impl Visit<'_> {
     ///
     /// # Errors
     /// One of them cannot be read. The visit may go on, and it is tried again.
-    pub fn next(&mut self) -> Result<Option<Lease<'_>>> {
+    pub fn more(&mut self) -> Result<Option<Lease<'_>>> {
         if self.waiting.is_empty() {
             return Ok(None);
         }
