@@ -173,7 +173,7 @@ impl ExpertArgs {
             (None, None) => None,
         };
         let mode = self.mode.unwrap_or_default().into();
-        Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protected()? })
+        Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protected()?, even_groups: false })
     }
 
     /// Whether the model's experts are streamed.

@@ -171,7 +171,8 @@ impl Comparison {
         let scope = Scope::ALL.into_iter().find(|s| s.name() == row.scope);
         let scope = scope.ok_or_else(|| LensError::unknown("scope", &row.scope, []))?;
         let keep = Some(Keep::per_layer(spec, scope, row.keep)?);
-        let choice = Choice { metric: row.metric.clone(), keep, scope, mode: row.mode, protect: Vec::new() };
+        let choice =
+            Choice { metric: row.metric.clone(), keep, scope, mode: row.mode, protect: Vec::new(), even_groups: false };
         choice.plan(&self.library.get(fingerprint, pattern)?, spec, fingerprint)
     }
 

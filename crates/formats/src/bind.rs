@@ -3,8 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use crate::families::Family;
-use crate::role::Role;
+use crate::role::{Role, TensorNames};
 use crate::shape;
 use crate::source::{Fused, Part, Recipe, rows, stacked};
 use crate::spec::ModelSpec;
@@ -46,6 +45,16 @@ impl Prefix {
     }
 }
 
+/// What the weights are called in a model's files.
+pub(crate) struct Naming<'a> {
+    /// Names of tensors that are weights.
+    pub names: &'a TensorNames,
+    /// Which weights are parts of other tensors, or have another name.
+    pub fused: &'a dyn Fn(Role) -> Option<Fused>,
+    /// Blocks of 8-bit floats.
+    pub fp8_block: Option<[usize; 2]>,
+}
+
 struct Binder<'a> {
     path: &'a Path,
     files: &'a [DataFile],
@@ -57,30 +66,29 @@ struct Binder<'a> {
 /// Finds the tensor of each role and checks shape and type.
 pub(crate) fn bind(
     path: &Path,
-    config: &Config,
     spec: &ModelSpec,
-    family: &Family,
+    naming: &Naming<'_>,
     files: &[DataFile],
     tensors: &[TensorLoc],
 ) -> Result<Bound> {
     let by_name: HashMap<&str, &TensorLoc> = tensors.iter().map(|t| (t.name.as_str(), t)).collect();
-    let embed = family.names.of(Role::Embed);
+    let embed = naming.names.of(Role::Embed);
     let prefixes = [Prefix::None, Prefix::Outer, Prefix::Inner];
     let prefix = prefixes.into_iter().find(|p| by_name.contains_key(p.name(&embed).as_str())).unwrap_or_default();
-    let fp8_block = fp8_block(config)?;
-    let mut binder = Binder { path, files, by_name, fp8_block, used: HashSet::new() };
+    let mut binder = Binder { path, files, by_name, fp8_block: naming.fp8_block, used: HashSet::new() };
     let (mut roles, mut recipes) = (HashMap::new(), HashMap::new());
     for role in shape::roles(spec) {
         let expected = shape::expected_shape(spec, role).expect("`roles` lists what the model has");
-        let (loc, recipe) = match family.fused.and_then(|fused| fused(spec, role)) {
+        let (loc, recipe) = match (naming.fused)(role) {
             Some(fused) => binder.part(&prefix_fused(prefix, fused), &expected)?,
-            None => binder.whole(&prefix.name(&family.names.of(role)), &expected)?,
+            None => binder.whole(&prefix.name(&naming.names.of(role)), &expected)?,
         };
         let loc = match &recipe {
             // What it takes in memory is what counts.
             Some(recipe) => {
-                let (dtype, elements) = (recipe.dtype(), loc.elements());
-                TensorLoc { dtype, len: elements * dtype.bits() / 8, ..loc }
+                let dtype = recipe.dtype();
+                let len = dtype.bytes_of(&loc.shape).expect("`computable` saw that rows are whole blocks");
+                TensorLoc { dtype, len, ..loc }
             }
             None => loc,
         };
@@ -96,7 +104,8 @@ fn prefix_fused(prefix: Prefix, fused: Fused) -> Fused {
     Fused { tensor: prefix.name(&fused.tensor), ..fused }
 }
 
-fn fp8_block(config: &Config) -> Result<Option<[usize; 2]>> {
+/// Blocks of 8-bit floats that a configuration names.
+pub(crate) fn fp8_block(config: &Config) -> Result<Option<[usize; 2]>> {
     let Some(section) = config.opt_section("quantization_config")? else { return Ok(None) };
     let key = "weight_block_size";
     match section.opt_indices(key)?.as_deref() {
@@ -132,7 +141,8 @@ impl<'a> Binder<'a> {
     }
 
     fn computable(&self, loc: &TensorLoc) -> Result<()> {
-        self.need(loc, loc.dtype.computable().is_some(), "F32, F16 or BF16")
+        let fits = loc.dtype.computable().is_some() && loc.dtype.bytes_of(&loc.shape).is_some();
+        self.need(loc, fits, "F32, F16 or BF16, or whole blocks of a GGUF type")
     }
 
     /// A tensor of its own; in 8-bit floats, with its scales.
@@ -160,8 +170,14 @@ impl<'a> Binder<'a> {
             return self.whole(&fused.tensor, expected); // only the name is another
         }
         let whole = self.get(&fused.tensor, &fused.shape)?;
-        self.computable(whole)?;
         let whole = TensorLoc { shape: fused.shape.clone(), ..whole.clone() };
+        self.computable(&whole)?;
+        let within_rows = match fused.part {
+            Part::Columns { .. } | Part::EverySecond { .. } => true,
+            Part::Rows { .. } | Part::Reordered(_) => whole.shape.len() < 2,
+            Part::KeysValues { .. } | Part::LogOfNegative => false,
+        };
+        self.need(&whole, !(within_rows && whole.dtype.is_blocks()), "F32, F16 or BF16")?;
         Ok(match fused.part {
             Part::Rows { first, rows: count } => (rows(&whole, first, count, expected), None),
             Part::Columns { index, first, step, count } => {
@@ -172,6 +188,22 @@ impl<'a> Binder<'a> {
             Part::EverySecond { first } => {
                 let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
                 (loc, Some(Recipe::EverySecond { matrix: whole, first }))
+            }
+            Part::Reordered(order) => {
+                let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
+                (loc, Some(Recipe::Reordered { matrix: whole, order }))
+            }
+            Part::KeysValues { values: width } => {
+                let name = fused.tensor.replace("attn_k_b", "attn_v_b");
+                let shape = vec![whole.shape[0], width, whole.shape[1]];
+                let values = TensorLoc { shape: shape.clone(), ..self.get(&name, &shape)?.clone() };
+                self.computable(&values)?;
+                let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
+                (loc, Some(Recipe::KeysValues { keys: whole, values }))
+            }
+            Part::LogOfNegative => {
+                let loc = TensorLoc { shape: expected.to_vec(), ..whole.clone() };
+                (loc, Some(Recipe::LogOfNegative { vector: whole }))
             }
         })
     }

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::bind::{Bound, bind};
+use crate::bind::{Bound, Naming, bind, fp8_block};
 use crate::config::read_json;
 use crate::families::{self, Family};
+use crate::gguf::{self, GgufModel, GgufValue};
 use crate::role::Role;
 use crate::safetensors::HEADER_BYTES_MAX;
 use crate::shape;
@@ -27,11 +28,22 @@ pub struct Checkpoint {
     config: Config,
     spec: ModelSpec,
     family: &'static Family,
+    gguf: Option<BTreeMap<String, GgufValue>>,
     files: Vec<DataFile>,
     /// By file, then offset.
     tensors: Vec<TensorLoc>,
     bound: Bound,
     fingerprint: String,
+}
+
+/// All of a checkpoint but its tensors.
+struct About {
+    path: PathBuf,
+    folder: PathBuf,
+    config: Config,
+    spec: ModelSpec,
+    family: &'static Family,
+    gguf: Option<BTreeMap<String, GgufValue>>,
 }
 
 /// How many numbers a model has.
@@ -44,29 +56,40 @@ pub struct ParameterCounts {
 }
 
 impl Checkpoint {
-    /// Opens a folder (`config.json` with `model.safetensors` or with an index and its shards), or one `.safetensors`
-    /// file beside its `config.json`.
+    /// Opens a folder (`config.json` with `model.safetensors` or with an index and its shards), one `.safetensors` file
+    /// beside its `config.json`, a `.gguf` file or the first part of a split one, or a folder with one model in GGUF.
     ///
     /// # Errors
     /// Anything missing, malformed, inconsistent or not supported, by name.
     pub fn open(path: &Path) -> Result<Self> {
         let (folder, weights) = locate(path)?;
-        let config = Config::read(&folder)?;
-        let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
         let (files, tensors) = match weights {
             Weights::File(file) => {
                 let (data, tensors) = SafetensorsFile::open(&file)?.into_parts(0);
                 (vec![data], tensors)
             }
             Weights::Index(index) => open_shards(&folder, &index)?,
+            Weights::Gguf(file) => {
+                let GgufModel { config, spec, family, files, tensors, bound, metadata } = gguf::open_model(&file)?;
+                let about = About { path: path.to_owned(), folder, config, spec, family, gguf: Some(metadata) };
+                return Self::of(about, files, tensors, bound);
+            }
         };
-        let bound = bind(path, &config, &spec, family, &files, &tensors)?;
+        let config = Config::read(&folder)?;
+        let family = families::find(&config)?;
+        let spec = (family.spec)(&config)?;
+        let fused = |role| family.fused.and_then(|fused| fused(&spec, role));
+        let naming = Naming { names: &family.names, fused: &fused, fp8_block: fp8_block(&config)? };
+        let bound = bind(path, &spec, &naming, &files, &tensors)?;
+        Self::of(About { path: path.to_owned(), folder, config, spec, family, gguf: None }, files, tensors, bound)
+    }
+
+    fn of(about: About, files: Vec<DataFile>, tensors: Vec<TensorLoc>, bound: Bound) -> Result<Self> {
         let stored = |role: &Role| bound.recipes.get(role).and_then(|r| r.stored().first().copied());
         let by_role = bound.roles.iter().map(|(role, loc)| (*role, stored(role).unwrap_or(loc)));
-        let fingerprint = fingerprint::fingerprint(&spec, &tensors, by_role, &files)?;
-        let path = path.to_owned();
-        Ok(Self { path, folder, config, spec, family, files, tensors, bound, fingerprint })
+        let fingerprint = fingerprint::fingerprint(&about.spec, &tensors, by_role, &files)?;
+        let About { path, folder, config, spec, family, gguf } = about;
+        Ok(Self { path, folder, config, spec, family, gguf, files, tensors, bound, fingerprint })
     }
 
     /// The path that was opened.
@@ -79,9 +102,14 @@ impl Checkpoint {
         &self.folder
     }
 
-    /// The configuration files.
+    /// The configuration files; of a model in GGUF, what they would say.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Metadata of a model in GGUF, its tokenizer's among them; `None` of other files.
+    pub fn gguf(&self) -> Option<&BTreeMap<String, GgufValue>> {
+        self.gguf.as_ref()
     }
 
     /// The architecture.
@@ -132,7 +160,7 @@ impl Checkpoint {
         self.bound.recipes.get(&role)
     }
 
-    /// The name of a weight's tensor in this model's files, were it a tensor of its own.
+    /// The name of a weight's tensor in the family's safetensors files, were it a tensor of its own.
     pub fn name_of(&self, role: Role) -> String {
         self.bound.prefix.name(&self.family.names.of(role))
     }
@@ -195,6 +223,7 @@ impl Checkpoint {
 enum Weights {
     File(PathBuf),
     Index(PathBuf),
+    Gguf(PathBuf),
 }
 
 /// The folder, and the file that leads to the weights.
@@ -203,11 +232,12 @@ fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
     let no_model =
         |problem: &str, help| Err(FormatError::NoModel { path: path.to_owned(), problem: problem.to_owned(), help });
     if !metadata.is_dir() {
-        if path.extension().is_none_or(|e| e != "safetensors") {
-            return no_model("it is no .safetensors file", "name a folder or a .safetensors file");
-        }
-        let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-        return Ok((parent.unwrap_or(Path::new(".")).to_owned(), Weights::File(path.to_owned())));
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        return match path.extension().and_then(|e| e.to_str()) {
+            Some("safetensors") => Ok((parent, Weights::File(path.to_owned()))),
+            Some("gguf") => Ok((parent, Weights::Gguf(path.to_owned()))),
+            _ => no_model("it is no .safetensors or .gguf file", "name a folder, a .safetensors file or a .gguf file"),
+        };
     }
     // In this order, as transformers has it.
     let (single, index) = (path.join(SINGLE), path.join(INDEX));
@@ -215,10 +245,12 @@ fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
         Ok((path.to_owned(), Weights::File(single)))
     } else if index.is_file() {
         Ok((path.to_owned(), Weights::Index(index)))
+    } else if let Some(file) = gguf::in_folder(path)? {
+        Ok((path.to_owned(), Weights::Gguf(file)))
     } else {
         no_model(
-            "it has neither model.safetensors nor model.safetensors.index.json",
-            "download the safetensors form of the model, or convert it",
+            "it has neither model.safetensors nor model.safetensors.index.json nor a .gguf file",
+            "download the safetensors or GGUF form of the model, or convert it",
         )
     }
 }
@@ -242,16 +274,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<DataFile>, Vec<T
         files.push(data);
         tensors.append(&mut of_shard);
     }
-    let mut home: HashMap<&str, usize> = HashMap::new();
-    for t in &tensors {
-        if let Some(first) = home.insert(&t.name, t.file) {
-            return Err(FormatError::TensorEntry {
-                path: files[t.file].path().to_owned(),
-                tensor: t.name.clone(),
-                problem: format!("it is in {} too", files[first].path().display()),
-            });
-        }
-    }
+    let home = homes(&files, &tensors)?;
     for (name, shard) in &index.weight_map {
         let file = shards.binary_search(&shard).expect("all values are in the list");
         if home.get(name.as_str()) != Some(&file) {
@@ -260,6 +283,22 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<DataFile>, Vec<T
         }
     }
     Ok((files, tensors))
+}
+
+/// The file of each tensor, which is in one only.
+pub(crate) fn homes<'a>(files: &[DataFile], tensors: &'a [TensorLoc]) -> Result<HashMap<&'a str, usize>> {
+    let mut home = HashMap::new();
+    for t in tensors {
+        if let Some(first) = home.insert(t.name.as_str(), t.file) {
+            let first: &DataFile = &files[first];
+            return Err(FormatError::TensorEntry {
+                path: files[t.file].path().to_owned(),
+                tensor: t.name.clone(),
+                problem: format!("it is in {} too", first.path().display()),
+            });
+        }
+    }
+    Ok(home)
 }
 
 /// A shard must be a file of the folder itself. A link there may lead elsewhere: caches are built so.

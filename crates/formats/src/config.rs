@@ -1,5 +1,6 @@
 //! `config.json` and `generation_config.json`: typed access whose errors name file and key.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::{Deref, RangeInclusive};
@@ -41,6 +42,8 @@ pub struct Section {
     /// Names of the objects around this one, each with a dot behind it.
     prefix: String,
     map: Map<String, Value>,
+    /// What a key is called in the file, if it is another name.
+    called: BTreeMap<String, String>,
 }
 
 impl Deref for Config {
@@ -51,6 +54,11 @@ impl Deref for Config {
 }
 
 impl Config {
+    /// A configuration that stands in one object.
+    pub fn new(root: Section) -> Self {
+        Self { root, generation: None }
+    }
+
     /// Reads both files of a model's folder; the second may be absent.
     ///
     /// # Errors
@@ -102,7 +110,17 @@ impl Config {
 impl Section {
     /// An object given as a value; `path` names it in errors.
     pub fn new(path: &Path, map: Map<String, Value>) -> Self {
-        Self { path: path.to_owned(), prefix: String::new(), map }
+        Self::translated(path, map, BTreeMap::new())
+    }
+
+    /// An object whose keys have other names in the file: errors give those of `called`.
+    pub fn translated(path: &Path, map: Map<String, Value>, called: BTreeMap<String, String>) -> Self {
+        Self { path: path.to_owned(), prefix: String::new(), map, called }
+    }
+
+    /// A key as it stands in the file, with the names of the objects around it.
+    fn full_name(&self, key: &str) -> String {
+        self.called.get(key).cloned().unwrap_or_else(|| format!("{}{key}", self.prefix))
     }
 
     /// The file.
@@ -122,7 +140,7 @@ impl Section {
 
     /// Error for a key that must be there.
     pub fn missing(&self, key: &str) -> FormatError {
-        FormatError::ConfigMissing { path: self.path.clone(), key: format!("{}{key}", self.prefix) }
+        FormatError::ConfigMissing { path: self.path.clone(), key: self.full_name(key) }
     }
 
     /// Error for a value that cannot be.
@@ -134,7 +152,7 @@ impl Section {
         }
         FormatError::ConfigValue {
             path: self.path.clone(),
-            key: format!("{}{key}", self.prefix),
+            key: self.full_name(key),
             value: value.into(),
             problem: problem.into(),
         }
@@ -282,6 +300,7 @@ impl Section {
                 path: self.path.clone(),
                 prefix: format!("{}{key}.", self.prefix),
                 map: map.clone(),
+                called: BTreeMap::new(),
             })),
             Some(_) => Err(self.refuse(key, "an object expected")),
         }

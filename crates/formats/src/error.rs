@@ -122,7 +122,7 @@ pub enum FormatError {
         limit: u64,
     },
     /// A configuration lacks a key.
-    #[error("{}: key {key:?} is missing; help: is this the model's own config.json?", path.display())]
+    #[error("{}: key {key:?} is missing; help: is this the model's own configuration?", path.display())]
     ConfigMissing {
         /// The file.
         path: PathBuf,
@@ -153,6 +153,17 @@ pub enum FormatError {
         known: Vec<&'static str>,
         /// The supported type with the most similar name, if any is similar.
         nearest: Option<&'static str>,
+    },
+    /// No family reads this architecture of a GGUF file.
+    #[error("{}: architecture {arch:?} is not supported; known: {}; help: take the Hugging Face form of the model, if its \
+             family is known there", path.display(), known.join(", "))]
+    UnknownArch {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        arch: String,
+        /// Supported architectures.
+        known: Vec<&'static str>,
     },
     /// A name in an index file would leave the folder.
     #[error("{}: shard name {name:?} is refused: {problem}", path.display())]
@@ -226,7 +237,7 @@ pub enum FormatError {
         /// What is wrong with the kept experts.
         problem: String,
         /// What to do.
-        help: &'static str,
+        help: std::borrow::Cow<'static, str>,
     },
     /// New values for a weight that are not as many as it has.
     #[error("tensor {tensor}: {found} new values for {expected}; help: give one for each")]

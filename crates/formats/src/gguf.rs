@@ -3,18 +3,28 @@
 //! A file is magic, version, counts, key-value pairs, tensor infos, padding, and the tensors' bytes. Every length, count and
 //! offset is checked against the file before anything is read or allocated by it.
 
+mod arch;
+mod ends;
+mod files;
 mod header;
+mod layout;
+mod model;
+mod names;
 mod types;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+pub use arch::{ARCHS, Arch, COMMON_KEYS};
+pub(crate) use files::in_folder;
 pub use header::GgufValue;
+pub(crate) use model::{GgufModel, open as open_model};
+pub use names::GGUF_NAMES;
 pub use types::GgmlType;
 pub use writer::gguf_bytes;
 
-use crate::{DataFile, FormatError, Result};
+use crate::{DataFile, FormatError, Result, StoredDType, TensorLoc};
 use header::Cursor;
 
 /// First bytes of a file.
@@ -39,6 +49,26 @@ pub struct GgufTensor {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
+}
+
+impl GgufTensor {
+    /// The same place in the words of a checkpoint, in file `index`.
+    fn into_loc(self, index: usize) -> TensorLoc {
+        let dtype = match self.dtype {
+            GgmlType::F32 => StoredDType::F32,
+            GgmlType::F16 => StoredDType::F16,
+            GgmlType::BF16 => StoredDType::Bf16,
+            GgmlType::F64 => StoredDType::F64,
+            GgmlType::I8 => StoredDType::I8,
+            GgmlType::I16 => StoredDType::I16,
+            GgmlType::I32 => StoredDType::I32,
+            GgmlType::I64 => StoredDType::I64,
+            blocks => StoredDType::Blocks(blocks),
+        };
+        let dim = |d: u64| usize::try_from(d).expect("a tensor that lies in a file fits the address space");
+        let shape = self.shape.into_iter().rev().map(dim).collect();
+        TensorLoc { name: self.name, file: index, dtype, shape, offset: self.offset, len: self.len }
+    }
 }
 
 /// One open GGUF file: its metadata and index, and reads of single tensors.

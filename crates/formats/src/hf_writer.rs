@@ -7,19 +7,29 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use crate::config::read_json;
+use crate::prune::{Cut, Pruned, check_kept, cuts, slices};
 use crate::role::Role;
+use crate::safetensors::HEADER_BYTES_MAX;
 use crate::writer::Temporary;
 use crate::{Checkpoint, FormatError, Result, StoredDType, TensorOut, write_safetensors};
 
 /// Bytes copied at once.
 const CHUNK_BYTES: u64 = 4 << 20;
 
+/// The key of the language model's part in a configuration that has several.
+const TEXT: &str = "text_config";
+
 /// Called with bytes done and bytes in all; `false` cancels.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
 /// Writes the model with only the experts `kept` (one ascending list of expert ids per MoE layer, all of one length,
-/// since transformers knows one number of experts). Routers lose the other rows; experts are numbered anew; all else
-/// is copied byte for byte. `config.json` gets the new number, and an object `quorate` with the kept ids.
+/// since transformers knows one number of experts). Routers, their biases and tensors that stack experts lose the other
+/// parts; experts are numbered anew; layers that predict further tokens are left out; all else is copied byte for byte,
+/// packed weights as they are packed. `config.json` gets the new number (and that of groups), and an object `quorate` with
+/// the kept ids.
+///
+/// A router with groups of experts needs equally many of each group that is left.
 ///
 /// The folder is written under a temporary name and renamed at the end: an error or a cancel leaves nothing behind.
 ///
@@ -32,8 +42,8 @@ pub fn write_pruned_hf(
     shard_bytes_max: u64,
     progress: &mut Progress<'_>,
 ) -> Result<()> {
-    let n_kept = check_kept(checkpoint, kept)?;
-    let config = pruned_config(checkpoint, kept, n_kept);
+    let pruned = check_kept(checkpoint, kept, true)?;
+    let config = pruned_config(checkpoint, kept, &pruned)?;
     write_hf(checkpoint, pieces(checkpoint, kept), config, out_dir, shard_bytes_max, progress)
 }
 
@@ -69,7 +79,7 @@ pub fn write_edited_hf(
     };
     let pieces = checkpoint.tensors().iter().map(piece).collect();
     let note = json!({"source_fingerprint": checkpoint.fingerprint(), "edited_weights": edits.len()});
-    write_hf(checkpoint, pieces, config_with(checkpoint, note), out_dir, shard_bytes_max, progress)
+    write_hf(checkpoint, pieces, config_with(checkpoint, note)?, out_dir, shard_bytes_max, progress)
 }
 
 /// Writes a folder of these tensors and this configuration, with the source's other files.
@@ -81,6 +91,10 @@ fn write_hf(
     shard_bytes_max: u64,
     progress: &mut Progress<'_>,
 ) -> Result<()> {
+    if checkpoint.gguf().is_some() {
+        let problem = "the model is in GGUF, whose tensors have other names and another order".to_owned();
+        return Err(FormatError::Kept { problem, help: "start from the safetensors form of the model".into() });
+    }
     if out_dir.exists() && fs::read_dir(out_dir).map_or(true, |mut entries| entries.next().is_some()) {
         return Err(FormatError::OutputExists { path: out_dir.to_owned() });
     }
@@ -104,38 +118,6 @@ fn write_hf(
     temporary.rename(out_dir).map_err(|e| FormatError::io("write", out_dir, e))
 }
 
-/// The number of experts kept in every layer.
-fn check_kept(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Result<usize> {
-    let refuse = |problem: String, help| Err(FormatError::Kept { problem, help });
-    let spec = checkpoint.spec();
-    let layers = spec.moe_layers();
-    if layers.is_empty() {
-        return refuse("the model has no experts".to_owned(), "only mixtures of experts are pruned this way");
-    }
-    if kept.len() != layers.len() {
-        let problem = format!("{} lists of experts for {} MoE layers", kept.len(), layers.len());
-        return refuse(problem, "give one list for each MoE layer");
-    }
-    for (&layer, ids) in layers.iter().zip(kept) {
-        let moe = spec.moe(layer).expect("`moe_layers` lists MoE layers");
-        let ascending = ids.windows(2).all(|pair| pair[0] < pair[1]);
-        if !ascending || ids.last().is_some_and(|&e| e >= moe.n_experts) {
-            let problem = format!("layer {layer}: the expert ids {ids:?} are not ascending below {}", moe.n_experts);
-            return refuse(problem, "give each expert once, in ascending order");
-        }
-        if ids.len() < moe.top_k {
-            let problem = format!("layer {layer}: {} experts kept, each token needs {}", ids.len(), moe.top_k);
-            return refuse(problem, "keep at least as many experts as each token uses");
-        }
-        if ids.len() != kept[0].len() {
-            let problem =
-                format!("{} experts kept in layer {layer}, {} in layer {}", ids.len(), kept[0].len(), layers[0]);
-            return refuse(problem, "keep equally many in every layer, or write a plan instead of a checkpoint");
-        }
-    }
-    Ok(kept[0].len())
-}
-
 /// One tensor of the output: where its bytes come from.
 struct Piece<'a> {
     name: String,
@@ -155,26 +137,14 @@ enum Source<'a> {
 
 /// All tensors of the output, in the order of the source.
 fn pieces(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> Vec<Piece<'static>> {
-    let kept_of: HashMap<usize, &Vec<usize>> = checkpoint.spec().moe_layers().into_iter().zip(kept).collect();
-    let role_of: HashMap<&str, Role> =
-        checkpoint.roles().filter_map(|role| Some((checkpoint.tensor(role).ok()?.name.as_str(), role))).collect();
-    let renumber = |role: fn(usize, usize) -> Role, l: usize, e: usize| {
-        kept_of[&l].binary_search(&e).ok().map(|new| checkpoint.name_of(role(l, new)))
-    };
+    let cuts = cuts(checkpoint, kept);
+    let whole = |loc: &crate::TensorLoc| (vec![(loc.offset, loc.len)], loc.shape.clone());
     let piece = |loc: &crate::TensorLoc| {
-        let mut shape = loc.shape.clone();
-        let mut ranges = vec![(loc.offset, loc.len)];
-        let name = match role_of.get(loc.name.as_str()) {
-            Some(&Role::ExpertGate(l, e)) => renumber(Role::ExpertGate, l, e)?,
-            Some(&Role::ExpertUp(l, e)) => renumber(Role::ExpertUp, l, e)?,
-            Some(&Role::ExpertDown(l, e)) => renumber(Role::ExpertDown, l, e)?,
-            Some(&Role::Router(l)) => {
-                let row = loc.len / loc.shape[0] as u64;
-                ranges = kept_of[&l].iter().map(|&e| (loc.offset + e as u64 * row, row)).collect();
-                shape[0] = ranges.len();
-                loc.name.clone()
-            }
-            _ => loc.name.clone(),
+        let (name, (ranges, shape)) = match cuts.get(&loc.name) {
+            None => (loc.name.clone(), whole(loc)),
+            Some(Cut::Renamed(name)) => (name.clone(), whole(loc)),
+            Some(Cut::Experts { of, ids }) => (loc.name.clone(), slices(loc, *of, ids)),
+            Some(Cut::Gone) => return None,
         };
         let bytes = ranges.iter().map(|(_, len)| len).sum();
         Some(Piece { name, dtype: loc.dtype, shape, source: Source::File { file: loc.file, ranges }, bytes })
@@ -270,28 +240,42 @@ fn index(shards: &[Vec<Piece<'_>>]) -> Value {
 }
 
 /// The source's `config.json` with the new number of experts, and where they came from.
-fn pruned_config(checkpoint: &Checkpoint, kept: &[Vec<usize>], n_kept: usize) -> Value {
+fn pruned_config(checkpoint: &Checkpoint, kept: &[Vec<usize>], pruned: &Pruned) -> Result<Value> {
     let layers = checkpoint.spec().moe_layers();
-    let kept: Map<String, Value> = layers.iter().zip(kept).map(|(l, ids)| (l.to_string(), json!(ids))).collect();
-    let note = json!({"source_fingerprint": checkpoint.fingerprint(), "kept_experts": kept});
-    let mut config = config_with(checkpoint, note);
-    for key in checkpoint.family().expert_count_keys {
-        if let Some(count) = config.get_mut(*key) {
-            *count = json!(n_kept);
+    let ids: Map<String, Value> = layers.iter().zip(kept).map(|(l, ids)| (l.to_string(), json!(ids))).collect();
+    let note = json!({"source_fingerprint": checkpoint.fingerprint(), "kept_experts": ids});
+    let mut config = config_with(checkpoint, note)?;
+    let text = match config.get(TEXT) {
+        Some(text) if text.get("model_type").is_some() => &mut config[TEXT],
+        _ => &mut config,
+    };
+    let mut set = |key: &str, value: usize| {
+        // A list has one entry for each decoder layer.
+        match text.get_mut(key).filter(|v| !v.is_null()) {
+            Some(Value::Array(list)) => list.iter_mut().for_each(|entry| *entry = json!(value)),
+            Some(entry) => *entry = json!(value),
+            None => {}
         }
+    };
+    checkpoint.family().expert_count_keys.iter().for_each(|key| set(key, pruned.count()));
+    if let Some((groups, chosen)) = pruned.groups {
+        set("n_group", groups);
+        set("topk_group", chosen);
     }
-    config
+    // Layers that predict further tokens are left out.
+    ["num_nextn_predict_layers", "mtp_num_hidden_layers"].iter().for_each(|key| set(key, 0));
+    Ok(config)
 }
 
 /// The source's `config.json` with a note of what was done.
-fn config_with(checkpoint: &Checkpoint, mut note: Value) -> Value {
-    let mut config = checkpoint.config().json().clone();
+fn config_with(checkpoint: &Checkpoint, mut note: Value) -> Result<Value> {
+    let mut config: Map<String, Value> = read_json(checkpoint.config().path(), HEADER_BYTES_MAX)?;
     // A model pruned twice keeps its whole history; ids are those of the model before.
     if let Some(earlier) = config.remove("quorate") {
         note["source"] = earlier;
     }
     config.insert("quorate".to_owned(), note);
-    Value::Object(config)
+    Ok(Value::Object(config))
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Model files: where each tensor's bytes lie, and what the configuration says.
 //!
-//! Knows safetensors, Hugging Face folders and the families' names. It computes nothing with weights and keeps none
+//! Knows safetensors, GGUF, Hugging Face folders and the families' names. It computes nothing with weights and keeps none
 //! in memory: a [`Checkpoint`] is an index of checked byte ranges, `residency` reads them.
 
 mod bind;
@@ -12,6 +12,7 @@ pub mod families;
 mod fingerprint;
 pub mod gguf;
 pub mod hf_writer;
+mod prune;
 pub mod role;
 pub mod rope;
 pub mod safetensors;
@@ -25,7 +26,7 @@ pub use config::Config;
 pub use datafile::{DataFile, UNCACHED_ALIGNMENT, uncached_len};
 pub use error::{FormatError, Result};
 pub use families::{FAMILIES, Family};
-pub use gguf::{GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};
+pub use gguf::{Arch, GGUF_NAMES, GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};
 pub use hf_writer::{write_edited_hf, write_pruned_hf};
 pub use role::Role;
 pub use safetensors::{SafetensorsFile, StoredDType, TensorLoc};

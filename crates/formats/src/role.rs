@@ -125,6 +125,32 @@ impl Role {
         matches!(self, Self::ExpertGate(..) | Self::ExpertUp(..) | Self::ExpertDown(..))
     }
 
+    /// Whether the weight is of a layer's experts: `Some(None)` if it has something for each of them (router, biases),
+    /// `Some(Some(expert))` if it belongs to one.
+    pub fn of_experts(self) -> Option<Option<usize>> {
+        match self {
+            Self::ExpertGate(_, e) | Self::ExpertUp(_, e) | Self::ExpertDown(_, e) => Some(Some(e)),
+            Self::Router(_)
+            | Self::RouterBias(_)
+            | Self::SelectionBias(_)
+            | Self::ExpertScale(_)
+            | Self::ExpertGateBias(_)
+            | Self::ExpertUpBias(_)
+            | Self::ExpertDownBias(_) => Some(None),
+            _ => None,
+        }
+    }
+
+    /// The same weight of another expert; of what belongs to no single expert, itself.
+    pub fn renumbered(self, expert: usize) -> Self {
+        match self {
+            Self::ExpertGate(l, _) => Self::ExpertGate(l, expert),
+            Self::ExpertUp(l, _) => Self::ExpertUp(l, expert),
+            Self::ExpertDown(l, _) => Self::ExpertDown(l, expert),
+            other => other,
+        }
+    }
+
     /// The decoder layer; `None` of what is outside the layers.
     pub fn layer(self) -> Option<usize> {
         match self {

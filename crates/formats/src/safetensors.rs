@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 
-use crate::{DataFile, FormatError, Result};
+use crate::{DataFile, FormatError, GgmlType, Result};
 
 /// Longest header that is read.
 pub const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -20,21 +20,26 @@ macro_rules! stored_dtypes {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[allow(non_camel_case_types, reason = "the format's own names")]
         pub enum StoredDType {
-            $(#[doc = concat!("`", $name, "`.")] $variant),*
+            $(#[doc = concat!("`", $name, "`.")] $variant,)*
+            /// Blocks of a GGUF file.
+            Blocks(GgmlType),
         }
 
         impl StoredDType {
-            /// The name in a safetensors header.
+            /// The name in a safetensors header, or that of ggml.
             pub fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name),* }
+                match self { $(Self::$variant => $name,)* Self::Blocks(kind) => kind.name() }
             }
 
-            /// Bits of one element.
+            /// Bits of one element; of blocks, on average and rounded down.
             pub fn bits(self) -> u64 {
-                match self { $(Self::$variant => $bits),* }
+                match self {
+                    $(Self::$variant => $bits,)*
+                    Self::Blocks(kind) => kind.block().1 * 8 / kind.block().0,
+                }
             }
 
-            /// The type of that name.
+            /// The type of that name in a safetensors header.
             pub fn from_name(name: &str) -> Option<Self> {
                 match name { $($name => Some(Self::$variant),)* _ => None }
             }
@@ -55,18 +60,27 @@ impl fmt::Display for StoredDType {
 }
 
 impl StoredDType {
+    /// Whether numbers come in blocks.
+    pub fn is_blocks(self) -> bool {
+        matches!(self, Self::Blocks(_))
+    }
+
     /// The kernels' type for it, if there are kernels for it.
     pub fn computable(self) -> Option<quorate_kernels::DType> {
         match self {
             Self::F32 => Some(quorate_kernels::DType::F32),
             Self::F16 => Some(quorate_kernels::DType::F16),
             Self::Bf16 => Some(quorate_kernels::DType::BF16),
+            Self::Blocks(kind) => quorate_kernels::DType::ALL.iter().copied().find(|dtype| dtype.name() == kind.name()),
             _ => None,
         }
     }
 
-    /// Bytes of a tensor of this type and shape; `None` on overflow, or if the last byte is not full.
+    /// Bytes of a tensor of this type and shape; `None` on overflow, or if the last byte or a row's last block is not full.
     pub fn bytes_of(self, shape: &[usize]) -> Option<u64> {
+        if let Self::Blocks(kind) = self {
+            return kind.bytes_of(&shape.iter().rev().map(|&d| d as u64).collect::<Vec<_>>());
+        }
         let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64))?;
         let bits = elements.checked_mul(self.bits())?;
         bits.is_multiple_of(8).then_some(bits / 8)

@@ -41,6 +41,36 @@ pub enum Part {
         /// 0 or 1.
         first: usize,
     },
+    /// Rows in another order.
+    Reordered(RowOrder),
+    /// Latent attention's up projection in two tensors (GGUF): this one `[H, rank, nope]`, the keys' rows as columns, and
+    /// the values' `[H, values, rank]`, whose name has `attn_v_b` in place of `attn_k_b`.
+    KeysValues {
+        /// Width of a value.
+        values: usize,
+    },
+    /// `ln(-x)` of each element: GGUF files hold `-exp(A_log)`.
+    LogOfNegative,
+}
+
+/// Rows `first + i strides[0] + j strides[1] + k strides[2]` of a matrix, where `i`, `j` and `k` run below `counts`, the last
+/// one fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowOrder {
+    /// First row.
+    pub first: usize,
+    /// How often each index runs.
+    pub counts: [usize; 3],
+    /// Steps of each index, in stored rows.
+    pub strides: [usize; 3],
+}
+
+impl RowOrder {
+    /// The stored row of each row of the weight.
+    pub fn rows(&self) -> impl Iterator<Item = usize> {
+        let RowOrder { first, counts: [a, b, c], strides: [s, t, u] } = *self;
+        (0..a * b * c).map(move |row| first + row / (b * c) * s + row / c % b * t + row % c * u)
+    }
 }
 
 /// How the values of a weight come out of stored bytes that are not the weight as it is.
@@ -63,6 +93,26 @@ pub enum Recipe {
         matrix: TensorLoc,
         /// 0 or 1.
         first: usize,
+    },
+    /// Rows in another order.
+    Reordered {
+        /// The stored matrix; of a vector, each element is a row.
+        matrix: TensorLoc,
+        /// Which row comes when.
+        order: RowOrder,
+    },
+    /// Keys' and values' projections of each head, laid behind each other: rows of the keys, which are stored as columns,
+    /// then rows of the values.
+    KeysValues {
+        /// `[H, rank, nope]`.
+        keys: TensorLoc,
+        /// `[H, values, rank]`.
+        values: TensorLoc,
+    },
+    /// `ln(-x)` of each element.
+    LogOfNegative {
+        /// The stored vector.
+        vector: TensorLoc,
     },
     /// 8-bit floats (E4M3) with one scale for each block.
     Fp8 {
@@ -103,7 +153,11 @@ impl Recipe {
     /// The stored tensors that it needs.
     pub fn stored(&self) -> Vec<&TensorLoc> {
         match self {
-            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } => vec![matrix],
+            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } | Recipe::Reordered { matrix, .. } => {
+                vec![matrix]
+            }
+            Recipe::KeysValues { keys, values } => vec![keys, values],
+            Recipe::LogOfNegative { vector } => vec![vector],
             Recipe::Fp8 { values, scales, .. } => vec![values, scales],
             Recipe::Mxfp4 { blocks, scales, .. } => vec![blocks, scales],
         }
@@ -112,8 +166,12 @@ impl Recipe {
     /// The type in which the values are kept in memory: exact for all of them.
     pub fn dtype(&self) -> StoredDType {
         match self {
-            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } => matrix.dtype,
-            Recipe::Fp8 { .. } => StoredDType::F32,
+            Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } | Recipe::Reordered { matrix, .. } => {
+                matrix.dtype
+            }
+            // Blocks lie along the keys' rows, which become columns: their values are widened.
+            Recipe::KeysValues { keys, values } if keys.dtype == values.dtype && !keys.dtype.is_blocks() => keys.dtype,
+            Recipe::KeysValues { .. } | Recipe::LogOfNegative { .. } | Recipe::Fp8 { .. } => StoredDType::F32,
             Recipe::Mxfp4 { .. } => StoredDType::Bf16,
         }
     }

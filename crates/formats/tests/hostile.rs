@@ -238,7 +238,7 @@ fn broken_files_around_the_weights_are_refused() {
 
     let open = |path: &Path| chain(&Checkpoint::open(path).unwrap_err());
     assert!(open(Path::new("/no/such/model")).contains("cannot open /no/such/model"));
-    assert!(open(&fixture("olmoe").join("config.json")).contains("it is no .safetensors file"));
+    assert!(open(&fixture("olmoe").join("config.json")).contains("it is no .safetensors or .gguf file"));
     let folder = without("config.json");
     fs::create_dir(folder.file("config.json")).unwrap();
     expect(folder, &["config.json is not a regular file"]);

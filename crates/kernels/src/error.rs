@@ -6,7 +6,7 @@ use std::fmt;
 use crate::DType;
 
 /// Why a kernel refuses its input.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum KernelError {
     /// A row of `cols` values is no whole number of blocks of `dtype` (or its bytes overflow).
@@ -36,6 +36,15 @@ pub enum KernelError {
         /// The slot that asks for it: `token * k + choice`.
         slot: usize,
     },
+    /// A value cannot be written as a type: it is not finite, or larger than its scales can be.
+    Unwritable {
+        /// The type.
+        dtype: DType,
+        /// Row of the matrix.
+        row: usize,
+        /// The value.
+        value: f32,
+    },
 }
 
 impl fmt::Display for KernelError {
@@ -52,6 +61,10 @@ impl fmt::Display for KernelError {
             }
             Self::MissingExpert { expert, slot } => {
                 write!(f, "slot {slot} asks for expert {expert}, which is not loaded")
+            }
+            Self::Unwritable { dtype, row, value } => {
+                let help = if value.is_finite() { "; help: BF16 and F32 hold it" } else { "" };
+                write!(f, "row {row} has the value {value}, which {} cannot hold{help}", dtype.name())
             }
         }
     }

@@ -6,7 +6,7 @@
 //! behind safe functions that check every length.
 //!
 //! - [`Pool`]: the threads, which all functions that are worth it share.
-//! - [`DType`], [`MatRef`], [`quantize`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
+//! - [`DType`], [`MatRef`], [`encode`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
 //! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
@@ -22,6 +22,7 @@ compile_error!("weights are read in place, as little endian");
 
 mod attention;
 mod dtype;
+mod encode;
 mod error;
 mod experts;
 mod math;
@@ -38,6 +39,7 @@ mod weight;
 
 pub use attention::{AttnSegment, AttnShape, attention};
 pub use dtype::{DType, MatRef};
+pub use encode::encode;
 pub use error::KernelError;
 pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_hidden, slot_products};
 pub use math::{Act, act_inplace};

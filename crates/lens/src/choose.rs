@@ -25,6 +25,8 @@ pub struct Choice {
     pub mode: RoutingMode,
     /// Experts `(decoder layer, expert)` that are kept whatever their score.
     pub protect: Vec<(usize, usize)>,
+    /// Whether the groups that a router chooses among keep equally many experts, as a checkpoint needs.
+    pub even_groups: bool,
 }
 
 impl Choice {
@@ -53,7 +55,9 @@ impl Choice {
             ));
         }
         let floor = map.layers.iter().map(|&l| spec.moe(l).map_or(0, |m| m.top_k)).collect();
-        let selection = Selection { scope: self.scope, protect, floor };
+        let of_router = |&l: &usize| spec.moe(l)?.router.extra.groups.map(|g| g.n_group);
+        let groups = map.layers.iter().find_map(of_router).filter(|_| self.even_groups).unwrap_or(0);
+        let selection = Selection { scope: self.scope, protect, floor, groups };
         let kept = selection.select(pattern.scores(&self.metric)?, self.keep.unwrap_or(Keep::Total(half)))?;
         let mut plan = Plan::keeping(fingerprint, map, &kept, self.mode);
         plan.task = Some(pattern.info.name.clone());

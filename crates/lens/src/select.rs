@@ -71,6 +71,8 @@ pub struct Selection {
     pub protect: Vec<(usize, usize)>,
     /// Fewest experts of each MoE layer: its `top_k`.
     pub floor: Vec<usize>,
+    /// Groups of consecutive experts in each layer that keep equally many; 0 and 1 are none.
+    pub groups: usize,
 }
 
 impl Selection {
@@ -109,12 +111,27 @@ impl Selection {
                     map.layers[moe]
                 )));
             }
-            let mut layer = order(scores, moe, &protected[moe]);
+            let order = order(scores, moe, &protected[moe]);
+            let mut layer = if self.groups > 1 { self.of_groups(map, moe, &order, count)? } else { order };
             layer.truncate(count);
             layer.sort_unstable();
             kept.push(layer);
         }
         Ok(kept)
+    }
+
+    /// The first experts of that order, equally many of each group.
+    fn of_groups(&self, map: &ExpertMap, moe: usize, order: &[usize], count: usize) -> Result<Vec<usize>, LensError> {
+        let (groups, experts) = (self.groups, map.experts[moe]);
+        if !experts.is_multiple_of(groups) || !count.is_multiple_of(groups) {
+            return Err(LensError::Select(format!(
+                "cannot keep {count} experts in layer {}: its router chooses among {groups} groups of experts, which must keep equally many; help: keep a multiple of {groups}",
+                map.layers[moe]
+            )));
+        }
+        let (size, each) = (experts / groups, count / groups);
+        let of_group = |g: usize| order.iter().copied().filter(move |e| e / size == g).take(each);
+        Ok((0..groups).flat_map(of_group).collect())
     }
 
     /// The fewest experts of each layer.
@@ -252,6 +269,17 @@ mod tests {
         assert_eq!(s.select(&t, Keep::Total(8)).unwrap().concat().len(), 8);
         s.protect = vec![(0, 3)];
         assert_eq!(s.select(&t, Keep::Total(3)).unwrap(), [vec![1, 3], vec![0]], "the protected one counts");
+    }
+
+    #[test]
+    fn groups_keep_equally_many() {
+        let t = table(&[0.1, 0.2, 0.8, 0.7, 0.2, 0.1, 0.05, 0.0]);
+        let mut s = Selection { floor: vec![1, 1], groups: 2, ..Selection::default() };
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![1, 2], vec![0, 2]]);
+        s.protect = vec![(0, 0)];
+        assert_eq!(s.select(&t, Keep::PerLayer(2)).unwrap(), [vec![0, 2], vec![0, 2]]);
+        let error = s.select(&t, Keep::PerLayer(3)).unwrap_err().to_string();
+        assert!(error.contains("cannot keep 3 experts in layer 0") && error.contains("a multiple of 2"), "{error}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::fs;
 use quorate_formats::SafetensorsFile;
 use quorate_formats::spec::RouterScore;
 use quorate_model::{GenerateOptions, Generation, KvCache, Lens, Model, NoLens, Segment, Site};
-use support::{Capture, Kept, difference, fixture, logits, logits_in_turn, open, prompts, rows};
+use support::{Capture, Kept, difference, fixture, logits, logits_in_turn, open, open_gguf, prompts, rows};
 
 /// Largest absolute error of any value.
 const TOLERANCE: f32 = 1e-4;
@@ -43,6 +43,26 @@ agree_with_transformers! {
     llama4_nested llama4_text olmo2 phi3_long phi3_short_partial phimoe phimoe_long qwen3_next
 }
 
+/// The same weights as GGUF, converted by llama.cpp: the test of the folder with the file's weights.
+macro_rules! agree_from_gguf {
+    ($($name:ident $types:literal)*) => {
+        mod from_gguf {
+            $(#[test]
+            fn $name() {
+                for kind in $types.split(' ') {
+                    super::Fixture::from_gguf(stringify!($name), kind).check();
+                }
+            })*
+        }
+    };
+}
+
+agree_from_gguf! {
+    olmoe "f16 bf16" mixtral "f16" llama "f16" qwen2 "f16" qwen3 "f16" qwen2_moe "f16" qwen3_moe "f16" olmo2 "f16" gpt2 "f16"
+    gemma3_text "f16" granitemoe "f16" glm4_moe "f16" ernie4_5_moe "f16" gpt_oss "f16" deepseek_v2_greedy "f16"
+    deepseek_v3 "f16"
+}
+
 struct Fixture {
     name: &'static str,
     model: Model,
@@ -54,6 +74,10 @@ impl Fixture {
     fn open(name: &'static str) -> Self {
         let reference = SafetensorsFile::open(&fixture(name).join("reference.safetensors")).unwrap();
         Self { name, model: open(&fixture(name)), reference, prompts: prompts(name) }
+    }
+
+    fn from_gguf(name: &'static str, kind: &str) -> Self {
+        Self { model: open_gguf(name, kind), ..Self::open(name) }
     }
 
     fn check(&self) {

@@ -5,16 +5,30 @@ use quorate_kernels::DType;
 /// Elements looked at before a decision; the inner loop has no branch and becomes vector code.
 const BLOCK: usize = 4096;
 
-/// Index of the first element (for `Q8_0`: of the first of its block) that is infinite or not a number.
+/// Index of the first element (in types of blocks: of the first of its block) that is infinite or not a number.
 pub(crate) fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
     match dtype {
         DType::F32 => find(bytes.as_chunks::<4>().0, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         DType::F16 => find(bytes.as_chunks::<2>().0, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
         DType::BF16 => find(bytes.as_chunks::<2>().0, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        DType::Q8_0 => find(bytes.as_chunks::<34>().0, |b| u16::from_le_bytes([b[0], b[1]]) & 0x7c00 == 0x7c00)
-            .map(|block| block * 32),
-        // A type of the kernels that no file here is read into.
-        _ => None,
+        _ => first_bad_block(dtype, bytes).map(|block| block * dtype.block_len()),
+    }
+}
+
+/// The first block with a scale or offset that is not finite. Codes always are.
+fn first_bad_block(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    let mut blocks = bytes.chunks_exact(dtype.block_bytes());
+    let half = |b: &[u8], at: usize| u16::from_le_bytes([b[at], b[at + 1]]) & 0x7c00 == 0x7c00;
+    match dtype {
+        // A power of two; 255 stands for no number.
+        DType::MXFP4 => blocks.position(|b| b[0] == 255),
+        // The scale's four digits are the upper ones of the last four words: infinities have the exponent 31.
+        DType::IQ1_M => blocks.position(|b| b[55] >> 4 & 7 == 7 && b[53] >> 4 & 12 == 12),
+        DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => blocks.position(|b| half(b, 0) || half(b, 2)),
+        DType::Q2_K => blocks.position(|b| half(b, 80) || half(b, 82)),
+        DType::Q3_K => blocks.position(|b| half(b, 108)),
+        DType::Q6_K => blocks.position(|b| half(b, 208)),
+        _ => blocks.position(|b| half(b, 0)),
     }
 }
 

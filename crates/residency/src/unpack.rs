@@ -1,6 +1,8 @@
-//! Weights that do not lie in their files as they are computed with: transposed, interleaved, or packed in small floats.
+//! Weights that do not lie in their files as they are computed with: transposed, interleaved, reordered, or packed in small
+//! floats.
 
-use quorate_formats::{Checkpoint, Recipe, TensorLoc};
+use quorate_formats::{Checkpoint, Recipe, StoredDType, TensorLoc};
+use quorate_kernels::{DType, dequantize, quantize};
 
 use crate::error::Result;
 
@@ -21,6 +23,24 @@ pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -
             let chosen = bytes.chunks_exact(size).skip(*first).step_by(2);
             out.chunks_exact_mut(size).zip(chosen).for_each(|(out, value)| out.copy_from_slice(value));
         }
+        Recipe::Reordered { matrix, order } => {
+            let bytes = read(matrix)?;
+            let rows: usize = matrix.shape[..matrix.shape.len().saturating_sub(1).max(1)].iter().product();
+            let row = bytes.len() / rows.max(1);
+            for (out, from) in out.chunks_exact_mut(row.max(1)).zip(order.rows()) {
+                out.copy_from_slice(&bytes[from * row..][..row]);
+            }
+        }
+        Recipe::KeysValues { keys, values } => {
+            let (k, v) = (widened(keys, &read(keys)?), widened(values, &read(values)?));
+            let [heads, rank, nope] = [0, 1, 2].map(|axis| keys.shape[axis]);
+            let joined = keys_values(&k, &v, [heads, rank, nope, values.shape[1]]);
+            quantize(computable(recipe.dtype()), &joined, out);
+        }
+        Recipe::LogOfNegative { vector } => {
+            let logs: Vec<f32> = widened(vector, &read(vector)?).iter().map(|x| (-x).ln()).collect();
+            quantize(computable(recipe.dtype()), &logs, out);
+        }
         Recipe::Fp8 { values, scales, block } => {
             let scales_shape = scales.shape[1];
             fp8(&read(values)?, values.shape[1], &read(scales)?, scales_shape, *block, out);
@@ -31,6 +51,28 @@ pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -
         }
     }
     Ok(())
+}
+
+fn computable(dtype: StoredDType) -> DType {
+    dtype.computable().expect("a checkpoint's types are checked at opening")
+}
+
+/// The values of a stored tensor.
+fn widened(loc: &TensorLoc, bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0; loc.shape.iter().product()];
+    dequantize(computable(loc.dtype), bytes, &mut values);
+    values
+}
+
+/// Per head: the `nope` columns of its keys' matrix `[rank, nope]` as rows, then the rows of its values' `[width, rank]`.
+fn keys_values(keys: &[f32], values: &[f32], [heads, rank, nope, width]: [usize; 4]) -> Vec<f32> {
+    let mut joined = Vec::with_capacity(heads * (nope + width) * rank);
+    for h in 0..heads {
+        let of_head = &keys[h * rank * nope..][..rank * nope];
+        joined.extend((0..nope * rank).map(|i| of_head[i % rank * nope + i / rank]));
+        joined.extend_from_slice(&values[h * width * rank..][..width * rank]);
+    }
+    joined
 }
 
 fn element_bytes(loc: &TensorLoc) -> usize {
@@ -102,6 +144,12 @@ mod tests {
         let mut out = [0; 4];
         columns(&matrix, 1, [2, 4], [1, 2, 2], &mut out);
         assert_eq!(out, [1, 11, 3, 13]);
+    }
+
+    #[test]
+    fn keys_are_turned_and_values_follow() {
+        // One head, rank 2, two key rows and one of values.
+        assert_eq!(keys_values(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0], [1, 2, 2, 1]), [1.0, 3.0, 2.0, 4.0, 5.0, 6.0]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::{check_output, write_file, write_pruned_hf};
 use quorate_lens::interchange::{self, ListKind, RankedKeep};
-use quorate_lens::{ExpertMap, Library, Pattern, Plan};
+use quorate_lens::{Choice, ExpertMap, Library, Pattern, Plan};
 use quorate_methods::patterns::{common_phases, merged};
 use quorate_model::{Model, RoutingMode};
 use serde_json::json;
@@ -134,6 +134,7 @@ impl Prune {
             }
         };
         let choice = experts.choice(model, Beside::sequence(model.spec(), usize::MAX))?;
+        let choice = Choice { even_groups: self.form == Form::Hf, ..choice };
         let plan = choice.plan(&pattern, model.spec(), fingerprint)?;
         let scores = pattern.scores(&experts.metric)?;
         let rankings = (0..scores.map.n_layers()).map(|moe| scores.ranking(moe)).collect();

@@ -69,7 +69,7 @@ fn missing_parts() {
     quorate!["inspect", "-m", model.path()].ok(); // which needs none
 
     let file = model.path().join("config.json");
-    not_opened(&file, &["config.json", "no .safetensors file", "help: name a folder"]);
+    not_opened(&file, &["config.json", "no .safetensors or .gguf file", "help: name a folder"]);
     let sharded = copy_of("qwen2_moe_mixed");
     fs::remove_file(sharded.path().join("model-00002-of-00002.safetensors")).unwrap();
     not_opened(sharded.path(), &["model-00002-of-00002.safetensors", "No such file"]);

@@ -160,7 +160,7 @@ pub fn fixture(name: &str) -> PathBuf {
 pub fn copy_of(name: &str) -> TempDir {
     let copy = tempdir();
     for entry in fs::read_dir(fixture(name)).expect("the fixture is there").flatten() {
-        if entry.file_name() != "reference.safetensors" {
+        if entry.path().is_file() && entry.file_name() != "reference.safetensors" {
             fs::write(copy.path().join(entry.file_name()), fs::read(entry.path()).unwrap()).unwrap();
         }
     }

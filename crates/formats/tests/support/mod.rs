@@ -62,7 +62,7 @@ impl Copy {
         let dir = TempDir::new().unwrap();
         for entry in fs::read_dir(fixture(name)).unwrap() {
             let path = entry.unwrap().path();
-            if path.file_name().unwrap() != "reference.safetensors" {
+            if path.is_file() && path.file_name().unwrap() != "reference.safetensors" {
                 fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
             }
         }

@@ -125,7 +125,7 @@ impl Block for Q8_0 {
 }
 
 /// What the codes of `IQ4_NL` and `IQ4_XS` stand for.
-pub(super) const NONLINEAR: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const NONLINEAR: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 pub(crate) struct IQ4_NL;
 impl Block for IQ4_NL {

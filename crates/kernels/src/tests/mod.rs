@@ -1,6 +1,7 @@
 //! Every path that this machine has, against plain `f64` arithmetic.
 
 mod attention;
+mod encode;
 mod pool;
 mod products;
 mod quant;

@@ -94,7 +94,7 @@ pub fn prune(
     mode: RoutingMode,
 ) -> Result<Compressed, MethodError> {
     let floor = table.map.layers.iter().map(|&l| spec.moe(l).map_or(0, |m| m.top_k)).collect();
-    let selection = Selection { scope, protect: Vec::new(), floor };
+    let selection = Selection { scope, floor, ..Selection::default() };
     Ok(Compressed::keeping(selection.select(table, keep)?, mode))
 }
 

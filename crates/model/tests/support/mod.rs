@@ -39,6 +39,17 @@ pub fn open(path: &Path) -> Model {
     model
 }
 
+/// A fixture in GGUF, of one type of weights, with the tokenizer of its folder.
+pub fn open_gguf(name: &str, kind: &str) -> Model {
+    let dir = TempDir::new().unwrap();
+    let file = format!("{name}-{kind}.gguf");
+    fs::copy(fixture(name).join("gguf").join(&file), dir.path().join(&file)).unwrap();
+    for beside in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(fixture(name).join(beside), dir.path().join(beside)).unwrap();
+    }
+    open(&dir.path().join(file))
+}
+
 /// The two prompts of a fixture, of 24 tokens each.
 pub fn prompts(name: &str) -> [Vec<u32>; 2] {
     let reference = SafetensorsFile::open(&fixture(name).join("reference.safetensors")).unwrap();
