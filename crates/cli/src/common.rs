@@ -14,6 +14,7 @@ use quorate_residency::StreamOptions;
 use serde::Serialize;
 
 use crate::embedded;
+use crate::stream::note_base;
 
 /// Writes a line to stdout. What stands in the way, a closed pipe or a full disk, is the command's error: no panic.
 macro_rules! say {
@@ -71,6 +72,7 @@ impl Common {
     pub fn open_model(&self, memory_limit: Option<u64>) -> Result<Model> {
         let mut bar = self.progress("loading", 0, "bytes");
         let model = Model::open_with(&self.model_path()?, self.thread_count()?, memory_limit, &mut loading(&mut bar))?;
+        note_base(&model);
         bar.finish();
         Ok(model)
     }

@@ -1,5 +1,7 @@
 //! `--on-miss stream`: experts read as tokens need them, inside `--memory`.
 
+use std::sync::OnceLock;
+
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use quorate_lens::{ExpertMap, Pattern};
@@ -76,17 +78,25 @@ impl Favourites {
     }
 }
 
-/// Bytes that the process holds besides weights: what it has now, and what a pass needs.
+/// What the process held besides weights when the model was open: program, tokenizer, index of the file.
+static BASE: OnceLock<u64> = OnceLock::new();
+
+/// The least that is reckoned with; systems that do not tell what a process holds are taken to be so.
+pub const BASE_BYTES: u64 = 16 << 20;
+
+/// Notes what the process holds, before any pass.
+pub fn note_base(model: &Model) {
+    let rss = rss_bytes().unwrap_or(0);
+    BASE.get_or_init(|| rss.saturating_sub(model.weights().resident_bytes()).max(BASE_BYTES));
+}
+
+/// Bytes that the process will hold besides weights and context.
 pub fn overhead_bytes(model: &Model, beside: Beside) -> u64 {
-    let now = rss_bytes().map_or(BASE_BYTES, |rss| rss.saturating_sub(model.weights().resident_bytes()));
-    now + buffer_bytes(model.spec(), beside.logit_rows)
+    BASE.get().copied().unwrap_or(BASE_BYTES) + buffer_bytes(model.spec(), beside.logit_rows)
 }
 
 /// By how much what is measured may differ from run to run.
 pub const SLACK_BYTES: u64 = 2 << 20;
-
-/// What a process holds besides weights before its first pass, where the system does not tell.
-pub const BASE_BYTES: u64 = 32 << 20;
 
 /// Makes the model stream its experts, as many bytes of them in memory as `memory` leaves.
 pub fn stream(

@@ -277,3 +277,19 @@ fn threads_stream_at_once() {
         }
     });
 }
+
+/// The experts of a GGUF file, slices of stacked tensors in blocks, at any place in a sector.
+#[test]
+fn quantised_experts_stream_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("olmoe_256-q4_k_m.gguf");
+    fs::copy(fixture("olmoe_256").join("gguf/olmoe_256-q4_k_m.gguf"), &path).unwrap();
+    fs::copy(fixture("olmoe_256").join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let [prompt, other] = prompts("olmoe_256");
+    let pieces = as_generated(&prompt, &other[..6]);
+    let expected = logits_in_turn(&open(&path), &pieces, &mut NoLens);
+    for share in [0.0, 0.5] {
+        let model = streaming(&path, share, CachePolicy::Prefetch);
+        assert_same("olmoe_256-q4_k_m", &logits_in_turn(&model, &pieces, &mut NoLens), &expected);
+    }
+}

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_model::text::Message;
-use quorate_model::{KvCache, NoLens};
+use quorate_model::{KvCache, ModelError, NoLens};
 use serde_json::json;
 
 use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
@@ -84,11 +84,11 @@ impl Chat {
                 shown.show(&event) && !interrupted()
             });
             timing.end();
-            shown.end()?;
             let answer = match answer {
                 Ok(answer) => answer,
-                // A disk that failed, or a message that is too long: the conversation goes on without it.
-                Err(error) => {
+                // A file that cannot be read now may be there for the next message.
+                Err(error @ (ModelError::Residency(_) | ModelError::Format(_))) => {
+                    shown.end()?;
                     let error = format!("{:#}", anyhow::Error::from(error));
                     if common.json {
                         say!("{}", json!({ "error": error }))?;
@@ -98,7 +98,9 @@ impl Chat {
                     messages.pop();
                     continue;
                 }
+                Err(error) => return Err(error.into()),
             };
+            shown.end()?;
             held = prompt;
             held.extend(&answer.tokens);
             held.truncate(cache.len(0));
