@@ -1,12 +1,15 @@
 //! The KV cache: keys (after RoPE) and values of every layer, for several sequences.
+//!
+//! Of latent attention it keeps the latent vector and the rotated key that all heads share, from which keys and values
+//! follow: 576 numbers a token and layer of DeepSeek-V3 in place of 40,960. Where a lens has changed keys or
+//! values, or a gradient goes through them, they are kept in full.
 
 use quorate_formats::spec::{LayerSpec, ModelSpec};
 
 /// Keys and values of a set of sequences, each in its own slot. Values are f32.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    /// Widths of a key row and of a value row of each layer.
-    widths: Vec<[usize; 2]>,
+    widths: Vec<Widths>,
     /// Whether some layer has a state that cannot be taken back.
     recurrent: bool,
     slots: Vec<Slot>,
@@ -20,8 +23,11 @@ struct Slot {
 
 #[derive(Clone, Debug, Default)]
 struct LayerCache {
+    /// Keys; or, unless `full`, latent vectors and shared keys.
     k: Vec<f32>,
     v: Vec<f32>,
+    /// Whether a layer with latent attention has keys and values all the same.
+    full: bool,
     state: State,
     /// The state after the pass under way.
     next: Option<State>,
@@ -36,27 +42,46 @@ pub(crate) struct State {
     pub matrices: Vec<f32>,
 }
 
-/// Widths of a key row and of a value row; nothing is kept of a layer with a recurrent state.
-fn widths(layer: &LayerSpec) -> [usize; 2] {
-    let attn = &layer.attn;
-    match layer.delta {
-        Some(_) => [0, 0],
-        None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
+/// What a layer keeps of a token.
+#[derive(Clone, Copy, Debug)]
+struct Widths {
+    /// A row of keys and one of values; nothing if the layer has a recurrent state.
+    full: [usize; 2],
+    /// Latent vector and shared key.
+    latent: Option<usize>,
+}
+
+impl Widths {
+    fn new(layer: &LayerSpec) -> Widths {
+        let attn = &layer.attn;
+        let full = match layer.delta {
+            Some(_) => [0, 0],
+            None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
+        };
+        Widths { full, latent: attn.mla.map(|mla| mla.kv_lora_rank + attn.rope.dim) }
+    }
+
+    fn of(self, cache: &LayerCache) -> [usize; 2] {
+        match self.latent {
+            Some(latent) if !cache.full => [latent, 0],
+            _ => self.full,
+        }
     }
 }
 
 impl KvCache {
     /// An empty cache with `slots` sequences.
     pub fn new(spec: &ModelSpec, slots: usize) -> KvCache {
-        let widths: Vec<[usize; 2]> = spec.layers.iter().map(widths).collect();
+        let widths: Vec<Widths> = spec.layers.iter().map(Widths::new).collect();
         let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
         let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
         KvCache { widths, recurrent, slots: vec![slot; slots] }
     }
 
-    /// Bytes that one token of one sequence takes.
+    /// Bytes that one token of one sequence takes (with latent attention: as long as nothing is kept in full).
     pub fn bytes_per_token(spec: &ModelSpec) -> u64 {
-        spec.layers.iter().map(|l| 4 * widths(l).iter().sum::<usize>() as u64).sum()
+        let width = |l| Widths::new(l).of(&LayerCache::default()).iter().sum::<usize>();
+        spec.layers.iter().map(|l| 4 * width(l) as u64).sum()
     }
 
     /// Number of slots.
@@ -91,9 +116,12 @@ impl KvCache {
         let len = if self.recurrent && len < slot.tokens.len() { 0 } else { len };
         slot.tokens.truncate(len);
         if slot.tokens.is_empty() {
-            slot.layers.iter_mut().for_each(|layer| layer.state = State::default());
+            for layer in &mut slot.layers {
+                (layer.state, layer.full) = (State::default(), false);
+            }
         }
-        for (layer, &width) in slot.layers.iter_mut().zip(&self.widths) {
+        for (layer, widths) in slot.layers.iter_mut().zip(&self.widths) {
+            let width = widths.of(layer);
             layer.k.truncate(slot.tokens.len() * width[0]);
             layer.v.truncate(slot.tokens.len() * width[1]);
         }
@@ -102,18 +130,30 @@ impl KvCache {
     /// Appends rows to one layer of a slot, dropping what an abandoned forward left behind the slot's length.
     pub(crate) fn append(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let slot = &mut self.slots[slot];
-        let kept = self.widths[layer].map(|width| slot.tokens.len() * width);
         let cache = &mut slot.layers[layer];
+        let kept = self.widths[layer].of(cache).map(|width| slot.tokens.len() * width);
         cache.k.truncate(kept[0]);
         cache.v.truncate(kept[1]);
         cache.k.extend_from_slice(k);
         cache.v.extend_from_slice(v);
     }
 
-    /// Keys `[tokens, n_kv_heads * head_dim]` and values `[tokens, n_kv_heads * v_head_dim]` of one layer of a slot.
+    /// Keys `[tokens, n_kv_heads * head_dim]` and values `[tokens, n_kv_heads * v_head_dim]` of one layer of a slot; of one
+    /// that is latent twice the same rows, which are keys and values at once.
     pub(crate) fn layer(&self, slot: usize, layer: usize) -> (&[f32], &[f32]) {
         let cache = &self.slots[slot].layers[layer];
-        (&cache.k, &cache.v)
+        (&cache.k, if self.is_latent(slot, layer) { &cache.k } else { &cache.v })
+    }
+
+    /// Whether latent vectors are kept of this layer.
+    pub(crate) fn is_latent(&self, slot: usize, layer: usize) -> bool {
+        self.widths[layer].latent.is_some() && !self.slots[slot].layers[layer].full
+    }
+
+    /// Replaces the latent rows of a slot's tokens by their keys and values.
+    pub(crate) fn keep_in_full(&mut self, slot: usize, layer: usize, k: Vec<f32>, v: Vec<f32>) {
+        let cache = &mut self.slots[slot].layers[layer];
+        (cache.k, cache.v, cache.full) = (k, v, true);
     }
 
     /// The recurrent state of one layer of a slot.

@@ -267,6 +267,9 @@ pub fn buffer_bytes(spec: &ModelSpec, logit_rows: usize) -> u64 {
         .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
         .max()
         .unwrap_or(0);
-    let rows = crate::PREFILL_CHUNK * (12 * spec.hidden_size + widest);
+    // Queries of latent attention are as wide as the latent vector, in every head.
+    let latent = |l: &LayerSpec| l.attn.mla.map(|mla| 4 * l.attn.n_heads * (mla.kv_lora_rank + l.attn.rope.dim));
+    let latent = spec.layers.iter().filter_map(latent).max().unwrap_or(0);
+    let rows = crate::PREFILL_CHUNK * (12 * spec.hidden_size + widest + latent);
     4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
 }

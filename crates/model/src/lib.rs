@@ -13,6 +13,7 @@ mod ffn;
 mod forward;
 mod generate;
 mod grad;
+mod latent;
 mod lens;
 mod mixer;
 mod model;

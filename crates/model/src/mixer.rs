@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{AttnSpec, MlaSpec, QkNorm};
+use quorate_formats::spec::{AttnSpec, QkNorm};
 
 use crate::attention::Attention;
 use crate::forward::{Exit, Here, Pass};
@@ -10,15 +10,18 @@ use crate::ops::{self, values};
 use crate::overlay::Vector;
 use crate::{KvCache, ModelError, Site};
 
-/// Epsilon of the norms of latent vectors, whatever the model's own.
-const LATENT_EPS: f32 = 1e-6;
-
 impl Pass<'_> {
     /// Attention on `h [N, d]`, the block's input.
     pub fn attention(&mut self, here: Here, attn: &AttnSpec, h: &Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
-        let (model, l, n) = (self.model, here.layer, self.rows.len());
+        let l = here.layer;
         let (q, k, v, gate) = match &attn.mla {
-            Some(mla) => self.latent(l, attn, mla, h)?,
+            Some(mla) if self.stays_latent(here, h, cache)? => return self.latent_attention(here, attn, mla, h, cache),
+            Some(mla) => {
+                self.keep_in_full(l, attn, mla, cache)?;
+                let (q, c, shared) = self.latents(l, attn, mla, h)?;
+                let (k, v) = self.unfolded(l, attn, mla, &c, &shared)?;
+                (q, k, v, None)
+            }
             None => self.projections(l, attn, h)?,
         };
         let q = self.visit(here, Site::AttnQ, q, None)?;
@@ -37,23 +40,41 @@ impl Pass<'_> {
         k = self.visit(here, Site::AttnKRot, k, None)?;
 
         self.append(l, [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()], &k, &v, cache)?;
-        let attention = Attention { pool: model.pool(), spec: attn, rows: self.rows, cache, layer: l };
-        let watched = here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern);
-        let z = if watched || !attention.is_plain() {
-            let scores = attention.capped(attention.scores(&q, &k)?)?;
-            let scores = self.visit(here, Site::AttnScores, scores, None)?;
-            let sinks = if attn.extra.sinks { Some(model.weights().vector(Role::Sinks(l))?) } else { None };
-            let pattern = self.visit(here, Site::AttnPattern, attention.pattern(&scores, sinks)?, None)?;
-            attention.mix(&pattern, &v)?
-        } else {
-            attention.at_once(&q, &k, &v)?
-        };
+        let z = self.weighted(here, attn, [&q, &k, &v], cache)?;
         let z = match gate {
             Some(gate) => ops::gated_by_sigmoid(&z, &gate)?,
             None => z,
         };
+        self.gathered(here, attn, z)
+    }
+
+    /// What the heads gather from the cache, `[N, H, v_head_dim]`.
+    pub fn weighted(
+        &mut self,
+        here: Here,
+        attn: &AttnSpec,
+        [q, k, v]: [&Tensor; 3],
+        cache: &KvCache,
+    ) -> Result<Tensor, Exit> {
+        let (model, l) = (self.model, here.layer);
+        let attention = Attention { pool: model.pool(), spec: attn, rows: self.rows, cache, layer: l };
+        let watched = here.sites.contains(Site::AttnScores) || here.sites.contains(Site::AttnPattern);
+        if watched || !attention.is_plain() {
+            let scores = attention.capped(attention.scores(q, k)?)?;
+            let scores = self.visit(here, Site::AttnScores, scores, None)?;
+            let sinks = if attn.extra.sinks { Some(model.weights().vector(Role::Sinks(l))?) } else { None };
+            let pattern = self.visit(here, Site::AttnPattern, attention.pattern(&scores, sinks)?, None)?;
+            Ok(attention.mix(&pattern, v)?)
+        } else {
+            Ok(attention.at_once(q, k, v)?)
+        }
+    }
+
+    /// The block's output from its heads'.
+    pub fn gathered(&mut self, here: Here, attn: &AttnSpec, z: Tensor) -> Result<Tensor, Exit> {
+        let (model, l) = (self.model, here.layer);
         let z = self.visit(here, Site::Z, z, None)?;
-        let z = z.reshape((n, attn.n_heads * attn.v_head_dim()))?;
+        let z = z.reshape((self.rows.len(), attn.n_heads * attn.v_head_dim()))?;
         let bias = if attn.o_bias { Some(model.vector(Role::OBias(l))?) } else { None };
         Ok(ops::linear(model.pool(), self.pack, &z, &model.matrix(Role::O(l))?, bias)?)
     }
@@ -107,48 +128,27 @@ impl Pass<'_> {
     }
 
     /// `x [N, heads, head_dim]` turned by the rows' positions.
-    fn turned(&self, attn: &AttnSpec, x: &Tensor) -> Result<Tensor, ModelError> {
-        let (pool, dim, turn) = (self.model.pool(), attn.rope.dim, &self.angles);
+    pub fn turned(&self, attn: &AttnSpec, x: &Tensor) -> Result<Tensor, ModelError> {
+        let dim = attn.rope.dim;
         if dim == 0 {
             return Ok(x.clone());
         }
-        let rotate = |x: &Tensor| match attn.rope.interleaved {
-            true => ops::rope_interleaved(x, dim, turn),
-            false => ops::rope(pool, x, dim, turn),
-        };
-        let Some(mla) = &attn.mla else { return rotate(x) };
+        let Some(mla) = &attn.mla else { return self.rotated(attn, x) };
         let still = x.narrow(2, 0, mla.nope_dim)?;
         let moving = x.narrow(2, mla.nope_dim, dim)?.contiguous()?;
-        Ok(Tensor::cat(&[&still, &rotate(&moving)?], 2)?.contiguous()?)
+        Ok(Tensor::cat(&[&still, &self.rotated(attn, &moving)?], 2)?.contiguous()?)
     }
 
-    /// Queries, keys and values through latent vectors: `c = norm(W_a h)`, then per head `[k_nope | v] = W_b c`; one rotated
-    /// key for all heads.
-    fn latent(
-        &self,
-        l: usize,
-        attn: &AttnSpec,
-        mla: &MlaSpec,
-        h: &Tensor,
-    ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
-        let (model, n, heads, rope) = (self.model, self.rows.len(), attn.n_heads, attn.rope.dim);
-        let product = |x: &Tensor, w: Role| ops::linear(model.pool(), self.pack, x, &model.matrix(w)?, None);
-        let latent_norm = |x: &Tensor, w: Role| ops::rms_norm(model.pool(), x, model.vector(w)?, LATENT_EPS);
-        let q = match mla.q_lora_rank {
-            Some(_) => product(&latent_norm(&product(h, Role::QA(l))?, Role::QANorm(l))?, Role::Q(l))?,
-            None => product(h, Role::Q(l))?,
-        };
-        let q = q.reshape((n, heads, attn.head_dim))?;
-        let both = product(h, Role::KvA(l))?;
-        let c = latent_norm(&both.narrow(1, 0, mla.kv_lora_rank)?.contiguous()?, Role::KvANorm(l))?;
-        let shared = both.narrow(1, mla.kv_lora_rank, rope)?.contiguous()?.reshape((n, 1, rope))?;
-        let kv = product(&c, Role::KvB(l))?.reshape((n, heads, mla.nope_dim + mla.v_head_dim))?;
-        let k = Tensor::cat(&[&kv.narrow(2, 0, mla.nope_dim)?, &shared.broadcast_as((n, heads, rope))?], 2)?;
-        let v = kv.narrow(2, mla.nope_dim, mla.v_head_dim)?;
-        Ok((q, k.contiguous()?, v.contiguous()?, None))
+    /// RoPE on the first coordinates of each head.
+    pub fn rotated(&self, attn: &AttnSpec, x: &Tensor) -> Result<Tensor, ModelError> {
+        let (pool, dim, turn) = (self.model.pool(), attn.rope.dim, &self.angles);
+        match attn.rope.interleaved {
+            true => ops::rope_interleaved(x, dim, turn),
+            false => ops::rope(pool, x, dim, turn),
+        }
     }
 
-    fn append(
+    pub fn append(
         &self,
         l: usize,
         widths: [usize; 2],

@@ -11,8 +11,8 @@ use quorate_model::{
     Site, ops,
 };
 use support::{
-    Capture, Seen, Visit, assert_same, chain, fixture, logits, logits_of, open, open_empty, plain, prompts, rows,
-    values,
+    Capture, Seen, Visit, assert_close, assert_same, chain, fixture, largest, logits, logits_of, open, open_empty,
+    plain, prompts, rows, values,
 };
 
 /// A model with a dense layer (1), two MoE layers, and a shared expert: it has every site.
@@ -401,4 +401,34 @@ fn only_wanted_rows_get_logits() {
     let found = logits_of(forward(LogitRows::None, LogitRows::All));
     assert_same("rows", &found, &all_b);
     assert!(forward(LogitRows::None, LogitRows::From(24)).logits.is_none());
+}
+
+/// The cache of latent attention keeps latent vectors; a lens on keys and values gets them all the same, from any token on,
+/// and what it changes stays changed.
+#[test]
+fn latent_attention_unfolds_keys_and_values_for_a_lens() {
+    for name in ["deepseek_v2", "deepseek_v3"] {
+        let model = open(&fixture(name));
+        let text = &prompts(name)[0];
+        let plain = logits(&model, text, &mut NoLens);
+        let mut seen = Capture::new(&[Site::AttnK, Site::AttnV, Site::AttnKRot]);
+        let tolerance = 1e-5 * largest(&plain);
+        assert_close(name, &logits(&model, text, &mut seen), &plain, tolerance);
+        let attn = &model.spec().layers[0].attn;
+        assert_eq!(seen.get(0, Site::AttnV).values.len(), text.len() * attn.n_heads * attn.v_head_dim());
+
+        let (width, vocab) = (KvCache::bytes_per_token(model.spec()), model.spec().vocab_size);
+        let full = attn.n_heads * (attn.head_dim + attn.v_head_dim()) * 4 * model.spec().layers.len();
+        assert!(2 * width < full as u64, "{width} of {full} bytes a token");
+        // Latent, then with a lens, then without.
+        let mut cache = KvCache::new(model.spec(), 1);
+        for (i, part) in [0..9, 9..16, 16..text.len()].into_iter().enumerate() {
+            let mut capture = Capture::new(if i == 1 { &[Site::AttnK] } else { &[] });
+            let found = logits_of(model.forward(&[rows(0, &text[part.clone()])], &mut cache, &mut capture).unwrap());
+            assert_close(name, &found, &plain[part.start * vocab..part.end * vocab], tolerance);
+        }
+        cache.truncate(0, 0);
+        let again = logits_of(model.forward(&[rows(0, text)], &mut cache, &mut NoLens).unwrap());
+        assert_same(name, &again, &plain);
+    }
 }
