@@ -98,6 +98,9 @@ impl Bench {
             for n in [1, 2, 4] {
                 self.product(dtype, n, many, cols, ", 64 MiB");
             }
+            for n in [1, 2, 4, 8, 32, 96] {
+                self.product(dtype, n, 512, cols, ", in cache");
+            }
             for n in [32, 512] {
                 self.product(dtype, n, 4096, cols, "");
             }

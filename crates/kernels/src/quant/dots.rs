@@ -62,7 +62,8 @@ unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [
         let mut dot = Dot::<S, Q, T> {
             x: [std::ptr::null(); T],
             scales: [[0.0; GROUPS]; T],
-            sums: [S::splat8(0.0); T],
+            even: S::splat_byte(0),
+            sums: [S::zero_pair(); T],
             of: std::marker::PhantomData,
         };
         for t in 0..T {
@@ -78,13 +79,20 @@ unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [
                     } else {
                         S::mul8(ours, S::splat8(f32::from(Q::OFFSET)))
                     };
-                    dot.sums[t] = S::fma8(min, S::load8(less.add(8 * i)), dot.sums[t]);
+                    sums[t] = S::fma8(min, S::load8(less.add(8 * i)), sums[t]);
                 }
             }
         }
-        Q::codes::<S>(p, n, &mut dot);
+        // With the number of blocks known the loop over them is unrolled, and sums stay in registers.
+        let full = const { blocks_of::<Q>(CHUNK) };
+        if n == full {
+            Q::codes::<S>(p, full, &mut dot);
+        } else {
+            Q::codes::<S>(p, n, &mut dot);
+            dot.take(n | 1, S::splat_byte(0));
+        }
         for t in 0..T {
-            sums[t] = S::add8(sums[t], dot.sums[t]);
+            sums[t] = S::add8(sums[t], S::sum_pair(dot.sums[t]));
         }
     }
     sums
@@ -94,22 +102,28 @@ unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [
 struct Dot<S: Simd, Q, const T: usize> {
     x: [*const u8; T],
     scales: [[f32; GROUPS]; T],
-    sums: [S::F; T],
+    /// The last codes of an even number.
+    even: S::B,
+    sums: [S::P; T],
     of: std::marker::PhantomData<Q>,
 }
 
 impl<S: Simd, Q: Quant, const T: usize> Sink<S> for Dot<S, Q, T> {
     #[inline(always)]
     unsafe fn take(&mut self, i: usize, codes: S::B) {
+        if i.is_multiple_of(2) {
+            self.even = codes;
+            return;
+        }
         for t in 0..T {
-            let x = S::load32(self.x[t].add(32 * i));
-            let products = if Q::SIGNED { S::dot_signed(codes, x) } else { S::dot_codes(codes, x) };
-            let scale = if Q::GROUP == 32 {
-                S::splat8(self.scales[t][i])
-            } else {
-                S::splat_pair(self.scales[t].as_ptr().add(2 * i))
+            let (even, x) = (self.even, self.x[t].add(32 * (i - 1)));
+            let scales = self.scales[t].as_ptr().add(32 / Q::GROUP * (i - 1));
+            self.sums[t] = match (Q::SIGNED, Q::GROUP == 16) {
+                (false, false) => S::fma_pair::<false, false>(self.sums[t], even, codes, x, scales),
+                (false, true) => S::fma_pair::<false, true>(self.sums[t], even, codes, x, scales),
+                (true, false) => S::fma_pair::<true, false>(self.sums[t], even, codes, x, scales),
+                (true, true) => S::fma_pair::<true, true>(self.sums[t], even, codes, x, scales),
             };
-            self.sums[t] = S::fma8(products, scale, self.sums[t]);
         }
     }
 }

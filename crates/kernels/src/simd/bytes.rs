@@ -12,6 +12,8 @@ pub(crate) trait Bytes: Copy {
     type B: Copy;
     /// 8 values of `f32`.
     type F: Copy;
+    /// 16 values of `f32`, in which the products of two `B` are gathered.
+    type P: Copy;
     /// `LANES` values of `i32`.
     type I: Copy;
     /// Whether [`Bytes::dot4`] wants signed codes with 128 added.
@@ -44,6 +46,19 @@ pub(crate) trait Bytes: Copy {
     /// As [`Bytes::dot_codes`], with signed codes; `x` must not hold -128.
     unsafe fn dot_signed(w: Self::B, x: Self::B) -> Self::F;
 
+    unsafe fn zero_pair() -> Self::P;
+    /// Adds the products of 64 codes, those of `a` and then of `b`, with the 64 signed bytes at `x`, each times the scale of
+    /// its group: two of 32 codes, or (`SMALL`) four of 16. Codes are signed or else unsigned up to 127; `x` must not hold
+    /// -128.
+    unsafe fn fma_pair<const SIGNED: bool, const SMALL: bool>(
+        acc: Self::P,
+        a: Self::B,
+        b: Self::B,
+        x: *const u8,
+        scales: *const f32,
+    ) -> Self::P;
+    unsafe fn sum_pair(acc: Self::P) -> Self::F;
+
     unsafe fn load8(p: *const f32) -> Self::F;
     unsafe fn store8(p: *mut f32, v: Self::F);
     unsafe fn splat8(x: f32) -> Self::F;
@@ -67,3 +82,36 @@ pub(crate) trait Bytes: Copy {
     /// and not -128. `w` is signed (biased, if [`Bytes::BIASED`]) or else unsigned up to 127.
     unsafe fn dot4<const SIGNED: bool>(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
 }
+
+/// [`Bytes::P`] as two `F`, each with its own `B`.
+macro_rules! pair_of_halves {
+    () => {
+        type P = [Self::F; 2];
+
+        #[inline(always)]
+        unsafe fn zero_pair() -> Self::P {
+            [Self::splat8(0.0); 2]
+        }
+        #[inline(always)]
+        unsafe fn fma_pair<const SIGNED: bool, const SMALL: bool>(
+            acc: Self::P,
+            a: Self::B,
+            b: Self::B,
+            x: *const u8,
+            scales: *const f32,
+        ) -> Self::P {
+            let half = |acc: Self::F, codes: Self::B, i: usize| {
+                let x = Self::load32(x.add(32 * i));
+                let products = if SIGNED { Self::dot_signed(codes, x) } else { Self::dot_codes(codes, x) };
+                let scale = if SMALL { Self::splat_pair(scales.add(2 * i)) } else { Self::splat8(*scales.add(i)) };
+                Self::fma8(products, scale, acc)
+            };
+            [half(acc[0], a, 0), half(acc[1], b, 1)]
+        }
+        #[inline(always)]
+        unsafe fn sum_pair(acc: Self::P) -> Self::F {
+            Self::add8(acc[0], acc[1])
+        }
+    };
+}
+pub(super) use pair_of_halves;

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::Neon;
-use super::bytes::Bytes;
+use super::bytes::{Bytes, pair_of_halves};
 
 /// Products of 16 signed bytes, four to a lane. Two of them fit 16 bits, since none of `x` is -128.
 #[inline(always)]
@@ -23,6 +23,7 @@ impl Bytes for Neon {
     type F = float32x4x2_t;
     type I = int32x4_t;
     const BIASED: bool = false;
+    pair_of_halves!();
 
     #[inline(always)]
     unsafe fn load32(p: *const u8) -> Self::B {

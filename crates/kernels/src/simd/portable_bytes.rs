@@ -1,6 +1,6 @@
 //! Codes and sums as arrays.
 
-use super::bytes::Bytes;
+use super::bytes::{Bytes, pair_of_halves};
 use super::portable::widen_half;
 use super::{Isa, Portable};
 
@@ -21,6 +21,7 @@ impl Bytes for Portable {
     type F = [f32; 8];
     type I = [i32; N];
     const BIASED: bool = false;
+    pair_of_halves!();
 
     #[inline(always)]
     unsafe fn load32(p: *const u8) -> [u8; 32] {

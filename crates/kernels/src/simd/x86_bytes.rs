@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::bytes::Bytes;
+use super::bytes::{Bytes, pair_of_halves};
 use super::{Avx2, Avx512};
 
 /// What both sets do with the same instructions.
@@ -113,8 +113,41 @@ macro_rules! shared {
 
 impl Bytes for Avx512 {
     shared!();
+    type P = __m512;
     type I = __m512i;
     const BIASED: bool = true;
+
+    #[inline(always)]
+    unsafe fn zero_pair() -> __m512 {
+        _mm512_setzero_ps()
+    }
+    #[inline(always)]
+    unsafe fn fma_pair<const SIGNED: bool, const SMALL: bool>(
+        acc: __m512,
+        a: __m256i,
+        b: __m256i,
+        x: *const u8,
+        scales: *const f32,
+    ) -> __m512 {
+        let (mut codes, mut x) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_loadu_si512(x.cast()));
+        if SIGNED {
+            x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
+            codes = _mm512_abs_epi8(codes);
+        }
+        let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x));
+        let scale = if SMALL {
+            let four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales));
+            _mm512_permutevar_ps(four, _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))
+        } else {
+            let two = _mm512_castpd_ps(_mm512_set1_pd(scales.cast::<f64>().read_unaligned()));
+            _mm512_permutevar_ps(two, _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1))
+        };
+        _mm512_fmadd_ps(products, scale, acc)
+    }
+    #[inline(always)]
+    unsafe fn sum_pair(acc: __m512) -> __m256 {
+        _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps::<1>(acc))
+    }
 
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> __m256i {
@@ -151,6 +184,7 @@ unsafe fn dot_256(w: __m256i, x: __m256i) -> __m256i {
 
 impl Bytes for Avx2 {
     shared!();
+    pair_of_halves!();
     type I = __m256i;
     const BIASED: bool = false;
 
