@@ -233,6 +233,12 @@ pub enum FormatError {
         /// What to do.
         help: std::borrow::Cow<'static, str>,
     },
+    /// A model that cannot be said in GGUF.
+    #[error("cannot write the model as GGUF: {problem}; help: {}", NOT_IN_GGUF)]
+    NotInGguf {
+        /// What has no place there.
+        problem: String,
+    },
     /// New values for a weight that are not as many as it has.
     #[error("tensor {tensor}: {found} new values for {expected}; help: give one for each")]
     EditLength {
@@ -266,6 +272,9 @@ pub enum FormatError {
         path: PathBuf,
     },
 }
+
+/// What to do about a model that has no GGUF form.
+const NOT_IN_GGUF: &str = "keep it as safetensors";
 
 fn nearest_help(nearest: Option<&str>) -> String {
     match nearest {

@@ -93,7 +93,7 @@ fn write_hf(
 ) -> Result<()> {
     if checkpoint.gguf().is_some() {
         let problem = "the model is in GGUF, whose tensors have other names and another order".to_owned();
-        return Err(FormatError::Kept { problem, help: "start from the safetensors form of the model".into() });
+        return Err(FormatError::Kept { problem, help: "write --as gguf, or start from the safetensors form".into() });
     }
     if out_dir.exists() && fs::read_dir(out_dir).map_or(true, |mut entries| entries.next().is_some()) {
         return Err(FormatError::OutputExists { path: out_dir.to_owned() });

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::role::Role;
-use crate::spec::{GroupRule, GroupSpec, MoeSpec};
+use crate::spec::{FfnSpec, GroupRule, GroupSpec, ModelSpec, MoeSpec};
 use crate::{Checkpoint, FormatError, Result, TensorLoc};
 
 /// What becomes of a stored tensor.
@@ -57,7 +57,10 @@ fn stem(name: &str) -> &str {
 /// Whether a tensor that the model does not need belongs to layers that predict further tokens: they have experts too, as
 /// many as the other layers.
 fn predicts_further(checkpoint: &Checkpoint, name: &str) -> bool {
-    let of_layer = checkpoint.name_of(Role::AttnNorm(0));
+    let of_layer = match checkpoint.gguf() {
+        Some(_) => crate::GGUF_NAMES.of(Role::AttnNorm(0)),
+        None => checkpoint.name_of(Role::AttnNorm(0)),
+    };
     let before = of_layer.find(".0.").map_or("", |dot| &of_layer[..=dot]);
     let layer = name.strip_prefix(before).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
     layer.is_some_and(|l| l >= checkpoint.spec().layers.len())
@@ -75,6 +78,12 @@ pub(crate) fn slices(loc: &TensorLoc, experts: usize, ids: &[usize]) -> (Vec<(u6
     (ids.iter().map(|&e| (loc.offset + e as u64 * each, each)).collect(), shape)
 }
 
+/// The kept experts of a decoder layer.
+pub(crate) fn slots<'a>(spec: &ModelSpec, kept: &'a [Vec<usize>], layer: usize) -> &'a [usize] {
+    let moe = spec.moe_layers().iter().position(|&l| l == layer);
+    moe.and_then(|moe| kept.get(moe)).map_or(&[], Vec::as_slice)
+}
+
 /// What a pruned model says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pruned {
@@ -89,6 +98,22 @@ impl Pruned {
     pub fn count(&self) -> usize {
         self.counts.first().copied().unwrap_or(0)
     }
+}
+
+/// The specification of a pruned model, as its files will say it.
+pub(crate) fn pruned_spec(spec: &ModelSpec, pruned: &Pruned) -> ModelSpec {
+    let mut spec = spec.clone();
+    for (layer, &count) in spec.moe_layers().into_iter().zip(&pruned.counts) {
+        if let FfnSpec::Moe(moe) = &mut spec.layers[layer].ffn {
+            moe.n_experts = count;
+            let groups = moe.router.extra.groups.zip(pruned.groups);
+            // To choose among all groups is to have none.
+            moe.router.extra.groups = groups
+                .filter(|(of, (n, chosen))| chosen < n || of.rule == GroupRule::OneOfEach)
+                .map(|(of, (n_group, topk_group))| GroupSpec { n_group, topk_group, ..of });
+        }
+    }
+    spec
 }
 
 fn refuse<T>(problem: String, help: impl Into<std::borrow::Cow<'static, str>>) -> Result<T> {

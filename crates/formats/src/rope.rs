@@ -56,22 +56,26 @@ pub enum RopeScaling {
     },
 }
 
+/// What a configuration says of scaling, in its old or new form; of several kinds of layers, of full attention.
+pub(crate) fn section(config: &Config) -> Result<Option<Section>> {
+    let scaling = config.opt_section("rope_scaling")?.filter(|s| !s.json().is_empty());
+    let section = match scaling {
+        Some(scaling) => Some(scaling),
+        None => config.opt_section("rope_parameters")?,
+    };
+    match section {
+        Some(section) => Ok(section.opt_section("full_attention")?.or(Some(section))),
+        None => Ok(None),
+    }
+}
+
 /// The embedding that a configuration asks for, in its old (`rope_theta`, `rope_scaling`) or new form
 /// (`rope_parameters`).
 ///
 /// # Errors
 /// A type that is not known, or values that cannot be.
 pub fn from_config(config: &Config, head_dim: usize, default_theta: f64) -> Result<RopeSpec> {
-    let scaling = config.opt_section("rope_scaling")?.filter(|s| !s.json().is_empty());
-    let section = match scaling {
-        Some(scaling) => Some(scaling),
-        None => config.opt_section("rope_parameters")?,
-    };
-    // A section for each kind of layer: here that of full attention.
-    let section = match section {
-        Some(section) => section.opt_section("full_attention")?.or(Some(section)),
-        None => None,
-    };
+    let section = section(config)?;
     let own = |key: &str| section.as_ref().map_or(Ok(None), |s| s.opt_positive(key));
     let theta = match own("rope_theta")? {
         Some(theta) => theta,

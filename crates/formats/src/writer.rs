@@ -24,7 +24,8 @@ pub struct TensorOut<'a> {
     produce: Produce<'a>,
 }
 
-type Produce<'a> = Box<dyn FnOnce(&mut Sink<'_>) -> Result<()> + 'a>;
+/// What writes a tensor's bytes when it is its turn.
+pub type Produce<'a> = Box<dyn FnOnce(&mut Sink<'_>) -> Result<()> + 'a>;
 
 impl fmt::Debug for TensorOut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -97,7 +98,17 @@ impl fmt::Debug for Sink<'_> {
     }
 }
 
-impl Sink<'_> {
+impl<'a> Sink<'a> {
+    /// Of a file that will have so many bytes.
+    pub(crate) fn new(out: &'a mut dyn Write, path: &'a Path, file_bytes: u64) -> Self {
+        Self { out, path, file_bytes, written: 0 }
+    }
+
+    /// Bytes taken so far.
+    pub(crate) fn written(&self) -> u64 {
+        self.written
+    }
+
     /// Appends bytes.
     ///
     /// # Errors
@@ -190,7 +201,7 @@ fn laid_out<'a>(
 fn write_data(out: &mut dyn Write, path: &Path, file_bytes: u64, tensors: Vec<TensorOut<'_>>) -> Result<()> {
     for tensor in tensors {
         let expected = byte_size(path, &tensor)?;
-        let mut sink = Sink { out, path, file_bytes, written: 0 };
+        let mut sink = Sink::new(out, path, file_bytes);
         (tensor.produce)(&mut sink)?;
         if sink.written != expected {
             return Err(FormatError::WrittenLength { tensor: tensor.name, written: sink.written, expected });

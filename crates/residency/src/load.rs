@@ -48,6 +48,21 @@ pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded>
     })
 }
 
+/// A weight as transformers has it, row after row: what is fused or packed is taken out, in the type that memory would have.
+///
+/// # Errors
+/// The model has no such weight, a file cannot be read, or a value is not a number.
+pub fn read_stored(checkpoint: &Checkpoint, role: Role) -> Result<(DType, Bytes)> {
+    let loc = checkpoint.tensor(role)?;
+    let mut buffer = Buffer::zeroed(usize_of(loc.len))?;
+    match checkpoint.recipe(role) {
+        Some(recipe) => unpack(checkpoint, recipe, buffer.as_mut_slice())?,
+        None => checkpoint.read_into(loc, buffer.as_mut_slice())?,
+    }
+    let bytes = Bytes::whole(buffer);
+    Ok((checked(checkpoint, loc, &bytes)?, bytes))
+}
+
 /// Memory of experts that were dropped, for those that come in their place: pages that are there already need not be
 /// made and cleared again.
 #[derive(Default)]

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use quorate_convert::{Options, write_model};
 use quorate_formats::{check_output, write_file, write_pruned_hf};
+use quorate_kernels::Pool;
 use quorate_lens::interchange::{self, ListKind, RankedKeep};
 use quorate_lens::{Choice, ExpertMap, Library, Pattern, Plan};
 use quorate_methods::patterns::{common_phases, merged};
@@ -18,14 +20,15 @@ use crate::experts::{Beside, ExpertArgs, ModeArg, ScopeArg, need_experts, open};
 /// Arguments of `prune`.
 #[derive(Args)]
 #[command(after_help = "\
-A folder for transformers (`hf`) computes what the routing mode `mask` does, with equal numbers in every layer; so its \
---scope is local and its --mode is mask. Those of `vllm` may be mask or drop, that of `easy-ep` is mask. A ranking for \
+A folder for transformers (`hf`) and a file for llama.cpp (`gguf`, from safetensors or GGUF) compute what the routing mode `mask` does, with equal numbers in every layer; so their \
+--scope is local and their --mode is mask. Those of `vllm` may be mask or drop, that of `easy-ep` is mask. A ranking for \
 `ascend` has all experts. A plan is used with `quorate run --plan`.
 With --list, kept experts are converted: a plan, a profile or kept lists of vLLM, a ranking of vllm-ascend or a mask of \
 EASY-EP, told apart by what is in the file.
 
 Examples:
   quorate prune --task arithmetic --keep 16 -o small --as hf
+  quorate prune --task arithmetic --keep 16 -o small.gguf --as gguf
   quorate prune --task arithmetic,modular --keep 8 -o sums.toml --as plan
   quorate prune --task bios --keep 16 -o bios.json --as vllm --mode drop
   quorate prune --task bios -o bios.jsonl --as ascend
@@ -58,6 +61,8 @@ pub struct Prune {
 enum Form {
     /// A folder that Hugging Face transformers loads
     Hf,
+    /// A file that llama.cpp loads
+    Gguf,
     /// A plan (TOML) for this program
     Plan,
     /// A pruned-experts profile (JSON) for vLLM
@@ -107,15 +112,15 @@ impl Prune {
     /// The flags, with the routing mode and scope that the form asks for.
     fn modes(&self) -> Result<ExpertArgs> {
         let mut experts = self.experts.clone();
-        if self.list.is_none() && matches!(self.form, Form::Hf | Form::Vllm | Form::EasyEp) {
+        if self.list.is_none() && matches!(self.form, Form::Hf | Form::Gguf | Form::Vllm | Form::EasyEp) {
             experts.mode = experts.mode.or(Some(ModeArg::Mask));
         }
-        if self.form == Form::Hf {
+        if matches!(self.form, Form::Hf | Form::Gguf) {
             let fits = |mode: Option<ModeArg>| mode.is_none_or(|m| m == ModeArg::Mask);
             experts.scope = experts.scope.or(Some(ScopeArg::Local));
             if !fits(experts.mode) || experts.scope != Some(ScopeArg::Local) {
                 bail!(
-                    "a pruned folder masks before top-k and has equal numbers in every layer; \
+                    "a pruned model masks before top-k and has equal numbers in every layer; \
                      help: leave --mode and --scope out, or write --as plan"
                 );
             }
@@ -134,7 +139,7 @@ impl Prune {
             }
         };
         let choice = experts.choice(model, Beside::sequence(model.spec(), usize::MAX))?;
-        let choice = Choice { even_groups: self.form == Form::Hf, ..choice };
+        let choice = Choice { even_groups: matches!(self.form, Form::Hf | Form::Gguf), ..choice };
         let plan = choice.plan(&pattern, model.spec(), fingerprint)?;
         let scores = pattern.scores(&experts.metric)?;
         let rankings = (0..scores.map.n_layers()).map(|moe| scores.ranking(moe)).collect();
@@ -173,7 +178,8 @@ impl Prune {
 
     fn write(&self, common: &Common, model: &Model, kept: &Kept) -> Result<()> {
         let (map, mode) = (ExpertMap::of(model.spec()), kept.plan.routing_mode);
-        let masks = matches!(self.form, Form::EasyEp | Form::Hf) || (self.form == Form::Ascend && self.list.is_some());
+        let masks = matches!(self.form, Form::EasyEp | Form::Hf | Form::Gguf)
+            || (self.form == Form::Ascend && self.list.is_some());
         if masks && mode != RoutingMode::Mask {
             bail!(
                 "the format masks before top-k, the kept experts are for the mode `{}`; help: --mode mask",
@@ -201,6 +207,17 @@ impl Prune {
             Form::Hf => {
                 let mut progress = common.progress("writing", model.weights().model_bytes(), "bytes");
                 write_pruned_hf(model.checkpoint(), &kept.experts, &self.output, self.shard_size, &mut |done, _| {
+                    progress.set(done);
+                    !interrupted()
+                })
+                .with_context(|| format!("cannot write {}", self.output.display()))?;
+                progress.finish();
+            }
+            Form::Gguf => {
+                let options = Options { kept: Some(&kept.experts), ..Options::default() };
+                let pool = Pool::new(common.thread_count()?);
+                let mut progress = common.progress("writing", model.weights().model_bytes(), "bytes");
+                write_model(model.checkpoint(), &options, &self.output, &pool, &mut |done, _| {
                     progress.set(done);
                     !interrupted()
                 })

@@ -58,6 +58,12 @@ struct Parts {
     adds_eos: bool,
 }
 
+/// What `tokenizer.ggml.pre` calls a way of splitting texts: these expressions, one after the other, and whether a piece that is
+/// a token is that token whatever the merges would make of it. `None` if it has no name.
+pub fn gguf_pre_name(splits: &[&str], ignore_merges: bool) -> Option<&'static str> {
+    pre::name_of(splits, ignore_merges)
+}
+
 /// Builds the tokenizer of a file's metadata. `path` is the file's, for messages.
 pub(super) fn read(metadata: &BTreeMap<String, GgufValue>, path: &Path) -> Result<GgufTokenizer, TextError> {
     let keys = Keys { metadata, path };

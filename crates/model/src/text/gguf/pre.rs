@@ -132,6 +132,11 @@ const KINDS: &[Pre] = &[
     Pre::new(&["exaone-moe"], &[EXAONE_MOE]),
 ];
 
+/// The first name of the kind that splits so and treats merges so.
+pub(super) fn name_of(splits: &[&str], ignore_merges: bool) -> Option<&'static str> {
+    KINDS.iter().find(|kind| kind.splits == splits && kind.ignore_merges == ignore_merges)?.names.first().copied()
+}
+
 /// All names, for messages.
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
     KINDS.iter().flat_map(|kind| kind.names).copied()
