@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use quorate_lens::{ExpertMap, Pattern};
-use quorate_model::{CacheLayout, KeptExperts, Model, buffer_bytes};
+use quorate_model::{CacheLayout, KeptExperts, Model, PREFILL_CHUNK, buffer_bytes};
 use quorate_residency::{
     CachePolicy, READERS, ResidencyError, StreamOptions, StreamStats, least_stream_bytes, most_stream_bytes,
 };
@@ -95,6 +95,13 @@ pub fn overhead_bytes(model: &Model, beside: Beside) -> u64 {
     BASE.get().copied().unwrap_or(BASE_BYTES) + buffer_bytes(model.spec(), beside.logit_rows)
 }
 
+/// Bytes of the rows that streamed experts gather for their slots and put back, at most.
+fn gathered_bytes(model: &Model) -> u64 {
+    let spec = model.spec();
+    let slots = spec.moe_layers().iter().filter_map(|&l| spec.moe(l)).map(|moe| moe.top_k).max().unwrap_or(0);
+    (PREFILL_CHUNK * slots * 2 * spec.hidden_size * size_of::<f32>()) as u64
+}
+
 /// By how much what is measured may differ from run to run.
 pub const SLACK_BYTES: u64 = 2 << 20;
 
@@ -117,7 +124,7 @@ pub fn stream(
         (None, Some(memory)) => {
             let skeleton = model.weights().resident_bytes();
             let kv = CacheLayout::own(model.spec()).bytes(beside.cache_tokens);
-            let fixed = skeleton + kv + overhead_bytes(model, beside);
+            let fixed = skeleton + kv + overhead_bytes(model, beside) + gathered_bytes(model);
             let least = least_stream_bytes(&checkpoint)?;
             if memory < fixed + least {
                 let needed_bytes = fixed + least + SLACK_BYTES;

@@ -87,7 +87,16 @@ impl Weights {
                 Loaded::Matrix(matrix) => drop(self.matrices.insert(role, matrix)),
             }
         }
+        self.forget_cached(&roles);
         Ok(())
+    }
+
+    /// Inside a budget, what was read does not stay in the system's cache too.
+    fn forget_cached(&self, roles: &[Role]) {
+        let within_budget = roles.iter().filter(|_| self.budget.limit.is_some());
+        for loc in within_budget.filter_map(|&role| self.checkpoint.tensor(role).ok()) {
+            self.checkpoint.files()[loc.file].forget_range(loc.offset, loc.len);
+        }
     }
 
     fn skeleton_loaded(&self) -> bool {
@@ -136,6 +145,7 @@ impl Weights {
         drop(self.keep_only(&wanted));
         for ((l, e), expert) in loaded {
             self.experts[l][e] = Some(expert);
+            self.forget_cached(&Role::of_expert(l, e));
         }
         Ok(())
     }
