@@ -7,6 +7,7 @@ pub mod compare;
 pub mod compare_tables;
 pub mod encode;
 pub mod evaluate;
+pub mod perplexity;
 pub mod profile;
 pub mod statistics;
 pub mod tasks;

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub use arch::{ARCHS, Arch, COMMON_KEYS};
-pub(crate) use files::in_folder;
+pub use files::in_folder;
 pub use header::GgufValue;
 pub use meta_out::{difference, metadata_for_gguf};
 pub(crate) use model::{GgufModel, open as open_model};

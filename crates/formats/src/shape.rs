@@ -48,7 +48,7 @@ fn mixer_roles(layer: &LayerSpec, l: usize) -> Vec<Role> {
     if let Some(delta) = &layer.delta {
         let mut roles = vec![Role::DeltaQkv(l), Role::DeltaBa(l), Role::DeltaConv(l), Role::DeltaALog(l)];
         roles.extend([Role::DeltaDtBias(l), Role::DeltaNorm(l), Role::DeltaOut(l)]);
-        if delta.layout == DeltaLayout::Split {
+        if delta.layout != DeltaLayout::Grouped {
             roles.extend([Role::DeltaZ(l), Role::DeltaA(l)]);
         }
         return roles;

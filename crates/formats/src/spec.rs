@@ -136,6 +136,8 @@ pub enum DeltaLayout {
     Grouped,
     /// `qkv` (all q, all k, all v), `z`, `b` and `a` apart (Qwen3.5).
     Split,
+    /// As `Split`, but value head `v` reads key head `v % Nk`, not `v / (Nv / Nk)` (Qwen3.5 in GGUF).
+    Tiled,
 }
 
 /// Grouped-query attention, or multi-head latent attention.

@@ -72,7 +72,7 @@ impl Pass<'_> {
             let y = ops::linear(self.model.pool(), self.pack, h, &self.model.matrix(role)?, None)?;
             Ok(values(&y)?.to_vec())
         };
-        if spec.layout == DeltaLayout::Split {
+        if spec.layout != DeltaLayout::Grouped {
             let (qkv, z) = (project(Role::DeltaQkv(l))?, project(Role::DeltaZ(l))?);
             return Ok(Inputs { qkv, z, b: project(Role::DeltaBa(l))?, a: project(Role::DeltaA(l))? });
         }
@@ -117,7 +117,8 @@ fn step(spec: &DeltaSpec, learned: &Learned<'_>, inputs: &Inputs, row: usize, st
     }
     let scale = (dk as f32).powf(-0.5);
     for (h, o) in out.chunks_exact_mut(dv).enumerate() {
-        let of_key = h / (heads / spec.n_key_heads) * dk;
+        let of_key =
+            dk * if spec.layout == DeltaLayout::Tiled { h % spec.n_key_heads } else { h / (heads / spec.n_key_heads) };
         let (q, k) = (&queries[of_key..of_key + dk], &key_vectors[of_key..of_key + dk]);
         let s = &mut state.matrices[h * dk * dv..(h + 1) * dk * dv];
         let at = row * heads + h;
@@ -166,4 +167,60 @@ fn unit(x: &mut [f32]) {
 
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Value heads in tiled order, with all that belongs to them, give the same outputs in that order.
+    #[test]
+    fn tiled_heads_are_the_split_ones_in_another_order() {
+        let (nk, nv, dk, dv, kernel) = (2, 6, 3, 2, 4);
+        let spec = |layout| DeltaSpec {
+            n_key_heads: nk,
+            n_value_heads: nv,
+            key_dim: dk,
+            value_dim: dv,
+            conv_kernel: kernel,
+            layout,
+        };
+        let noise = |seed: usize, n: usize| {
+            (0..n).map(|i| ((i * 37 + seed * 101) % 97) as f32 / 48.0 - 1.0).collect::<Vec<f32>>()
+        };
+        // Tiled head `t` is head `t % nk * (nv / nk) + t / nk` of the original.
+        let heads: Vec<usize> = (0..nv).map(|t| t % nk * (nv / nk) + t / nk).collect();
+        let turned = |x: &[f32], width: usize| -> Vec<f32> {
+            heads.iter().flat_map(|&h| x[h * width..(h + 1) * width].iter().copied()).collect()
+        };
+        let keys = 2 * nk * dk;
+        let values_turned = |x: &[f32], width: usize| {
+            let (keys, values) = x.split_at(keys * width);
+            [keys, &turned(values, dv * width)].concat()
+        };
+        let (conv, a_log, dt_bias) = (noise(1, (keys + nv * dv) * kernel), noise(2, nv), noise(3, nv));
+        let mut states = [State::default(), State::default()];
+        for token in 0..5 {
+            let inputs = Inputs {
+                qkv: noise(10 + token, keys + nv * dv),
+                z: Vec::new(),
+                b: noise(20 + token, nv),
+                a: noise(30 + token, nv),
+            };
+            let tiled = Inputs {
+                qkv: values_turned(&inputs.qkv, 1),
+                z: Vec::new(),
+                b: turned(&inputs.b, 1),
+                a: turned(&inputs.a, 1),
+            };
+            let mut out = [vec![0.0; nv * dv], vec![0.0; nv * dv]];
+            let learned = Learned { conv: &conv, a_log: &a_log, dt_bias: &dt_bias };
+            step(&spec(DeltaLayout::Split), &learned, &inputs, 0, &mut states[0], &mut out[0]);
+            let (conv, a_log, dt_bias) = (values_turned(&conv, kernel), turned(&a_log, 1), turned(&dt_bias, 1));
+            let learned = Learned { conv: &conv, a_log: &a_log, dt_bias: &dt_bias };
+            step(&spec(DeltaLayout::Tiled), &learned, &tiled, 0, &mut states[1], &mut out[1]);
+            assert_eq!(turned(&out[0], dv), out[1]);
+            assert_ne!(out[0], out[1]);
+        }
+    }
 }

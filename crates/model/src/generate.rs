@@ -139,7 +139,7 @@ impl Stream {
             return self.end(model, Finish::Length, on);
         }
         let token = self.sampler.sample(logits, &self.history)?;
-        if !options.ignore_eos && model.ends_at(token) {
+        if !options.ignore_eos && model.spec().eos_token_ids.contains(&token) {
             return self.end(model, Finish::Eos, on);
         }
         self.room -= 1;

@@ -64,7 +64,11 @@ impl Model {
     ) -> Result<Model, ModelError> {
         let OpenOptions { threads, memory_limit, tokenizer } = *options;
         let checkpoint = Arc::new(Checkpoint::open(path)?);
-        let tokenizer = Tokenizer::open(tokenizer.unwrap_or(path))?;
+        let tokenizer = match (tokenizer, checkpoint.gguf()) {
+            (Some(folder), _) => Tokenizer::open(folder)?,
+            (None, Some(metadata)) => Tokenizer::from_gguf(metadata, path)?,
+            (None, None) => Tokenizer::open(path)?,
+        };
         let mut weights = Weights::open(checkpoint.clone(), memory_limit);
         weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];
@@ -148,11 +152,6 @@ impl Model {
     /// The architecture.
     pub fn spec(&self) -> &ModelSpec {
         self.checkpoint.spec()
-    }
-
-    /// Whether nothing more is to be generated after this token, by the model's configuration or its tokenizer.
-    pub fn ends_at(&self, token: u32) -> bool {
-        self.spec().eos_token_ids.contains(&token) || self.tokenizer.end_ids().contains(&token)
     }
 
     /// The files behind it.

@@ -60,7 +60,8 @@ macro_rules! agree_from_gguf {
 agree_from_gguf! {
     olmoe "f16 bf16" mixtral "f16" llama "f16" qwen2 "f16" qwen3 "f16" qwen2_moe "f16" qwen3_moe "f16" olmo2 "f16" gpt2 "f16"
     gemma3_text "f16" granitemoe "f16" glm4_moe "f16" ernie4_5_moe "f16" gpt_oss "f16" deepseek_v2_greedy "f16"
-    deepseek_v3 "f16"
+    deepseek_v3 "f16" deepseek_v2_lite "f32" deepseek_v3_flat_mtp "f32" granitemoeshared "f32" phi3_long "f32"
+    phi3_short_partial "f32" qwen3_next "f32"
 }
 
 struct Fixture {

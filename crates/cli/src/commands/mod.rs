@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod library;
 mod methods;
+mod perplexity;
 mod profile;
 mod profile_vllm;
 mod prune;
@@ -45,6 +46,8 @@ pub enum Command {
     Quantize(quantize::Quantize),
     /// Record values inside the forward pass
     Record(record::Record),
+    /// How well a model predicts a text
+    Perplexity(perplexity::Perplexity),
     /// Text to tokens and back
     Tokenize(tokenize::Tokenize),
     /// Measure speed and memory
@@ -67,6 +70,7 @@ impl Command {
             Command::Prune(c) => c.run(common),
             Command::Quantize(c) => c.run(common),
             Command::Record(c) => c.run(common),
+            Command::Perplexity(c) => c.run(common),
             Command::Tokenize(c) => c.run(common),
             Command::Bench(c) => c.run(common),
             Command::Methods(c) => c.run(common),

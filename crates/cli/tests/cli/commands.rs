@@ -11,8 +11,21 @@ use crate::support::{
     text,
 };
 
-const COMMANDS: [&str; 11] =
-    ["run", "chat", "profile", "eval", "compare", "library", "inspect", "prune", "record", "bench", "methods"];
+const COMMANDS: [&str; 13] = [
+    "tokenize",
+    "perplexity",
+    "run",
+    "chat",
+    "profile",
+    "eval",
+    "compare",
+    "library",
+    "inspect",
+    "prune",
+    "record",
+    "bench",
+    "methods",
+];
 
 #[test]
 fn help_has_examples_and_fits_the_screen() {
@@ -508,4 +521,44 @@ fn a_copied_model_is_the_same_model() {
     let copy = copy_of("olmoe");
     let fingerprint = |path: &str| quorate!["inspect", "-m", path, "--json"].json()["fingerprint"].clone();
     assert_eq!(fingerprint(&text(copy.path())), fingerprint(&text(&fixture("olmoe"))));
+}
+
+#[test]
+fn tokenize_shows_tokens_and_takes_ids() {
+    let doc = quorate!["tokenize", "78+95=", "--json"].json();
+    let ids = numbers(&doc["ids"]);
+    assert_eq!(doc["n"], ids.len());
+    let lines = quorate!["tokenize", "78+95=", "--quiet"].ok();
+    assert_eq!(lines.lines().count(), ids.len());
+    assert!(lines.lines().last().unwrap().ends_with("5-6  \"=\""), "{lines}");
+    let list = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    assert_eq!(quorate!["tokenize", "--ids", list].ok(), "78+95=\n");
+    quorate!["tokenize", "--ids", "4000000"].fails(3, &["there is no token 4000000", "help: the tokenizer has"]);
+    quorate!["tokenize"].fails(2, &["required"]);
+    // A file's own tokenizer, and that of a folder in its place.
+    let file = fixture("qwen2/gguf/qwen2-f16.gguf");
+    let own = quorate!["tokenize", "-m", file, "a 12<|im_end|>", "--json"].json();
+    assert_eq!(own, quorate!["tokenize", "-m", fixture("qwen2"), "a 12<|im_end|>", "--json"].json());
+    let other = fixture("tokenizers/byte_bpe_digits");
+    let taken = quorate!["tokenize", "-m", file, "--tokenizer", other, "a 12", "--json"].json();
+    assert_eq!(numbers(&taken["ids"])[0], 500);
+    let without = quorate!["tokenize", "-m", other, "a 12", "--no-special", "--json"].json();
+    assert_eq!(numbers(&without["ids"]), numbers(&taken["ids"])[1..]);
+}
+
+#[test]
+fn perplexity_is_that_of_the_windows_second_halves() {
+    let folder = tempdir();
+    let file = folder.path().join("text");
+    fs::write(&file, "She looked at him and did not know what to say. ".repeat(20)).unwrap();
+    let doc = quorate!["perplexity", file, "--context", "32", "--windows", "3", "--json"].json();
+    assert_eq!((&doc["windows"], &doc["context"], &doc["scored_tokens"]), (&json!(3), &json!(32), &json!(45)));
+    let (nats, perplexity) = (doc["nats"].as_f64().unwrap(), doc["perplexity"].as_f64().unwrap());
+    assert!((perplexity - (nats / 45.0).exp()).abs() < 1e-9 && perplexity > 1.0);
+    assert!(quorate!["perplexity", file, "--context", "32"].ok().starts_with("perplexity "));
+    quorate!["perplexity", file, "--context", "2"]
+        .fails_with_notes(&["a window of 2 tokens", "help: --context takes 4 to"]);
+    fs::write(&file, "Short.").unwrap();
+    quorate!["perplexity", file].fails_with_notes(&["fewer than a window of"]);
+    quorate!["perplexity", folder.path().join("none")].fails(3, &["cannot read", "none"]);
 }

@@ -28,16 +28,14 @@ pub(super) fn open(path: &Path) -> Result<Files> {
     if part != 0 {
         return Err(bad(format!("it is part {} of {parts}; name the first part", part + 1)));
     }
-    let rest = if parts > 1 { other_parts(path, parts)? } else { Vec::new() };
+    let stem = if parts > 1 { stem(path, parts)? } else { String::new() };
     let (metadata, file, tensors) = first.into_parts(0);
     let mut all = Files { metadata, files: vec![file], tensors };
-    for (i, path) in rest.iter().enumerate() {
-        let next = GgufFile::open(path)?;
-        if (split(&next, "split.no")?, split(&next, "split.count")?) != (Some(i as u64 + 1), Some(parts)) {
-            return Err(FormatError::Gguf {
-                path: path.clone(),
-                problem: format!("it is not part {} of {parts}", i + 2),
-            });
+    for i in 1..parts {
+        let path = path.with_file_name(format!("{stem}{}", suffix(i + 1, parts)));
+        let next = GgufFile::open(&path)?;
+        if (split(&next, "split.no")?, split(&next, "split.count")?) != (Some(i), Some(parts)) {
+            return Err(FormatError::Gguf { path, problem: format!("it is not part {} of {parts}", i + 1) });
         }
         let (_, file, mut tensors) = next.into_parts(all.files.len());
         all.files.push(file);
@@ -63,32 +61,32 @@ fn split(file: &GgufFile, key: &str) -> Result<Option<u64>> {
     })
 }
 
-/// Names of the parts after the first, which is `NAME-00001-of-00003.gguf`.
-fn other_parts(first: &Path, parts: u64) -> Result<Vec<PathBuf>> {
+/// How the name of a part ends.
+fn suffix(part: u64, parts: u64) -> String {
+    format!("-{part:05}-of-{parts:05}.gguf")
+}
+
+/// What the names of all parts begin with.
+fn stem(first: &Path, parts: u64) -> Result<String> {
     let name = first.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let suffix = |part: u64| format!("-{part:05}-of-{parts:05}.gguf");
-    let Some(stem) = name.strip_suffix(&suffix(1)) else {
-        let problem = format!("it is the first of {parts} parts, so its name should end in {}", suffix(1));
-        return Err(FormatError::Gguf { path: first.to_owned(), problem });
-    };
-    Ok((2..=parts).map(|part| first.with_file_name(format!("{stem}{}", suffix(part)))).collect())
+    let stem = name.strip_suffix(&suffix(1, parts)).map(str::to_owned);
+    stem.ok_or_else(|| {
+        let problem = format!("it is the first of {parts} parts, so its name should end in {}", suffix(1, parts));
+        FormatError::Gguf { path: first.to_owned(), problem }
+    })
 }
 
 /// The model in GGUF that lies in a folder, if there is one: the only such file, or the first of its parts.
 ///
 /// # Errors
 /// There are several models, or the folder cannot be read.
-pub(crate) fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
+pub fn in_folder(folder: &Path) -> Result<Option<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(|e| FormatError::io("read", folder, e))? {
         let path = entry.map_err(|e| FormatError::io("read", folder, e))?.path();
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let later_part = name.rsplit_once("-of-").is_some_and(|(before, _)| {
-            before.len() >= 6 && before.is_char_boundary(before.len() - 6) && {
-                let number = before[before.len() - 6..].strip_prefix('-');
-                number.is_some_and(|n| n != "00001" && n.bytes().all(|b| b.is_ascii_digit()))
-            }
-        });
+        let part = name.rsplit_once("-of-").and_then(|(before, _)| before.rsplit_once('-')).map(|(_, part)| part);
+        let later_part = part.is_some_and(|n| n.len() == 5 && n != "00001" && n.bytes().all(|b| b.is_ascii_digit()));
         // Beside a model may lie its projector for images.
         if name.ends_with(".gguf") && !later_part && !name.starts_with("mmproj") && path.is_file() {
             found.push(path);

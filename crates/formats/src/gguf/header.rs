@@ -2,6 +2,11 @@
 
 use crate::{DataFile, FormatError, Result};
 
+/// Values in all arrays of a header at most; the largest vocabularies have a quarter of a million tokens and twice as many
+/// merges. In memory a value takes 24 bytes, in the file as little as one.
+const VALUES_MAX: u64 = 1 << 22;
+/// Of these in an array of single bytes.
+const BYTES_MAX: u64 = 1 << 20;
 /// Arrays in arrays at most.
 const DEPTH_MAX: usize = 4;
 /// Bytes read at once.
@@ -51,11 +56,13 @@ pub(super) struct Cursor<'a> {
     end: u64,
     chunk: Vec<u8>,
     chunk_at: u64,
+    /// Values that arrays may still have.
+    values_left: u64,
 }
 
 impl<'a> Cursor<'a> {
     pub fn new(data: &'a DataFile, most: u64) -> Cursor<'a> {
-        Cursor { data, at: 0, end: data.size().min(most), chunk: Vec::new(), chunk_at: 0 }
+        Cursor { data, at: 0, end: data.size().min(most), chunk: Vec::new(), chunk_at: 0, values_left: VALUES_MAX }
     }
 
     pub fn position(&self) -> u64 {
@@ -155,6 +162,11 @@ impl<'a> Cursor<'a> {
                 let kind = self.u32()?;
                 let count = self.u64()?;
                 self.check_count(count, least_bytes(kind), &format!("values of key `{key}`"))?;
+                let most = if least_bytes(kind) == 1 { self.values_left.min(BYTES_MAX) } else { self.values_left };
+                if count > most {
+                    return Err(self.bad(format!("key `{key}` has {count} values, at most {most} are allowed here")));
+                }
+                self.values_left -= count;
                 let mut values = Vec::new();
                 for _ in 0..count {
                     values.push(self.nested(kind, key, depth + 1)?);

@@ -129,7 +129,7 @@ impl Layout<'_> {
             }
             (Role::DeltaBa(_), DeltaLayout::Grouped) => renamed(ba, vec![2 * delta.n_value_heads, d]),
             // Grouped by key head: steps, then decays.
-            (Role::DeltaBa(_) | Role::DeltaA(_), DeltaLayout::Split) if self.has(&ba) => {
+            (Role::DeltaBa(_) | Role::DeltaA(_), _) if self.has(&ba) => {
                 let each = delta.n_value_heads / delta.n_key_heads;
                 let first = if matches!(role, Role::DeltaA(_)) { each } else { 0 };
                 let order = RowOrder { first, counts: [1, delta.n_key_heads, each], strides: [0, 2 * each, 1] };

@@ -57,9 +57,10 @@ fn section(path: &Path, arch: &Arch, metadata: &BTreeMap<String, GgufValue>) -> 
     let (mut map, mut called) = (Map::new(), BTreeMap::new());
     for (key, value) in metadata {
         let Some(short) = key.strip_prefix(arch.name).and_then(|rest| rest.strip_prefix('.')) else { continue };
-        let value = json_of(value).ok_or_else(|| FormatError::Gguf {
+        let fits = !matches!(value, GgufValue::Array(values) if values.len() > LAYERS_MAX);
+        let value = Some(value).filter(|_| fits).and_then(json_of).ok_or_else(|| FormatError::Gguf {
             path: path.to_owned(),
-            problem: format!("key `{key}` is not a number"),
+            problem: format!("key `{key}` is infinite, not a number, or longer than a model has layers"),
         })?;
         called.insert(short.to_owned(), key.clone());
         map.insert(short.to_owned(), value);
@@ -103,6 +104,10 @@ impl Reader<'_> {
             if let Some(value) = self.meta.get(short) {
                 map.insert(key.to_owned(), value.clone());
             }
+        }
+        // Some converters write 0 for no window.
+        if map.get("sliding_window").is_some_and(|window| *window == json!(0)) {
+            map.insert("sliding_window".to_owned(), Value::Null);
         }
         for (key, json) in self.arch.given {
             let value = || serde_json::from_str(json).expect("the table holds JSON");
@@ -307,7 +312,9 @@ impl Reader<'_> {
         for (l, layer) in spec.layers.iter_mut().enumerate() {
             let has = |name: &str| self.layout.has(&format!("blk.{l}.{name}"));
             if let Some(delta) = &mut layer.delta {
-                delta.layout = if has("ssm_in.weight") { DeltaLayout::Grouped } else { DeltaLayout::Split };
+                // Converters put Qwen3.5's value heads into tiles.
+                let apart = if self.arch.name == "qwen35moe" { DeltaLayout::Tiled } else { DeltaLayout::Split };
+                delta.layout = if has("ssm_in.weight") { DeltaLayout::Grouped } else { apart };
             } else {
                 layer.attn.qkv_bias = has("attn_q.bias") || has("attn_qkv.bias");
                 layer.attn.o_bias = has("attn_output.bias");

@@ -111,7 +111,7 @@ struct Dot<S: Simd, Q, const T: usize> {
 impl<S: Simd, Q: Quant, const T: usize> Sink<S> for Dot<S, Q, T> {
     #[inline(always)]
     unsafe fn take(&mut self, i: usize, codes: S::B) {
-        if i % 2 == 0 {
+        if i.is_multiple_of(2) {
             self.even = codes;
             return;
         }

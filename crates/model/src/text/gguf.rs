@@ -45,43 +45,10 @@ const SPECIAL_KEYS: [(&str, &str); 7] = [
     ("mask_token", "tokenizer.ggml.mask_token_id"),
 ];
 
-/// Keys of tokens after which nothing more is to be generated.
-const END_KEYS: [&str; 3] =
-    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
-
-/// Control tokens of released models that end an answer, a turn or, in code, a file. Files name only one or two of theirs.
-const END_TOKENS: [&str; 23] = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|calls|>",
-    "<|flush|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "</s>",
-    "<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-    "<|eot|>",
-    "<|eom|>",
-    "[e~[",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-];
-
 /// What a file says of its tokenizer.
 pub(super) struct GgufTokenizer {
     pub pipeline: Pipeline,
     pub config: TokenizerConfig,
-    /// Tokens after which nothing more is to be generated.
-    pub end_ids: Vec<u32>,
 }
 
 /// The parts that depend on the kind of tokenizer.
@@ -116,13 +83,12 @@ pub(super) fn read(metadata: &BTreeMap<String, GgufValue>, path: &Path) -> Resul
     };
     add_tokens(&keys, &mut parts.pipeline, &tokens, &kinds)?;
     add_template(&keys, &mut parts, &tokens, id_of("bos_token"), id_of("eos_token"))?;
-    let end_ids = end_ids(&keys, &tokens, &kinds)?;
     let mut roles = SpecialTokens::default();
     for (&role, &id) in &specials {
         roles.set(role, tokens[id as usize].clone());
     }
     let config = TokenizerConfig { specials: roles, templates: templates(&keys)? };
-    Ok(GgufTokenizer { pipeline: parts.pipeline, config, end_ids })
+    Ok(GgufTokenizer { pipeline: parts.pipeline, config })
 }
 
 /// Special tokens by role. SentencePiece has ids of its own for the first three where a file does not say.
@@ -278,24 +244,6 @@ fn add_template(
         .map_err(|error| keys.wrong(error.to_string()))?;
     parts.pipeline.with_post_processor(Some(processor));
     Ok(())
-}
-
-/// Tokens that end an answer: those that the file names, and those that are known to.
-fn end_ids(keys: &Keys<'_>, tokens: &[String], kinds: &[Kind]) -> Result<Vec<u32>, TextError> {
-    let control = tokens.iter().zip(kinds).zip(0..).filter(|((_, kind), _)| **kind == Kind::Control);
-    let known = control.filter(|((token, _), _)| END_TOKENS.contains(&token.as_str()));
-    let mut ids: Vec<u32> = known.map(|(_, id)| id).collect();
-    // In the format Harmony, `<|end|>` ends a message, of which an answer may have several.
-    let has = |token: &str| ids.iter().any(|&id| tokens[id as usize] == token);
-    if has("<|call|>") && has("<|return|>") || has("<|calls|>") && has("<|flush|>") {
-        ids.retain(|&id| tokens[id as usize] != "<|end|>");
-    }
-    for key in END_KEYS {
-        ids.extend(keys.id(key, tokens.len())?);
-    }
-    ids.sort_unstable();
-    ids.dedup();
-    Ok(ids)
 }
 
 /// Chat templates: the usual one, and those that have a name.

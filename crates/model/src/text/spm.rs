@@ -110,7 +110,9 @@ impl Spm {
         self.merge(&escaped, &mut symbols);
         let (mut out, mut at, mut index) = (Vec::new(), 0, 0);
         while let Some(symbol) = symbols.get(index) {
-            self.push(&escaped[symbol.start..][..symbol.len], at, symbol.source, &mut out)?;
+            // A space in front that stays alone stands for the first character, as transformers has it.
+            let place = if symbol.source == 0 { text.chars().next().map_or(0, char::len_utf8) } else { symbol.source };
+            self.push(&escaped[symbol.start..][..symbol.len], at, place, &mut out)?;
             at += symbol.source;
             index = symbol.next;
         }

@@ -26,7 +26,6 @@ const GGUF_TEMPLATES: &str = "looked for the key tokenizer.chat_template";
 pub struct Tokenizer {
     inner: Pipeline,
     config: TokenizerConfig,
-    end_ids: Vec<u32>,
     place: PathBuf,
     looked_for: &'static str,
 }
@@ -52,20 +51,21 @@ impl Tokenizer {
     /// # Errors
     /// A missing, broken or oversized file, or a GGUF file with a tokenizer of an unknown kind.
     pub fn open(path: &Path) -> Result<Self, TextError> {
-        if path.is_file() && path.extension().is_some_and(|name| name.eq_ignore_ascii_case("gguf")) {
+        if path.is_file() && path.extension().is_some_and(|name| name == "gguf") {
             return Self::from_gguf(GgufFile::open(path)?.metadata(), path);
         }
         let dir = if path.is_file() { path.parent().unwrap_or(path) } else { path };
         let path = dir.join("tokenizer.json");
         let Some(bytes) = read_limited(&path, TOKENIZER_BYTES_MAX)? else {
-            return Err(no_tokenizer(dir));
+            let file = if dir.is_dir() { quorate_formats::gguf::in_folder(dir)? } else { None };
+            return file.map_or_else(|| Err(no_tokenizer(dir)), |file| Self::open(&file));
         };
         let invalid = |message: String| TextError::Invalid { path: path.clone(), message };
         let mut inner = guarded(|| Pipeline::from_bytes(&bytes)).map_err(invalid)?;
         inner.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         inner.with_padding(None);
         let (config, place) = (TokenizerConfig::read(dir)?, dir.to_owned());
-        Ok(Self { inner, config, end_ids: Vec::new(), place, looked_for: FOLDER_TEMPLATES })
+        Ok(Self { inner, config, place, looked_for: FOLDER_TEMPLATES })
     }
 
     /// Builds the tokenizer that a GGUF file's metadata describe; `path` is the file's.
@@ -76,14 +76,8 @@ impl Tokenizer {
         let place = path.to_owned();
         let read = catch_unwind(AssertUnwindSafe(|| gguf::read(metadata, path)));
         let broken = |_| TextError::Gguf { path: place.clone(), message: "its parts contradict each other".to_owned() };
-        let GgufTokenizer { pipeline, config, end_ids } = read.map_err(broken)??;
-        Ok(Self { inner: pipeline, config, end_ids, place, looked_for: GGUF_TEMPLATES })
-    }
-
-    /// Tokens that end what is generated, as far as the tokenizer tells: those of a GGUF file. A folder's are in the model's
-    /// configuration.
-    pub fn end_ids(&self) -> &[u32] {
-        &self.end_ids
+        let GgufTokenizer { pipeline, config } = read.map_err(broken)??;
+        Ok(Self { inner: pipeline, config, place, looked_for: GGUF_TEMPLATES })
     }
 
     /// The ids of a text. `add_special` lets the tokenizer add what it adds to whole texts, such as

@@ -198,6 +198,31 @@ fn hostile_templates_are_stopped() {
         format!("{big}{{{{ ('{{0}}' * 100000).format(s) }}}}"),
         format!("{big}{}", repeat("{% set x = s.split('a') %}")),
         repeat(&"z".repeat(10_000)),
+        // Growth that no assignment shows: arguments, loops, scopes, recursion, calls back.
+        "{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('ab') }}".into(),
+        "{% macro f(x='ab') %}{{ f(x=x + x) }}{% endmacro %}{{ f() }}".into(),
+        "{% macro f(x) %}{{ f([x, x]) }}{% endmacro %}{{ f(1) }}".into(),
+        "{% for x in ['ab'] recursive %}{{ loop([x ~ x]) }}{% endfor %}".into(),
+        "{% set x = 'ab' %}".to_owned() + &"{% for x in [x ~ x] %}".repeat(60) + &"{% endfor %}".repeat(60),
+        "{% set x = 'ab' %}".to_owned() + &"{% with x = x ~ x %}".repeat(60) + &"{% endwith %}".repeat(60),
+        "{% macro m(x) %}{{ caller(x ~ x) }}{% endmacro %}{% macro f(z) %}{% call(y) m(z) %}{{ f(y) }}{% endcall %}\
+         {% endmacro %}{{ f('ab') }}"
+            .into(),
+        // Text that is captured, not printed.
+        format!("{{% set x %}}{}{{% endset %}}", repeat(&"z".repeat(10_000))),
+        format!("{{% macro z() %}}{}{{% endmacro %}}{}", "z".repeat(60_000), repeat("{% set x = z() %}")),
+        format!("{{% set x %}}{}{{% endset %}}", repeat("{{ 'z' * 60000 }}")),
+        // Nested values behind many others.
+        grow("[1]", "{% set ns.s = [1] * 1000 + [ns.s] %}"),
+        // Products.
+        format!("{{{{ [{}] }}}}", vec!["'x' * 99999999"; 100].join(", ")),
+        "{{ 99999999 * 'x' }}".into(),
+        "{% set n = 99999999 %}{{ n * ['x'][0] }}".into(),
+        "{% set n = 99999999 %}{{ 'x' * n }}".into(),
+        "{% set n = 99999999 %}{{ 'x' * [n][0] }}".into(),
+        "{% set s = 'x' * 60000 %}{{ 1000 * s }}".into(),
+        // Time that no instruction counts.
+        format!("{{% set s = 'a' * 60000 %}}{{% set t = s ~ 'b' %}}{}", repeat(&repeat("{% if t in s %}{% endif %}"))),
         nest("(", ")"),
         nest("[", "]"),
         nest("not ", ""),

@@ -16,11 +16,17 @@ const DEPTH_MAX: usize = 100;
 /// Makes the engine more like Python. No value that is built here may have more than `limits.bytes` bytes.
 pub(super) fn add_to(environment: &mut Environment<'_>, limits: Limits) {
     environment.set_formatter(move |out, _, value| {
-        match value.as_str() {
-            Some(text) => out.write_str(text)?,
-            None => out.write_str(&text(value, limits)?)?,
-        }
-        Ok(())
+        let printed;
+        let text = match value.as_str() {
+            Some(text) => text,
+            None => {
+                printed = text(value, limits)?;
+                &printed
+            }
+        };
+        limits.check(0)?;
+        limits.write(text.len())?;
+        Ok(out.write_str(text)?)
     });
     environment.set_unknown_method_callback(move |state, value, name, args| method(state, value, name, args, limits));
     environment.add_filter("tojson", move |value: &Value, options: Kwargs| tojson(value, &options, limits));
