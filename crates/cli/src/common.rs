@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use quorate_formats::Preset;
 use quorate_lens::{LensError, Library};
 use quorate_model::text::Tokenizer;
 use quorate_model::{KeptExperts, Model, OpenOptions, RoutingMode};
 use serde::Serialize;
 
 use crate::embedded;
+use crate::hub::{self, Hub};
 
 /// Writes a line to stdout. What stands in the way, a closed pipe or a full disk, is the command's error: no panic.
 macro_rules! say {
@@ -28,7 +30,7 @@ pub(crate) use say;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Options of every command")]
 pub struct Common {
-    /// Model folder (config.json, safetensors, tokenizer.json); left out, the embedded model
+    /// Model: a folder (config.json, safetensors, tokenizer.json), or OWNER/REPO of the Hugging Face hub; left out, the embedded model
     #[arg(short, long, global = true, value_name = "MODEL")]
     pub model: Option<PathBuf>,
     /// Folder whose tokenizer.json is used in place of the model's own tokenizer
@@ -43,21 +45,37 @@ pub struct Common {
     /// One JSON document on stdout; everything else goes to stderr
     #[arg(long, global = true)]
     pub json: bool,
+    /// Ask nothing of the network: models of the hub come from the cache
+    #[arg(long, global = true)]
+    pub offline: bool,
     /// No progress, no notes
     #[arg(short, long, global = true)]
     pub quiet: bool,
 }
 
 impl Common {
-    /// The folder of the chosen model.
+    /// The folder or file of the chosen model; one that the hub has is fetched if need be.
     pub fn model_path(&self) -> Result<PathBuf> {
-        match &self.model {
-            Some(path) if path.exists() => Ok(path.clone()),
-            Some(path) => bail!(
-                "there is no model at {}; help: give a folder with config.json and *.safetensors, or leave -m out for the embedded model",
+        let Some(path) = &self.model else { return Ok(embedded::unpacked()?.join("model")) };
+        if path.exists() {
+            return Ok(path.clone());
+        }
+        if path.to_str().and_then(Preset::find).is_some() {
+            bail!(
+                "{} is a preset, known by its shape only; help: `quorate inspect -m {0}` looks at it; to run it, name its folder or OWNER/REPO",
+                path.display()
+            );
+        }
+        match hub::named(path) {
+            Some(repo) => {
+                let model = Hub::new(self)?.model(self, &repo);
+                model.with_context(|| format!("there is no folder {}, and as a model of the hub", path.display()))
+            }
+            None => bail!(
+                "there is no model at {}; help: give a folder with config.json and *.safetensors, OWNER/REPO of the hub, or leave -m out \
+                 for the embedded model; `quorate inspect --presets` lists the models that are known by name",
                 path.display()
             ),
-            None => Ok(embedded::unpacked()?.join("model")),
         }
     }
 

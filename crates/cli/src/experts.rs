@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use quorate_formats::spec::ModelSpec;
 use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope, read_experts};
 use quorate_methods::DEFAULT_METRIC;
-use quorate_model::{KvCache, Model, RoutingMode, buffer_bytes};
+use quorate_model::{CacheLayout, Model, RoutingMode, buffer_bytes};
 
 use crate::common::{Common, parse_bytes};
 
@@ -157,7 +157,7 @@ impl ExpertArgs {
             _ if self.share.is_some() => self.share.map(Keep::Share),
             (Some(k), _) => Some(Keep::per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
-                let kv = KvCache::bytes_per_token(model.spec()) * beside.cache_tokens as u64;
+                let kv = CacheLayout::own(model.spec()).bytes(beside.cache_tokens);
                 let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model.spec(), beside.logit_rows))?;
                 Some(Keep::per_layer(model.spec(), scope, plan.experts_per_layer)?)
             }

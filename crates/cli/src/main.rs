@@ -5,6 +5,7 @@ mod commands;
 mod common;
 mod embedded;
 mod experts;
+mod hub;
 mod method;
 mod vllm;
 

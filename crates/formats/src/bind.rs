@@ -3,11 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use crate::packed::{Int4, Scheme, Share, WordLayout, Words};
 use crate::role::{Role, TensorNames};
 use crate::shape;
 use crate::source::{Fused, Part, Recipe, rows, stacked};
 use crate::spec::ModelSpec;
-use crate::{Config, DataFile, FormatError, Result, StoredDType, TensorLoc};
+use crate::{DataFile, FormatError, Result, StoredDType, TensorLoc};
 
 /// The weights of a model, found.
 #[derive(Debug)]
@@ -51,15 +52,15 @@ pub(crate) struct Naming<'a> {
     pub names: &'a TensorNames,
     /// Which weights are parts of other tensors, or have another name.
     pub fused: &'a dyn Fn(Role) -> Option<Fused>,
-    /// Blocks of 8-bit floats.
-    pub fp8_block: Option<[usize; 2]>,
+    /// How linear layers are packed.
+    pub scheme: Scheme,
 }
 
 struct Binder<'a> {
     path: &'a Path,
     files: &'a [DataFile],
     by_name: HashMap<&'a str, &'a TensorLoc>,
-    fp8_block: Option<[usize; 2]>,
+    scheme: Scheme,
     used: HashSet<String>,
 }
 
@@ -75,7 +76,7 @@ pub(crate) fn bind(
     let embed = naming.names.of(Role::Embed);
     let prefixes = [Prefix::None, Prefix::Outer, Prefix::Inner];
     let prefix = prefixes.into_iter().find(|p| by_name.contains_key(p.name(&embed).as_str())).unwrap_or_default();
-    let mut binder = Binder { path, files, by_name, fp8_block: naming.fp8_block, used: HashSet::new() };
+    let mut binder = Binder { path, files, by_name, scheme: naming.scheme, used: HashSet::new() };
     let (mut roles, mut recipes) = (HashMap::new(), HashMap::new());
     for role in shape::roles(spec) {
         let expected = shape::expected_shape(spec, role).expect("`roles` lists what the model has");
@@ -102,17 +103,6 @@ pub(crate) fn bind(
 
 fn prefix_fused(prefix: Prefix, fused: Fused) -> Fused {
     Fused { tensor: prefix.name(&fused.tensor), ..fused }
-}
-
-/// Blocks of 8-bit floats that a configuration names.
-pub(crate) fn fp8_block(config: &Config) -> Result<Option<[usize; 2]>> {
-    let Some(section) = config.opt_section("quantization_config")? else { return Ok(None) };
-    let key = "weight_block_size";
-    match section.opt_indices(key)?.as_deref() {
-        None => Ok(None),
-        Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok(Some([rows, cols])),
-        Some(_) => Err(section.refuse(key, "two numbers above 0 expected")),
-    }
 }
 
 impl<'a> Binder<'a> {
@@ -145,17 +135,102 @@ impl<'a> Binder<'a> {
         self.need(loc, fits, "F32, F16 or BF16, or whole blocks of a GGUF type")
     }
 
-    /// A tensor of its own; in 8-bit floats, with its scales.
+    /// A tensor of its own, or what it is packed in.
     fn whole(&mut self, name: &str, expected: &[usize]) -> Result<(TensorLoc, Option<Recipe>)> {
+        if let (&[n, m], Some(base)) = (expected, name.strip_suffix(".weight"))
+            && let Some((loc, recipe)) = self.packed(base, [n, m])?
+        {
+            return Ok((TensorLoc { shape: expected.to_vec(), ..loc }, Some(recipe)));
+        }
         let loc = TensorLoc { shape: expected.to_vec(), ..self.get(name, expected)?.clone() };
-        let (Some(block), &[n, m], StoredDType::F8E4M3) = (self.fp8_block, expected, loc.dtype) else {
-            self.computable(&loc)?;
-            return Ok((loc, None));
+        self.computable(&loc)?;
+        Ok((loc, None))
+    }
+
+    /// A linear layer `[n, m]` as the scheme packs it; `None` if this one is not.
+    fn packed(&mut self, base: &str, [n, m]: [usize; 2]) -> Result<Option<(TensorLoc, Recipe)>> {
+        let has = |end: &str| self.by_name.contains_key(format!("{base}{end}").as_str());
+        Ok(Some(match self.scheme {
+            Scheme::Fp8(block) if has(".weight_scale_inv") => self.scaled(base, "_scale_inv", [n, m], block)?,
+            Scheme::Bytes(share) if has(".weight_scale") => {
+                let block = match share {
+                    Share::Group(group) => [1, group],
+                    Share::Row => [1, m],
+                    Share::Tensor => [n, m],
+                };
+                self.scaled(base, "_scale", [n, m], block)?
+            }
+            Scheme::Words(words) if has(".qweight") || has(".weight_packed") => self.int4(base, [n, m], words)?,
+            _ => return Ok(None),
+        }))
+    }
+
+    /// Bytes with the scales of their blocks.
+    fn scaled(&mut self, base: &str, end: &str, shape: [usize; 2], block: [usize; 2]) -> Result<(TensorLoc, Recipe)> {
+        let name = format!("{base}.weight");
+        let values = TensorLoc { shape: shape.to_vec(), ..self.get(&name, &shape)?.clone() };
+        self.need(&values, matches!(values.dtype, StoredDType::F8E4M3 | StoredDType::I8), "F8_E4M3 or I8")?;
+        let blocks = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
+        let scales = TensorLoc { shape: blocks.to_vec(), ..self.get(&format!("{name}{end}"), &blocks)?.clone() };
+        self.float(&scales)?;
+        Ok((values.clone(), Recipe::Scaled { values, scales, block }))
+    }
+
+    fn float(&self, loc: &TensorLoc) -> Result<()> {
+        let fits = matches!(loc.dtype, StoredDType::F32 | StoredDType::F16 | StoredDType::Bf16);
+        self.need(loc, fits, "F32, F16 or BF16")
+    }
+
+    /// 4-bit numbers with their scales and zero points.
+    fn int4(&mut self, base: &str, [n, m]: [usize; 2], words: Words) -> Result<(TensorLoc, Recipe)> {
+        let group = match words.share {
+            Share::Group(group) => group.min(m),
+            Share::Row | Share::Tensor => m,
         };
-        let scales = [n.div_ceil(block[0]), m.div_ceil(block[1])];
-        let scales = TensorLoc { shape: scales.to_vec(), ..self.get(&format!("{name}_scale_inv"), &scales)?.clone() };
-        self.need(&scales, scales.dtype == StoredDType::F32, "F32")?;
-        Ok((loc.clone(), Some(Recipe::Fp8 { values: loc, scales, block })))
+        let g = if words.share == Share::Tensor { 1 } else { m.div_ceil(group) };
+        let (eight_in, eight_out) = (m.div_ceil(8), n.div_ceil(8));
+        // Names and shapes of numbers, scales, zero points and groups.
+        let [codes, scales, zeros, groups] = match words.layout {
+            WordLayout::Gptq { .. } => [
+                ("qweight", vec![eight_in, n]),
+                ("scales", vec![g, n]),
+                ("qzeros", vec![g, eight_out]),
+                ("g_idx", vec![m]),
+            ],
+            WordLayout::Awq => [
+                ("qweight", vec![m, eight_out]),
+                ("scales", vec![g, n]),
+                ("qzeros", vec![g, eight_out]),
+                ("g_idx", vec![m]),
+            ],
+            WordLayout::Rows => [
+                ("weight_packed", vec![n, eight_in]),
+                ("weight_scale", vec![n, g]),
+                ("weight_zero_point", vec![eight_out, g]),
+                ("weight_g_idx", vec![m]),
+            ],
+        };
+        let mut get = |(end, shape): (&str, Vec<usize>), must: bool| {
+            let name = format!("{base}.{end}");
+            match must || self.by_name.contains_key(name.as_str()) {
+                true => Ok(Some(TensorLoc { shape: shape.clone(), ..self.get(&name, &shape)?.clone() })),
+                false => Ok(None),
+            }
+        };
+        let (codes, scales) = (get(codes, true)?, get(scales, true)?);
+        let (Some(codes), Some(scales)) = (codes, scales) else {
+            unreachable!("what must be there is, or is an error")
+        };
+        let (zeros, groups) = (get(zeros, !words.symmetric)?, get(groups, !words.in_order)?);
+        self.used.insert(format!("{base}.weight_shape"));
+        self.float(&scales)?;
+        for words in [Some(&codes), zeros.as_ref(), groups.as_ref()].into_iter().flatten() {
+            self.need(words, words.dtype == StoredDType::I32, "I32")?;
+        }
+        let as_blocks = words.symmetric && words.in_order && scales.dtype == StoredDType::F16;
+        let as_blocks = as_blocks && m.is_multiple_of(32) && group.is_multiple_of(32);
+        let loc = codes.clone();
+        Ok((loc, Recipe::Int4(Int4 { codes, scales, zeros, groups, layout: words.layout, group, as_blocks })))
     }
 
     /// A part of a tensor.

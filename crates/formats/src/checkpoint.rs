@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::bind::{Bound, Naming, bind, fp8_block};
+use crate::bind::{Bound, Naming, bind};
 use crate::config::read_json;
 use crate::families::{self, Family};
 use crate::gguf::{self, GgufModel, GgufValue};
 use crate::role::Role;
 use crate::safetensors::HEADER_BYTES_MAX;
-use crate::shape;
+use crate::shape::{self, ParameterCounts};
 use crate::source::Recipe;
 use crate::spec::ModelSpec;
-use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint};
+use crate::{Config, DataFile, FormatError, Result, SafetensorsFile, TensorLoc, fingerprint, packed};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -46,15 +46,6 @@ struct About {
     gguf: Option<BTreeMap<String, GgufValue>>,
 }
 
-/// How many numbers a model has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ParameterCounts {
-    /// All, tied matrices once.
-    pub total: u64,
-    /// Those that one token passes: all but the experts that are not chosen for it.
-    pub active: u64,
-}
-
 impl Checkpoint {
     /// Opens a folder (`config.json` with `model.safetensors` or with an index and its shards), one `.safetensors` file
     /// beside its `config.json`, a `.gguf` file or the first part of a split one, or a folder with one model in GGUF.
@@ -70,7 +61,8 @@ impl Checkpoint {
             }
             Weights::Index(index) => open_shards(&folder, &index)?,
             Weights::Gguf(file) => {
-                let GgufModel { config, spec, family, files, tensors, bound, metadata } = gguf::open_model(&file)?;
+                let GgufModel { config, spec, family, files, tensors, bound, metadata } =
+                    gguf::open_model(&file, true)?;
                 let about = About { path: path.to_owned(), folder, config, spec, family, gguf: Some(metadata) };
                 return Self::of(about, files, tensors, bound);
             }
@@ -79,7 +71,7 @@ impl Checkpoint {
         let family = families::find(&config)?;
         let spec = (family.spec)(&config)?;
         let fused = |role| family.fused.and_then(|fused| fused(&spec, role));
-        let naming = Naming { names: &family.names, fused: &fused, fp8_block: fp8_block(&config)? };
+        let naming = Naming { names: &family.names, fused: &fused, scheme: packed::scheme(&config)? };
         let bound = bind(path, &spec, &naming, &files, &tensors)?;
         Self::of(About { path: path.to_owned(), folder, config, spec, family, gguf: None }, files, tensors, bound)
     }
@@ -200,13 +192,7 @@ impl Checkpoint {
 
     /// How many numbers the model has.
     pub fn parameter_counts(&self) -> ParameterCounts {
-        let shared = self.sum(|role| !role.is_expert(), TensorLoc::elements);
-        let chosen = self.spec.moe_layers().into_iter().map(|l| {
-            let one: u64 =
-                Role::of_expert(l, 0).iter().filter_map(|&r| self.tensor(r).ok()).map(|t| t.elements()).sum();
-            one * self.spec.moe(l).map_or(0, |moe| moe.top_k as u64)
-        });
-        ParameterCounts { total: self.sum(|_| true, TensorLoc::elements), active: shared + chosen.sum::<u64>() }
+        shape::parameter_counts(&self.spec)
     }
 
     fn sum(&self, which: impl Fn(Role) -> bool, what: impl Fn(&TensorLoc) -> u64) -> u64 {
@@ -260,14 +246,30 @@ struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
+impl ShardIndex {
+    /// The shards, each once, in order.
+    fn shards(&self, index_path: &Path) -> Result<Vec<&String>> {
+        let mut shards: Vec<&String> = self.weight_map.values().collect();
+        shards.sort_unstable();
+        shards.dedup();
+        shards.iter().try_for_each(|name| check_shard_name(index_path, name))?;
+        Ok(shards)
+    }
+}
+
+/// The shards that an index (`model.safetensors.index.json`) names, each once, in order.
+///
+/// # Errors
+/// The file cannot be read, or a name would leave the folder.
+pub fn shard_names(index_path: &Path) -> Result<Vec<String>> {
+    let index: ShardIndex = read_json(index_path, HEADER_BYTES_MAX)?;
+    Ok(index.shards(index_path)?.into_iter().cloned().collect())
+}
+
 /// Opens the shards that an index names, and checks that each tensor is where the index says.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<(Vec<DataFile>, Vec<TensorLoc>)> {
     let index: ShardIndex = read_json(index_path, HEADER_BYTES_MAX)?;
-    let mut shards: Vec<&String> = index.weight_map.values().collect();
-    shards.sort_unstable();
-    shards.dedup();
-    shards.iter().try_for_each(|name| check_shard_name(index_path, name))?;
-
+    let shards = index.shards(index_path)?;
     let (mut files, mut tensors) = (Vec::new(), Vec::new());
     for shard in &shards {
         let (data, mut of_shard) = SafetensorsFile::open(&folder.join(shard))?.into_parts(files.len());

@@ -59,25 +59,33 @@ impl Config {
         Self { root, generation: None }
     }
 
-    /// Reads both files of a model's folder; the second may be absent.
+    /// Reads both files of a model's folder; the second may be absent. In place of a folder `config.json` may be named, under
+    /// whatever name.
     ///
     /// # Errors
     /// `config.json` is absent, or a file is unreadable or no JSON object.
-    pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join("config.json");
-        let Some(root) = read_section(&path)? else {
+    pub fn read(path: &Path) -> Result<Self> {
+        let (file, folder) = match path.is_file() {
+            true => (path.to_owned(), path.parent().unwrap_or(Path::new("")).to_owned()),
+            false => (path.join("config.json"), path.to_owned()),
+        };
+        let Some(root) = read_section(&file)? else {
             return Err(FormatError::NoModel {
-                path: folder.to_owned(),
+                path: path.to_owned(),
                 problem: "there is no config.json".to_owned(),
                 help: "name a folder with config.json and *.safetensors files",
             });
         };
-        // Models with other senses keep the language model's part in an object of its own.
-        let root = match root.opt_section("text_config")? {
-            Some(text) if text.get("model_type").is_some() => text,
-            _ => root,
-        };
-        Ok(Self { root, generation: read_section(&folder.join("generation_config.json"))? })
+        let generation = read_section(&folder.join("generation_config.json"))?;
+        Ok(Self { root: root.language_model()?, generation })
+    }
+
+    /// A configuration given as a value; `path` names it in errors.
+    ///
+    /// # Errors
+    /// `text_config` is no object.
+    pub fn of(path: &Path, map: Map<String, Value>) -> Result<Self> {
+        Ok(Self { root: Section::new(path, map).language_model()?, generation: None })
     }
 
     /// Tokens that end a text: those of both files, ascending.
@@ -121,6 +129,14 @@ impl Section {
     /// A key as it stands in the file, with the names of the objects around it.
     fn full_name(&self, key: &str) -> String {
         self.called.get(key).cloned().unwrap_or_else(|| format!("{}{key}", self.prefix))
+    }
+
+    /// Models with other senses keep the language model's part in an object of its own.
+    fn language_model(self) -> Result<Section> {
+        match self.opt_section("text_config")? {
+            Some(text) if text.get("model_type").is_some() => Ok(text),
+            _ => Ok(self),
+        }
     }
 
     /// The file.

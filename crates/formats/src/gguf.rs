@@ -92,6 +92,11 @@ impl GgufFile {
     /// # Errors
     /// The file cannot be read, is no GGUF file of a known version, or its header is not that of a whole and well-formed file.
     pub fn open(path: &Path) -> Result<GgufFile> {
+        GgufFile::open_part(path, true)
+    }
+
+    /// As [`GgufFile::open`]; unless it is `whole`, the file may end anywhere behind its header.
+    pub(crate) fn open_part(path: &Path, whole: bool) -> Result<GgufFile> {
         let data = DataFile::open(path)?;
         let mut cursor = Cursor::new(&data, GGUF_HEADER_BYTES_MAX);
         if cursor.array::<4>()? != GGUF_MAGIC {
@@ -114,7 +119,8 @@ impl GgufFile {
                 .filter(|a| a.is_power_of_two() && *a <= 1 << 20)
                 .ok_or_else(|| cursor.bad("`general.alignment` is no power of two"))?,
         };
-        let tensors = place(&cursor, infos, alignment)?;
+        let size = if whole { cursor.size() } else { u64::MAX };
+        let tensors = place(&cursor, infos, alignment, size)?;
         Ok(GgufFile { data, version, metadata, tensors })
     }
 
@@ -212,7 +218,12 @@ fn read_infos(cursor: &mut Cursor<'_>, tensors: u64) -> Result<Vec<GgufTensor>> 
 }
 
 /// Places the tensors in the file, and checks that they lie in it and do not overlap.
-fn place(cursor: &Cursor<'_>, mut infos: Vec<GgufTensor>, alignment: u64) -> Result<BTreeMap<String, GgufTensor>> {
+fn place(
+    cursor: &Cursor<'_>,
+    mut infos: Vec<GgufTensor>,
+    alignment: u64,
+    size: u64,
+) -> Result<BTreeMap<String, GgufTensor>> {
     let start = cursor.position().next_multiple_of(alignment);
     for tensor in &mut infos {
         let name = &tensor.name;
@@ -221,7 +232,7 @@ fn place(cursor: &Cursor<'_>, mut infos: Vec<GgufTensor>, alignment: u64) -> Res
         }
         let end = start.checked_add(tensor.offset).and_then(|at| at.checked_add(tensor.len));
         match end {
-            Some(end) if end <= cursor.size() => tensor.offset += start,
+            Some(end) if end <= size => tensor.offset += start,
             _ => return Err(cursor.truncated(format!("tensor {name}"), end.unwrap_or(u64::MAX))),
         }
     }

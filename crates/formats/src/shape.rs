@@ -6,17 +6,49 @@ use crate::spec::{DeltaLayout, DeltaSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec
 /// The roles that a model has, layer by layer, experts last in each. Lazy: a false number of experts costs nothing
 /// before the first missing tensor.
 pub fn roles(spec: &ModelSpec) -> impl Iterator<Item = Role> {
+    let layers = (0..spec.layers.len()).flat_map(move |l| {
+        let experts = spec.moe(l).map_or(0, |moe| moe.n_experts);
+        layer_roles(spec, l).into_iter().chain((0..experts).flat_map(move |e| Role::of_expert(l, e)))
+    });
+    outside_layers(spec).into_iter().chain(layers)
+}
+
+fn outside_layers(spec: &ModelSpec) -> Vec<Role> {
     let mut outside = vec![Role::Embed];
     outside.extend(spec.learned_positions.then_some(Role::PositionEmbed));
     outside.extend((!spec.tie_word_embeddings).then_some(Role::LmHead));
     outside.extend(spec.lm_head_bias.then_some(Role::LmHeadBias));
     outside.push(Role::FinalNorm);
     outside.extend((spec.norm == NormKind::Layer).then_some(Role::FinalNormBias));
-    let layers = (0..spec.layers.len()).flat_map(move |l| {
-        let experts = spec.moe(l).map_or(0, |moe| moe.n_experts);
-        layer_roles(spec, l).into_iter().chain((0..experts).flat_map(move |e| Role::of_expert(l, e)))
-    });
-    outside.into_iter().chain(layers)
+    outside
+}
+
+/// How many numbers a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCounts {
+    /// All, tied matrices once.
+    pub total: u64,
+    /// Those that one token passes: all but the experts that are not chosen for it.
+    pub active: u64,
+}
+
+/// Counts a model's numbers by their shapes.
+pub fn parameter_counts(spec: &ModelSpec) -> ParameterCounts {
+    let numbers = |role| expected_shape(spec, role).map_or(0, |shape| shape.iter().map(|&n| n as u64).product());
+    let outside: u64 = roles_outside_experts(spec).map(numbers).sum();
+    let mut counts = ParameterCounts { total: outside, active: outside };
+    for l in spec.moe_layers() {
+        let expert: u64 = Role::of_expert(l, 0).map(numbers).iter().sum();
+        let (all, chosen) = spec.moe(l).map_or((0, 0), |moe| (moe.n_experts as u64, moe.top_k as u64));
+        counts.total += all * expert;
+        counts.active += chosen * expert;
+    }
+    counts
+}
+
+/// The roles that a model has outside its routed experts.
+pub fn roles_outside_experts(spec: &ModelSpec) -> impl Iterator<Item = Role> {
+    outside_layers(spec).into_iter().chain((0..spec.layers.len()).flat_map(move |l| layer_roles(spec, l)))
 }
 
 /// All roles of a layer but its routed experts.

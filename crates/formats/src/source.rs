@@ -1,6 +1,7 @@
 //! Where a weight lies in a file when it is not a tensor of its own: a part of a fused tensor, a transposed one, or one in
 //! a packed type.
 
+use crate::packed::Int4;
 use crate::{StoredDType, TensorLoc};
 
 /// Which part of a tensor a weight is.
@@ -114,8 +115,8 @@ pub enum Recipe {
         /// The stored vector.
         vector: TensorLoc,
     },
-    /// 8-bit floats (E4M3) with one scale for each block.
-    Fp8 {
+    /// Bytes (8-bit floats, E4M3, or whole numbers) with one scale for each block.
+    Scaled {
         /// The values `[rows, cols]`.
         values: TensorLoc,
         /// The scales `[ceil(rows / block[0]), ceil(cols / block[1])]`, which multiply.
@@ -123,6 +124,8 @@ pub enum Recipe {
         /// Rows and columns of a block.
         block: [usize; 2],
     },
+    /// 4-bit whole numbers with scales and zero points.
+    Int4(Int4),
     /// 4-bit floats in blocks of 32 with a shared exponent; the rows `first`, `first + step`, ..
     Mxfp4 {
         /// Nibbles of one expert `[rows, cols / 32, 16]`; byte `b` of a block holds elements `2b` (low) and `2b + 1`.
@@ -158,12 +161,13 @@ impl Recipe {
             }
             Recipe::KeysValues { keys, values } => vec![keys, values],
             Recipe::LogOfNegative { vector } => vec![vector],
-            Recipe::Fp8 { values, scales, .. } => vec![values, scales],
+            Recipe::Scaled { values, scales, .. } => vec![values, scales],
+            Recipe::Int4(int4) => int4.stored(),
             Recipe::Mxfp4 { blocks, scales, .. } => vec![blocks, scales],
         }
     }
 
-    /// The type in which the values are kept in memory: exact for all of them.
+    /// The type in which the values are kept in memory: exact for all of them but [`Int4`]'s, see [`Int4::dtype`].
     pub fn dtype(&self) -> StoredDType {
         match self {
             Recipe::Columns { matrix, .. } | Recipe::EverySecond { matrix, .. } | Recipe::Reordered { matrix, .. } => {
@@ -171,7 +175,8 @@ impl Recipe {
             }
             // Blocks lie along the keys' rows, which become columns: their values are widened.
             Recipe::KeysValues { keys, values } if keys.dtype == values.dtype && !keys.dtype.is_blocks() => keys.dtype,
-            Recipe::KeysValues { .. } | Recipe::LogOfNegative { .. } | Recipe::Fp8 { .. } => StoredDType::F32,
+            Recipe::KeysValues { .. } | Recipe::LogOfNegative { .. } | Recipe::Scaled { .. } => StoredDType::F32,
+            Recipe::Int4(int4) => int4.dtype(),
             Recipe::Mxfp4 { .. } => StoredDType::Bf16,
         }
     }

@@ -44,7 +44,7 @@ pub(crate) struct State {
 
 /// What a layer keeps of a token.
 #[derive(Clone, Copy, Debug)]
-struct Widths {
+pub(crate) struct Widths {
     /// A row of keys and one of values; nothing if the layer has a recurrent state.
     full: [usize; 2],
     /// Latent vector and shared key.
@@ -52,7 +52,7 @@ struct Widths {
 }
 
 impl Widths {
-    fn new(layer: &LayerSpec) -> Widths {
+    pub(crate) fn new(layer: &LayerSpec) -> Widths {
         let attn = &layer.attn;
         let full = match layer.delta {
             Some(_) => [0, 0],
@@ -62,10 +62,12 @@ impl Widths {
     }
 
     fn of(self, cache: &LayerCache) -> [usize; 2] {
-        match self.latent {
-            Some(latent) if !cache.full => [latent, 0],
-            _ => self.full,
-        }
+        if cache.full { self.full } else { self.least() }
+    }
+
+    /// What is kept as long as nothing needs to be kept in full.
+    pub(crate) fn least(self) -> [usize; 2] {
+        self.latent.map_or(self.full, |latent| [latent, 0])
     }
 }
 
@@ -76,12 +78,6 @@ impl KvCache {
         let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
         let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
         KvCache { widths, recurrent, slots: vec![slot; slots] }
-    }
-
-    /// Bytes that one token of one sequence takes (with latent attention: as long as nothing is kept in full).
-    pub fn bytes_per_token(spec: &ModelSpec) -> u64 {
-        let width = |l| Widths::new(l).of(&LayerCache::default()).iter().sum::<usize>();
-        spec.layers.iter().map(|l| 4 * width(l) as u64).sum()
     }
 
     /// Number of slots.

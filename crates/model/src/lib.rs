@@ -7,6 +7,7 @@ mod access;
 mod attention;
 mod batch;
 mod cache;
+mod cache_layout;
 mod delta;
 mod error;
 mod ffn;
@@ -27,6 +28,7 @@ pub mod text;
 
 pub use batch::{LogitRows, Phase, Rows, Segment, Span};
 pub use cache::KvCache;
+pub use cache_layout::CacheLayout;
 pub use error::ModelError;
 pub use forward::{Forward, buffer_bytes};
 pub use generate::{Event, Finish, GenerateOptions, Generation, Guide, PREFILL_CHUNK};

@@ -14,5 +14,5 @@ mod weights;
 pub use error::{ResidencyError, Result};
 pub use load::read_stored;
 pub use matrix::{Bytes, Expert, Matrix};
-pub use plan::{Budget, MemoryPlan, memory_plan, skeleton_bytes};
+pub use plan::{Budget, LayerExperts, MemoryPlan, WeightSizes, memory_plan, skeleton_bytes};
 pub use weights::{Progress, Weights};

@@ -1,6 +1,7 @@
 //! How much fits.
 
-use quorate_formats::{Checkpoint, Role, TensorLoc};
+use quorate_formats::spec::ModelSpec;
+use quorate_formats::{Checkpoint, Quantisation, Role, TensorLoc, shape};
 
 use crate::error::{ResidencyError, Result};
 
@@ -52,7 +53,11 @@ pub struct MemoryPlan {
 
 /// Bytes in memory of a weight outside the routed experts: vectors and routers are held as f32, all else as stored.
 pub(crate) fn resident_size(role: Role, loc: &TensorLoc) -> u64 {
-    if role.is_vector() || matches!(role, Role::Router(_)) { 4 * loc.elements() } else { loc.len }
+    if held_as_f32(role) { 4 * loc.elements() } else { loc.len }
+}
+
+fn held_as_f32(role: Role) -> bool {
+    role.is_vector() || matches!(role, Role::Router(_))
 }
 
 /// Bytes in memory of all weights outside the routed experts.
@@ -61,8 +66,94 @@ pub fn skeleton_bytes(checkpoint: &Checkpoint) -> u64 {
     skeleton.filter_map(|role| Some(resident_size(role, checkpoint.tensor(role).ok()?))).sum()
 }
 
-/// The largest equal number of experts per MoE layer that fits `budget_bytes` together with the rest of the weights, the
-/// keys and values of the context, and `overhead_bytes` of buffers.
+/// What a model's weights take in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightSizes {
+    /// All weights outside the routed experts.
+    pub skeleton_bytes: u64,
+    /// One entry for each MoE layer.
+    pub layers: Vec<LayerExperts>,
+}
+
+/// The routed experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerExperts {
+    /// How many.
+    pub experts: usize,
+    /// How many a token uses.
+    pub top_k: usize,
+    /// Bytes of the largest.
+    pub expert_bytes: u64,
+}
+
+impl WeightSizes {
+    /// Of a model as its files have it.
+    pub fn stored(checkpoint: &Checkpoint) -> WeightSizes {
+        let largest = |l, experts| (0..experts).map(|e| checkpoint.expert_bytes(l, e)).max().unwrap_or(0);
+        WeightSizes { skeleton_bytes: skeleton_bytes(checkpoint), layers: layers(checkpoint.spec(), largest) }
+    }
+
+    /// Of an architecture in some quantisation, from shapes alone.
+    pub fn quantised(spec: &ModelSpec, quantisation: Quantisation) -> WeightSizes {
+        let size = |role: Role| {
+            let shape = shape::expected_shape(spec, role).unwrap_or(vec![0]);
+            let elements = || shape.iter().map(|&n| n as u64).product::<u64>();
+            if held_as_f32(role) { 4 * elements() } else { quantisation.bytes(&shape, role.is_expert()) }
+        };
+        let skeleton_bytes = shape::roles_outside_experts(spec).map(size).sum();
+        WeightSizes { skeleton_bytes, layers: layers(spec, |l, _| Role::of_expert(l, 0).into_iter().map(size).sum()) }
+    }
+
+    /// Bytes of as many experts in every MoE layer; a layer with fewer keeps all.
+    pub fn expert_bytes(&self, keep: usize) -> u64 {
+        self.layers.iter().map(|layer| layer.expert_bytes.saturating_mul(keep.min(layer.experts) as u64)).sum()
+    }
+
+    /// Bytes of the whole model.
+    pub fn total_bytes(&self) -> u64 {
+        self.skeleton_bytes.saturating_add(self.expert_bytes(usize::MAX))
+    }
+
+    /// The largest equal number of experts per MoE layer that fits `budget_bytes` together with the rest of the weights, the
+    /// keys and values of the context, and `overhead_bytes` of buffers.
+    ///
+    /// # Errors
+    /// Not even as many experts fit as one token uses; the error says what is needed.
+    pub fn memory_plan(&self, budget_bytes: u64, kv_bytes: u64, overhead_bytes: u64) -> Result<MemoryPlan> {
+        let fixed = self.skeleton_bytes.saturating_add(kv_bytes).saturating_add(overhead_bytes);
+        let most = self.layers.iter().map(|layer| layer.experts).max().unwrap_or(0);
+        let least = self.layers.iter().map(|layer| layer.top_k).max().unwrap_or(0);
+        let needs = |keep: usize| fixed.saturating_add(self.expert_bytes(keep));
+        let Some(keep) = (least..=most).rev().find(|&keep| needs(keep) <= budget_bytes) else {
+            return Err(ResidencyError::DoesNotFit {
+                budget_bytes,
+                needed_bytes: needs(least),
+                skeleton_bytes: self.skeleton_bytes,
+                expert_bytes: self.expert_bytes(least),
+                experts: least,
+                kv_bytes,
+                overhead_bytes,
+            });
+        };
+        Ok(MemoryPlan {
+            experts_per_layer: keep,
+            all: keep == most,
+            weight_bytes: self.skeleton_bytes.saturating_add(self.expert_bytes(keep)),
+            total_bytes: needs(keep),
+        })
+    }
+}
+
+fn layers(spec: &ModelSpec, expert_bytes: impl Fn(usize, usize) -> u64) -> Vec<LayerExperts> {
+    let of_layer = |l: usize| {
+        let moe = spec.moe(l)?;
+        let (experts, top_k) = (moe.n_experts, moe.top_k);
+        Some(LayerExperts { experts, top_k, expert_bytes: expert_bytes(l, experts) })
+    };
+    spec.moe_layers().into_iter().filter_map(of_layer).collect()
+}
+
+/// [`WeightSizes::memory_plan`] of a model as its files have it.
 ///
 /// # Errors
 /// Not even as many experts fit as one token uses; the error says what is needed.
@@ -72,38 +163,5 @@ pub fn memory_plan(
     kv_bytes: u64,
     overhead_bytes: u64,
 ) -> Result<MemoryPlan> {
-    let spec = checkpoint.spec();
-    // Per MoE layer: number of experts, bytes of the largest, experts of a token.
-    let layers: Vec<(usize, u64, usize)> = spec
-        .moe_layers()
-        .into_iter()
-        .filter_map(|l| {
-            let moe = spec.moe(l)?;
-            let largest = (0..moe.n_experts).map(|e| checkpoint.expert_bytes(l, e)).max()?;
-            Some((moe.n_experts, largest, moe.top_k))
-        })
-        .collect();
-    let expert_bytes = |keep: usize| layers.iter().map(|&(n, one, _)| one * keep.min(n) as u64).sum::<u64>();
-    let skeleton_bytes = skeleton_bytes(checkpoint);
-    let fixed = skeleton_bytes.saturating_add(kv_bytes).saturating_add(overhead_bytes);
-    let (most, least) =
-        (layers.iter().map(|&(n, ..)| n).max().unwrap_or(0), layers.iter().map(|&(.., k)| k).max().unwrap_or(0));
-    let fits = |keep: usize| fixed.saturating_add(expert_bytes(keep)) <= budget_bytes;
-    let Some(keep) = (least..=most).rev().find(|&keep| fits(keep)) else {
-        return Err(ResidencyError::DoesNotFit {
-            budget_bytes,
-            needed_bytes: fixed.saturating_add(expert_bytes(least)),
-            skeleton_bytes,
-            expert_bytes: expert_bytes(least),
-            experts: least,
-            kv_bytes,
-            overhead_bytes,
-        });
-    };
-    Ok(MemoryPlan {
-        experts_per_layer: keep,
-        all: keep == most,
-        weight_bytes: skeleton_bytes + expert_bytes(keep),
-        total_bytes: fixed.saturating_add(expert_bytes(keep)),
-    })
+    WeightSizes::stored(checkpoint).memory_plan(budget_bytes, kv_bytes, overhead_bytes)
 }

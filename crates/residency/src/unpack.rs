@@ -1,10 +1,12 @@
 //! Weights that do not lie in their files as they are computed with: transposed, interleaved, reordered, or packed in small
 //! floats.
 
-use quorate_formats::{Checkpoint, Recipe, StoredDType, TensorLoc};
+use quorate_formats::{Checkpoint, FormatError, Recipe, StoredDType, TensorLoc};
 use quorate_kernels::{DType, dequantize, quantize};
 
 use crate::error::Result;
+
+mod int4;
 
 /// Reads what a recipe names and writes the weight's values, row after row, in the recipe's type; `out` has their length.
 pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -> Result<()> {
@@ -41,9 +43,23 @@ pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -
             let logs: Vec<f32> = widened(vector, &read(vector)?).iter().map(|x| (-x).ln()).collect();
             quantize(computable(recipe.dtype()), &logs, out);
         }
-        Recipe::Fp8 { values, scales, block } => {
-            let scales_shape = scales.shape[1];
-            fp8(&read(values)?, values.shape[1], &read(scales)?, scales_shape, *block, out);
+        Recipe::Scaled { values, scales, block } => {
+            let decode = if values.dtype == StoredDType::I8 { |code: u8| f32::from(code as i8) } else { e4m3 };
+            let factors = widened(scales, &read(scales)?);
+            scaled(&read(values)?, decode, values.shape[1], &factors, scales.shape[1], *block, out);
+        }
+        Recipe::Int4(int4) => {
+            let parts = int4::Parts {
+                codes: words(&read(&int4.codes)?),
+                scales: widened(&int4.scales, &read(&int4.scales)?),
+                zeros: int4.zeros.as_ref().map(&read).transpose()?.map(|bytes| words(&bytes)),
+                groups: int4.groups.as_ref().map(&read).transpose()?.map(|bytes| words(&bytes)),
+            };
+            int4::unpack(int4, &parts, out).map_err(|problem| FormatError::TensorEntry {
+                path: checkpoint.files()[int4.codes.file].path().to_owned(),
+                tensor: int4.codes.name.clone(),
+                problem,
+            })?;
         }
         Recipe::Mxfp4 { blocks, scales, first, step } => {
             let per_row = scales.shape[1];
@@ -89,13 +105,24 @@ fn columns(matrix: &[u8], size: usize, [rows, cols]: [usize; 2], [first, step, c
     }
 }
 
-/// E4M3 values times the scale of their block, as f32.
-fn fp8(values: &[u8], cols: usize, scales: &[u8], scales_per_row: usize, block: [usize; 2], out: &mut [u8]) {
-    for (i, (&code, out)) in values.iter().zip(out.chunks_exact_mut(4)).enumerate() {
-        let scale = i / cols / block[0] * scales_per_row + i % cols / block[1];
-        let scale = f32::from_le_bytes([0, 1, 2, 3].map(|b| scales[4 * scale + b]));
-        out.copy_from_slice(&(e4m3(code) * scale).to_le_bytes());
+/// Bytes' values times the scale of their block, as f32.
+fn scaled(
+    values: &[u8],
+    decode: fn(u8) -> f32,
+    cols: usize,
+    scales: &[f32],
+    scales_per_row: usize,
+    block: [usize; 2],
+    out: &mut [u8],
+) {
+    for (i, (&code, out)) in values.iter().zip(out.as_chunks_mut::<4>().0).enumerate() {
+        let scale = scales[i / cols / block[0] * scales_per_row + i % cols / block[1]];
+        *out = (decode(code) * scale).to_le_bytes();
     }
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word)).collect()
 }
 
 /// An 8-bit float: sign, 4 bits of exponent biased by 7, 3 of mantissa; no infinities, and `0x7f` is not a number.
@@ -167,9 +194,8 @@ mod tests {
 
     #[test]
     fn scales_belong_to_blocks() {
-        let scales: Vec<u8> = [1f32, 2.0, 3.0, 4.0].iter().flat_map(|v| v.to_le_bytes()).collect();
         let mut out = [0; 4 * 9];
-        fp8(&[0x38; 9], 3, &scales, 2, [2, 2], &mut out);
+        scaled(&[0x38; 9], e4m3, 3, &[1.0, 2.0, 3.0, 4.0], 2, [2, 2], &mut out);
         let values: Vec<f32> = out.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
         assert_eq!(values, [1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0, 4.0]);
     }

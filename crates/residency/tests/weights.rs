@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quorate_formats::safetensors::{read_tensor_bytes, read_tensor_f32};
-use quorate_formats::{Checkpoint, Role, StoredDType};
+use quorate_formats::{Checkpoint, Outline, Quantisation, Role, StoredDType};
 use quorate_kernels::DType;
-use quorate_residency::{Budget, Matrix, ResidencyError, Weights, memory_plan, skeleton_bytes};
+use quorate_residency::{Budget, Matrix, ResidencyError, WeightSizes, Weights, memory_plan, skeleton_bytes};
 use tempfile::TempDir;
 
 const FIXTURES: &[&str] = &[
@@ -319,6 +319,23 @@ fn plans_fit_to_the_byte() {
     assert_eq!((plan.experts_per_layer, plan.all, plan.weight_bytes), (0, true, dense.total_bytes()));
     assert!(memory_plan(&dense, dense.total_bytes() - 1, 0, 0).is_err());
     assert!(memory_plan(&dense, 1 << 40, u64::MAX, u64::MAX).is_err(), "sums do not overflow");
+}
+
+#[test]
+fn sizes_from_shapes_are_the_sizes_of_the_files() {
+    let others = ["deepseek_v2", "deepseek_v3", "qwen3_next", "granitemoeshared", "gpt_oss", "ernie4_5_moe", "phimoe"];
+    for name in FIXTURES.iter().chain(&others) {
+        let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+        let spec = Outline::open(&fixture(name)).unwrap().spec;
+        assert_eq!(&spec, checkpoint.spec(), "{name}");
+        // Vectors are F32 in memory whatever their type.
+        let name_in_files = checkpoint.tensor(Role::Embed).unwrap().dtype.name();
+        let sizes = WeightSizes::quantised(&spec, Quantisation::find(name_in_files).unwrap());
+        assert_eq!(sizes, WeightSizes::stored(&checkpoint), "{name}");
+        let counted = quorate_formats::shape::parameter_counts(&spec).total;
+        let elements: u64 = checkpoint.roles().map(|role| checkpoint.tensor(role).unwrap().elements()).sum();
+        assert_eq!(counted, elements, "{name}");
+    }
 }
 
 #[test]

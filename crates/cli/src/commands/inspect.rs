@@ -1,132 +1,401 @@
-//! `quorate inspect`: what a model is, where its bytes are, what fits.
+//! `quorate inspect`: what a model is, where its bytes are, what fits. Weights need not be there.
+
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::Args;
-use quorate_formats::Checkpoint;
-use quorate_formats::spec::{FfnSpec, QkNorm};
-use quorate_model::{KvCache, buffer_bytes};
-use quorate_residency::{memory_plan, skeleton_bytes};
+use clap::{Args, ValueEnum};
+use quorate_formats::spec::{AttnSpec, FfnSpec, ModelSpec, MoeSpec, QkNorm};
+use quorate_formats::{Checkpoint, FormatError, Outline, Preset, QUANTISATIONS, Quantisation, shape};
+use quorate_model::{CacheLayout, buffer_bytes};
+use quorate_residency::WeightSizes;
 use serde_json::{Value, json};
 
-use crate::common::{Common, human_bytes, say};
+use crate::common::{Common, human_bytes, parse_count, say};
+use crate::hub::{self, Hub};
 
 /// Arguments of `inspect`.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  quorate inspect\n  quorate inspect -m models/OLMoE-1B-7B --json")]
-pub struct Inspect {}
+#[command(after_help = "\
+Examples:
+  quorate inspect
+  quorate inspect -m models/OLMoE-1B-7B --json
+  quorate inspect -m deepseek-r1 --quant Q2_K --ctx 8192    a preset, without weights
+  quorate inspect -m config.json                            a configuration alone
+  quorate inspect -m Qwen/Qwen3-30B-A3B                     of the hub, without fetching its weights
+  quorate inspect --presets                                 names of all presets")]
+pub struct Inspect {
+    /// Type of the weights for the table of what fits, e.g. Q4_K; left out, as stored, or Q4_K if there are no weights
+    #[arg(long, value_name = "TYPE", value_parser = parse_quantisation)]
+    quant: Option<Quantisation>,
+    /// Tokens of context that must fit too; left out, 4096 or what the model allows
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    ctx: Option<usize>,
+    /// How keys and values are kept, for the table of what fits
+    #[arg(long, value_enum, default_value_t = Cache::Own)]
+    kv: Cache,
+    /// List the presets: models whose public configuration comes with the program
+    #[arg(long, exclusive = true)]
+    presets: bool,
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    /// As this program keeps them: f32, all positions
+    Own,
+    /// The least that computes the same: 16 bits, only positions that can still be seen
+    Compact,
+}
+
+fn parse_quantisation(name: &str) -> Result<Quantisation, String> {
+    let known = || QUANTISATIONS.iter().map(|q| q.name).collect::<Vec<_>>().join(", ");
+    Quantisation::find(name).ok_or_else(|| format!("`{name}` is no type that is known here; help: one of {}", known()))
+}
+
+/// What is looked at.
+enum Subject {
+    Weights(Box<Checkpoint>),
+    Outline { outline: Outline, named: String, preset: Option<&'static Preset> },
+}
+
+impl Subject {
+    fn open(common: &Common) -> Result<Subject> {
+        let preset = common.model.as_deref().filter(|m| !m.exists()).and_then(|m| Preset::find(m.to_str()?));
+        if let Some(preset) = preset {
+            let (outline, named) = (preset.outline()?, preset.name.to_owned());
+            return Ok(Subject::Outline { outline, named, preset: Some(preset) });
+        }
+        let path = match common.model.as_deref().and_then(hub::named) {
+            Some(repo) => Hub::new(common)?.outline(common, &repo)?,
+            None => common.model_path()?,
+        };
+        let named = path.display().to_string();
+        if let Some(config) = is_outline(&path) {
+            return Ok(Subject::Outline { outline: Outline::open(&config)?, named, preset: None });
+        }
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => Ok(Subject::Weights(Box::new(checkpoint))),
+            // The header of a GGUF file says it all.
+            Err(cut @ FormatError::Truncated { .. }) if path.extension().is_some_and(|end| end == "gguf") => {
+                let Ok(outline) = Outline::open(&path) else { return Err(cut.into()) };
+                common.note(&format!("{cut}; only its header is looked at"));
+                Ok(Subject::Outline { outline, named, preset: None })
+            }
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    fn spec(&self) -> &ModelSpec {
+        match self {
+            Subject::Weights(checkpoint) => checkpoint.spec(),
+            Subject::Outline { outline, .. } => &outline.spec,
+        }
+    }
+}
+
+/// The configuration, if that is all there is: a JSON file, or a folder without any weights.
+fn is_outline(path: &Path) -> Option<PathBuf> {
+    if path.is_file() {
+        return path.extension().is_some_and(|e| e == "json").then(|| path.to_owned());
+    }
+    let config = path.join("config.json");
+    let weights =
+        |name: &str| [".safetensors", ".safetensors.index.json", ".gguf"].iter().any(|end| name.ends_with(end));
+    let names = std::fs::read_dir(path).ok()?.filter_map(|entry| Some(entry.ok()?.file_name()));
+    let any = names.into_iter().any(|name| name.to_str().is_some_and(weights));
+    (config.is_file() && !any).then_some(config)
+}
 
 impl Inspect {
     pub fn run(&self, common: &Common) -> Result<()> {
-        let checkpoint = Checkpoint::open(&common.model_path()?)?;
-        let spec = checkpoint.spec();
-        let counts = checkpoint.parameter_counts();
-        let moe_layers = spec.moe_layers();
-        let first_moe = moe_layers.first().and_then(|&l| spec.moe(l).map(|m| (l, m)));
-        let expert_bytes = first_moe.map(|(l, _)| checkpoint.expert_bytes(l, 0));
-        let kv = KvCache::bytes_per_token(spec);
-        let context = spec.max_position_embeddings.min(4096);
-        let (cache, buffers) = (kv * context as u64, buffer_bytes(spec, 1));
-        let fits: Vec<Value> = memory_sizes(&checkpoint, cache + buffers)
-            .into_iter()
-            .map(|bytes| {
-                let plan = memory_plan(&checkpoint, bytes, cache, buffers).ok();
-                json!({ "memory_bytes": bytes, "experts_per_layer": plan.map(|p| p.experts_per_layer),
-                    "all": plan.map(|p| p.all), "weight_bytes": plan.map(|p| p.weight_bytes) })
-            })
-            .collect();
-        let document = json!({
-            "path": checkpoint.path(), "family": checkpoint.family().name, "fingerprint": checkpoint.fingerprint(),
-            "parameters": counts.total, "active_parameters": counts.active,
-            "layers": spec.layers.len(), "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size,
-            "context": spec.max_position_embeddings, "moe_layers": moe_layers.len(),
-            "experts": first_moe.map(|(_, m)| m.n_experts), "top_k": first_moe.map(|(_, m)| m.top_k),
-            "expert_intermediate_size": first_moe.map(|(_, m)| m.intermediate_size),
-            "shared_expert": first_moe.map(|(_, m)| m.shared.is_some()),
-            "norm_topk_prob": first_moe.map(|(_, m)| m.router.norm_topk_prob),
-            "heads": spec.layers.first().map(|l| l.attn.n_heads), "kv_heads": spec.layers.first().map(|l| l.attn.n_kv_heads),
-            "head_dim": spec.layers.first().map(|l| l.attn.head_dim),
-            "qk_norm": spec.layers.first().is_some_and(|l| l.attn.qk_norm != QkNorm::None),
-            "model_bytes": checkpoint.total_bytes(), "non_expert_bytes": checkpoint.non_expert_bytes(),
-            "expert_bytes": expert_bytes, "kv_bytes_per_token": kv,
-            "unused_tensors": checkpoint.unused_tensors().len(),
-            "tensors": checkpoint.tensors().len(), "files": checkpoint.files().len(),
-            "fits_context": context, "fits": fits,
-        });
-        if common.json {
-            return common.print_json(&document);
+        if self.presets {
+            return list_presets(common);
         }
-        print(&checkpoint, &document)
+        let subject = Subject::open(common)?;
+        let document = self.document(&subject)?;
+        if common.json { common.print_json(&document) } else { print(subject.spec(), &document) }
     }
+
+    fn document(&self, subject: &Subject) -> Result<Value> {
+        let spec = subject.spec();
+        let mut document = architecture(spec);
+        let quantisation = match subject {
+            Subject::Weights(checkpoint) => {
+                add(&mut document, &stored(checkpoint));
+                self.quant
+            }
+            Subject::Outline { outline, named, preset } => {
+                let file = preset.map(Preset::read).transpose()?;
+                add(
+                    &mut document,
+                    &json!({
+                        "path": named, "family": outline.family.name, "fingerprint": null,
+                        "source": file.as_ref().map(|f| &f.source), "published_parameters": file.map(|f| f.parameters),
+                    }),
+                );
+                self.quant.or(Quantisation::find("Q4_K"))
+            }
+        };
+        let sizes = match (subject, quantisation) {
+            (Subject::Weights(checkpoint), None) => WeightSizes::stored(checkpoint),
+            (_, quantisation) => WeightSizes::quantised(spec, quantisation.unwrap_or(QUANTISATIONS[0])),
+        };
+        let context = self.ctx.unwrap_or(spec.max_position_embeddings.min(4096));
+        let cache = match self.kv {
+            Cache::Own => CacheLayout::own(spec),
+            Cache::Compact => CacheLayout::compact(spec),
+        };
+        let fits = fits(&sizes, cache.bytes(context), buffer_bytes(spec, 1));
+        add(
+            &mut document,
+            &json!({
+                "quantisations": QUANTISATIONS.iter().map(|&q| quantised(spec, q)).collect::<Vec<_>>(),
+                "fits_quantisation": quantisation.map(|q| q.name), "fits_context": context,
+                "fits_cache_bytes": cache.bytes(context), "fits": fits,
+            }),
+        );
+        Ok(document)
+    }
+}
+
+fn list_presets(common: &Common) -> Result<()> {
+    let mut rows = Vec::new();
+    for preset in quorate_formats::PRESETS {
+        let (file, counts) = (preset.read()?, shape::parameter_counts(&preset.outline()?.spec));
+        rows.push(json!({ "name": preset.name, "source": file.source, "published_parameters": file.parameters,
+            "parameters": counts.total, "active_parameters": counts.active }));
+    }
+    if common.json {
+        return common.print_json(&rows);
+    }
+    say!("{:24} {:>10} {:>10}  values of", "preset", "in all", "per token")?;
+    for row in &rows {
+        let count = |name: &str| format!("{:.1}B", row[name].as_f64().unwrap_or(0.0) / 1e9);
+        let text = |name: &str| row[name].as_str().unwrap_or_default();
+        say!("{:24} {:>10} {:>10}  {}", text("name"), count("parameters"), count("active_parameters"), text("source"))?;
+    }
+    Ok(())
+}
+
+/// Lays the entries of one object into another.
+fn add(document: &mut Value, more: &Value) {
+    if let (Some(document), Some(more)) = (document.as_object_mut(), more.as_object()) {
+        document.extend(more.clone());
+    }
+}
+
+fn first_moe(spec: &ModelSpec) -> Option<&MoeSpec> {
+    spec.layers.iter().find_map(|l| match &l.ffn {
+        FfnSpec::Moe(moe) => Some(moe),
+        FfnSpec::Dense { .. } => None,
+    })
+}
+
+/// Whether a query sees only some of the positions before it.
+fn has_window(attn: &AttnSpec) -> bool {
+    attn.sliding_window.is_some() || attn.extra.chunk.is_some()
+}
+
+/// What follows from the architecture.
+fn architecture(spec: &ModelSpec) -> Value {
+    let counts = shape::parameter_counts(spec);
+    let moe = first_moe(spec);
+    let attn = spec.layers.iter().find(|l| l.delta.is_none()).or(spec.layers.first()).map(|l| &l.attn);
+    let (own, compact) = (CacheLayout::own(spec), CacheLayout::compact(spec));
+    json!({
+        "path": null, "family": null, "fingerprint": null,
+        "parameters": counts.total, "active_parameters": counts.active,
+        "layers": spec.layers.len(), "hidden_size": spec.hidden_size, "vocab_size": spec.vocab_size,
+        "context": spec.max_position_embeddings, "moe_layers": spec.moe_layers().len(),
+        "experts": moe.map(|m| m.n_experts), "top_k": moe.map(|m| m.top_k),
+        "expert_intermediate_size": moe.map(|m| m.intermediate_size),
+        "shared_expert": moe.map(|m| m.shared.is_some()),
+        "norm_topk_prob": moe.map(|m| m.router.norm_topk_prob),
+        "heads": attn.map(|a| a.n_heads), "kv_heads": attn.map(|a| a.n_kv_heads), "head_dim": attn.map(|a| a.head_dim),
+        "latent_width": attn.and_then(|a| a.mla.map(|mla| mla.kv_lora_rank + a.rope.dim)),
+        "linear_attention_layers": spec.layers.iter().filter(|l| l.delta.is_some()).count(),
+        "windowed_layers": spec.layers.iter().filter(|l| l.delta.is_none() && has_window(&l.attn)).count(),
+        "qk_norm": attn.is_some_and(|a| a.qk_norm != QkNorm::None),
+        "kv_bytes_per_token": own.bytes_per_token(), "kv_compact_bytes_per_token": compact.bytes_per_token(),
+        "kv_compact_bytes_per_token_beyond_windows": compact.bytes_per_token_beyond_windows(),
+        "kv_state_bytes": own.state_bytes,
+    })
+}
+
+/// What a model's files say.
+fn stored(checkpoint: &Checkpoint) -> Value {
+    let spec = checkpoint.spec();
+    let expert_bytes = spec.moe_layers().first().map(|&l| checkpoint.expert_bytes(l, 0));
+    json!({
+        "path": checkpoint.path(), "family": checkpoint.family().name, "fingerprint": checkpoint.fingerprint(),
+        "model_bytes": checkpoint.total_bytes(), "non_expert_bytes": checkpoint.non_expert_bytes(),
+        "expert_bytes": expert_bytes, "unused_tensors": checkpoint.unused_tensors().len(),
+        "first_unused_tensor": checkpoint.unused_tensors().first(),
+        "tensors": checkpoint.tensors().len(), "files": checkpoint.files().len(),
+    })
+}
+
+/// What the weights would take in some type.
+fn quantised(spec: &ModelSpec, quantisation: Quantisation) -> Value {
+    let sizes = WeightSizes::quantised(spec, quantisation);
+    let layer = sizes.layers.first();
+    json!({
+        "type": quantisation.name, "bytes": sizes.total_bytes(), "non_expert_bytes": sizes.skeleton_bytes,
+        "expert_bytes": layer.map(|l| l.expert_bytes),
+        "experts_of_layer_bytes": layer.map(|l| l.expert_bytes * l.experts as u64),
+        "bits_per_weight": sizes.total_bytes() as f64 * 8.0 / shape::parameter_counts(spec).total.max(1) as f64,
+    })
+}
+
+/// What fits into memories of some sizes.
+fn fits(sizes: &WeightSizes, cache: u64, buffers: u64) -> Vec<Value> {
+    let row = |bytes: u64| match sizes.memory_plan(bytes, cache, buffers) {
+        Ok(plan) => json!({ "memory_bytes": bytes, "experts_per_layer": plan.experts_per_layer, "all": plan.all,
+            "weight_bytes": plan.weight_bytes, "needed_bytes": plan.total_bytes }),
+        Err(_) => {
+            let least = sizes.layers.iter().map(|l| l.top_k).max().unwrap_or(0);
+            let needed = sizes.skeleton_bytes + sizes.expert_bytes(least) + cache + buffers;
+            json!({ "memory_bytes": bytes, "experts_per_layer": null, "all": null, "weight_bytes": null,
+                "needed_bytes": needed })
+        }
+    };
+    memory_sizes(sizes, cache + buffers).into_iter().map(row).collect()
 }
 
 /// Memory sizes worth a line: what parts of the experts of a small model need with `other` bytes, else the usual sizes.
-fn memory_sizes(checkpoint: &Checkpoint, other: u64) -> Vec<u64> {
-    if checkpoint.total_bytes() < 4 << 30 {
-        let spec = checkpoint.spec();
-        let moe = spec.moe_layers().first().and_then(|&l| spec.moe(l));
-        let (least, all) = moe.map_or((1, 1), |m| (m.top_k, m.n_experts));
-        let experts = checkpoint.total_bytes() - checkpoint.non_expert_bytes();
-        let bytes = |keep: usize| skeleton_bytes(checkpoint) + other + experts * keep as u64 / all as u64;
-        let keep = [least, all / 4, all / 2, all * 3 / 4, all].into_iter().filter(|&k| k >= least);
-        let mut sizes: Vec<u64> = keep.map(|k| bytes(k).next_multiple_of(1 << 20)).collect();
-        sizes.sort_unstable();
-        sizes.dedup();
-        return sizes;
+fn memory_sizes(sizes: &WeightSizes, other: u64) -> Vec<u64> {
+    if sizes.total_bytes() >= 4 << 30 {
+        return [8u64, 16, 24, 32, 64, 128, 256, 512].map(|gib| gib << 30).to_vec();
     }
-    [8u64, 16, 24, 32, 64, 128, 256, 512].map(|gib| gib << 30).to_vec()
+    let (least, all) = sizes.layers.first().map_or((1, 1), |l| (l.top_k, l.experts));
+    let bytes = |keep: usize| sizes.skeleton_bytes + other + sizes.expert_bytes(keep);
+    let keep = [least, all / 4, all / 2, all * 3 / 4, all].into_iter().filter(|&k| k >= least);
+    let mut rows: Vec<u64> = keep.map(|k| bytes(k).next_multiple_of(1 << 20)).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
 }
 
-fn print(checkpoint: &Checkpoint, d: &Value) -> Result<()> {
-    let spec = checkpoint.spec();
-    let bytes = |name: &str| human_bytes(d[name].as_u64().unwrap_or(0));
+fn print(spec: &ModelSpec, d: &Value) -> Result<()> {
     let count = |name: &str| match d[name].as_u64().unwrap_or(0) as f64 {
         n if n < 1e6 => format!("{:.1} thousand", n / 1e3),
         n if n < 1e9 => format!("{:.1} million", n / 1e6),
         n => format!("{:.2} billion", n / 1e9),
     };
-    say!("{} ({}), fingerprint {}", checkpoint.path().display(), checkpoint.family().name, checkpoint.fingerprint())?;
+    let text = |name: &str| d[name].as_str().unwrap_or_default();
+    match (d["fingerprint"].as_str(), d["source"].as_str()) {
+        (Some(fingerprint), _) => say!("{} ({}), fingerprint {fingerprint}", text("path"), text("family"))?,
+        (None, Some(source)) => say!("{} ({}), values of {source}, no weights here", text("path"), text("family"))?,
+        (None, None) => say!("{} ({}), no weights", text("path"), text("family"))?,
+    }
     say!("parameters   {} in all, {} active per token", count("parameters"), count("active_parameters"))?;
-    say!(
-        "shape        {} layers, hidden {}, vocabulary {}, context {}",
-        d["layers"],
-        d["hidden_size"],
-        d["vocab_size"],
-        d["context"]
-    )?;
-    say!("attention    {} heads of {}, {} key/value heads", d["heads"], d["head_dim"], d["kv_heads"])?;
-    let dense = spec.layers.iter().filter(|l| matches!(l.ffn, FfnSpec::Dense { .. })).count();
+    let (layers, hidden, vocabulary) = (&d["layers"], &d["hidden_size"], &d["vocab_size"]);
+    say!("shape        {layers} layers, hidden {hidden}, vocabulary {vocabulary}, context {}", d["context"])?;
+    print_attention(d)?;
+    print_experts(spec, d)?;
+    print_bytes(d)?;
+    print_cache(d)?;
+    if let Some(first) = d["first_unused_tensor"].as_str() {
+        say!("unused       {} tensors, e.g. {first}", d["unused_tensors"])?;
+    }
+    print_quantisations(d)?;
+    print_fits(d)
+}
+
+fn human(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), human_bytes)
+}
+
+fn print_attention(d: &Value) -> Result<()> {
+    let mut more = String::new();
+    if let Some(width) = d["latent_width"].as_u64() {
+        more += &format!(", through a latent vector of {width}");
+    }
+    for (key, what) in [("linear_attention_layers", "with linear attention"), ("windowed_layers", "with a window")] {
+        match d[key].as_u64() {
+            Some(n) if n > 0 => more += &format!(", {n} layers {what}"),
+            _ => {}
+        }
+    }
+    say!("attention    {} heads of {}, {} key/value heads{more}", d["heads"], d["head_dim"], d["kv_heads"])?;
+    Ok(())
+}
+
+fn print_experts(spec: &ModelSpec, d: &Value) -> Result<()> {
     if d["experts"].is_null() {
         say!("experts      none (dense model)")?;
-    } else {
-        say!(
-            "experts      {} per layer, {} per token, width {}, in {} layers ({dense} dense){}",
-            d["experts"],
-            d["top_k"],
-            d["expert_intermediate_size"],
-            d["moe_layers"],
-            if d["shared_expert"] == json!(true) { ", with a shared expert" } else { "" }
-        )?;
+        return Ok(());
     }
-    let (tensors, files) = (&d["tensors"], &d["files"]);
+    let dense = spec.layers.iter().filter(|l| matches!(l.ffn, FfnSpec::Dense { .. })).count();
+    let shared = if d["shared_expert"] == json!(true) { ", with a shared expert" } else { "" };
+    let (experts, k, width) = (&d["experts"], &d["top_k"], &d["expert_intermediate_size"]);
+    say!(
+        "experts      {experts} per layer, {k} per token, width {width}, in {} layers ({dense} dense){shared}",
+        d["moe_layers"]
+    )?;
+    Ok(())
+}
+
+fn print_bytes(d: &Value) -> Result<()> {
+    if d["model_bytes"].is_null() {
+        return Ok(());
+    }
     let experts = match d["expert_bytes"].as_u64() {
-        Some(each) => format!(": {} outside the experts, {} each expert", bytes("non_expert_bytes"), human_bytes(each)),
+        Some(each) => {
+            format!(": {} outside the experts, {} each expert", human(&d["non_expert_bytes"]), human_bytes(each))
+        }
         None => String::new(),
     };
-    say!("bytes        {} in {tensors} tensors, {files} file(s){experts}", bytes("model_bytes"))?;
-    say!("KV cache     {} per token", bytes("kv_bytes_per_token"))?;
-    if !checkpoint.unused_tensors().is_empty() {
-        say!("unused       {} tensors, e.g. {}", checkpoint.unused_tensors().len(), checkpoint.unused_tensors()[0])?;
+    say!("bytes        {} in {} tensors, {} file(s){experts}", human(&d["model_bytes"]), d["tensors"], d["files"])?;
+    Ok(())
+}
+
+fn print_cache(d: &Value) -> Result<()> {
+    let (compact, beyond) = (&d["kv_compact_bytes_per_token"], &d["kv_compact_bytes_per_token_beyond_windows"]);
+    let beyond = if compact == beyond { String::new() } else { format!(" ({} once windows are full)", human(beyond)) };
+    let state = match d["kv_state_bytes"].as_u64() {
+        Some(bytes) if bytes > 0 => format!(", and {} whatever the length", human_bytes(bytes)),
+        _ => String::new(),
+    };
+    say!("KV cache     {} per token here; compact {}{beyond}{state}", human(&d["kv_bytes_per_token"]), human(compact))?;
+    Ok(())
+}
+
+fn print_quantisations(d: &Value) -> Result<()> {
+    let moe = !d["experts"].is_null();
+    let heads = if moe { "  each expert  experts of a layer  outside the experts" } else { "" };
+    say!("weights by type:\n  {:8} {:>5} {:>11}{heads}", "type", "bits", "in all")?;
+    let mut last = None;
+    for row in d["quantisations"].as_array().map(Vec::as_slice).unwrap_or_default() {
+        // Types of the same size are one line.
+        if last.replace(&row["bytes"]) == Some(&row["bytes"]) {
+            continue;
+        }
+        let (name, bits) = (row["type"].as_str().unwrap_or_default(), row["bits_per_weight"].as_f64().unwrap_or(0.0));
+        let of = |name: &str| human(&row[name]);
+        let (expert, layer) = (of("expert_bytes"), of("experts_of_layer_bytes"));
+        let more = match moe {
+            true => format!("  {expert:>11}  {layer:>18}  {:>19}", of("non_expert_bytes")),
+            false => String::new(),
+        };
+        say!("  {name:8} {bits:5.2} {:>11}{more}", of("bytes"))?;
     }
+    Ok(())
+}
+
+fn print_fits(d: &Value) -> Result<()> {
     if d["experts"].is_null() {
         return Ok(());
     }
-    say!("what fits into --memory (with a context of {} tokens):", d["fits_context"])?;
+    let stored = d["fits_quantisation"].as_str().unwrap_or("weights as stored");
+    let (context, cache) = (&d["fits_context"], human(&d["fits_cache_bytes"]));
+    say!("what fits into --memory ({stored}; with a context of {context} tokens, {cache}):")?;
     for row in d["fits"].as_array().map(Vec::as_slice).unwrap_or_default() {
-        let memory = human_bytes(row["memory_bytes"].as_u64().unwrap_or(0));
+        let (memory, needed) = (human(&row["memory_bytes"]), human(&row["needed_bytes"]));
         match row["experts_per_layer"].as_u64() {
             Some(k) if row["all"] == json!(true) => say!("  {memory:>10}  all {k} experts of every layer")?,
             Some(k) => say!("  {memory:>10}  {k} experts of every layer")?,
-            None => say!("  {memory:>10}  too small")?,
+            None => say!("  {memory:>10}  too small: {} experts of every layer need {needed}", d["top_k"])?,
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ mod perplexity;
 mod profile;
 mod profile_vllm;
 mod prune;
+mod pull;
 mod quantize;
 mod record;
 mod run;
@@ -40,6 +41,8 @@ pub enum Command {
     Library(library::LibraryCommand),
     /// What a model is, where its bytes are, what fits in how much memory
     Inspect(inspect::Inspect),
+    /// Fetch a model from the Hugging Face hub
+    Pull(pull::Pull),
     /// Write a model, or a list, with only the kept experts
     Prune(prune::Prune),
     /// Write a model as GGUF, in a smaller type
@@ -67,6 +70,7 @@ impl Command {
             Command::Compare(c) => c.run(common),
             Command::Library(c) => c.run(common),
             Command::Inspect(c) => c.run(common),
+            Command::Pull(c) => c.run(common),
             Command::Prune(c) => c.run(common),
             Command::Quantize(c) => c.run(common),
             Command::Record(c) => c.run(common),

@@ -361,6 +361,76 @@ fn inspect_tells_what_fits() {
 }
 
 #[test]
+fn inspect_needs_no_weights() {
+    let json =
+        quorate!["inspect", "-m", "DeepSeek-R1", "--quant", "q2_k", "--ctx", "8192", "--kv", "compact", "--json"]
+            .json();
+    assert_eq!((&json["source"], &json["fingerprint"]), (&json!("deepseek-ai/DeepSeek-R1"), &Value::Null));
+    assert_eq!((&json["experts"], &json["latent_width"]), (&json!(256), &json!(576)));
+    assert_eq!(json["fits_cache_bytes"], 61 * 576 * 2 * 8192);
+    let row = |name: &str| {
+        let rows = json["quantisations"].as_array().unwrap();
+        rows.iter().find(|r| r["type"] == name).unwrap_or_else(|| panic!("no row {name}")).clone()
+    };
+    // Three matrices of 7168 x 2048 in blocks of 256 numbers.
+    let expert = 3 * 7168 * 2048 / 256;
+    assert_eq!(row("Q2_K")["expert_bytes"], expert * 84);
+    assert_eq!(row("Q4_K")["expert_bytes"], expert * 144);
+    assert_eq!(row("BF16")["experts_of_layer_bytes"], expert * 512 * 256);
+    // What is said to fit does, and one expert more of every layer does not.
+    for fit in json["fits"].as_array().unwrap() {
+        let (memory, needed) = (fit["memory_bytes"].as_u64().unwrap(), fit["needed_bytes"].as_u64().unwrap());
+        assert_eq!(fit["experts_per_layer"].is_u64(), needed <= memory, "{fit}");
+        if fit["all"] == false {
+            assert!(needed + 58 * expert * 84 > memory, "{fit}");
+        }
+    }
+    let kept: Vec<Option<u64>> =
+        json["fits"].as_array().unwrap().iter().map(|f| f["experts_per_layer"].as_u64()).collect();
+    assert!(kept.is_sorted() && kept[0].is_none() && kept[1].is_some() && kept[7] == Some(256), "{kept:?}");
+
+    let text = quorate!["inspect", "-m", "deepseek-r1"].ok();
+    for part in ["671.03 billion in all", "no weights here", "Q4_K", "too small: 8 experts of every layer need"] {
+        assert!(text.contains(part), "no {part:?}: {text}");
+    }
+    assert!(quorate!["inspect", "--presets"].ok().lines().count() > 12);
+    quorate!["inspect", "--quant", "Q9_K"].fails(2, &["`Q9_K`", "Q4_K"]);
+    quorate!["run", "hi", "-m", "deepseek-r1"].fails(3, &["deepseek-r1", "quorate inspect"]);
+    quorate!["inspect", "-m", "deepseek-r7"].fails(3, &["deepseek-r7", "--presets"]);
+
+    // A folder with nothing but its configuration, and the configuration by itself, say what the whole model says.
+    let folder = tempdir();
+    let whole = quorate!["inspect", "-m", &fixture("qwen3_next"), "--quant", "Q8_0", "--json"].json();
+    fs::copy(fixture("qwen3_next").join("config.json"), folder.path().join("config.json")).unwrap();
+    for path in [folder.path().to_owned(), folder.path().join("config.json")] {
+        let bare = quorate!["inspect", "-m", &path, "--quant", "Q8_0", "--json"].json();
+        for field in ["parameters", "kv_state_bytes", "quantisations", "fits", "family"] {
+            assert_eq!(bare[field], whole[field], "{field}");
+        }
+    }
+    // Nor does a GGUF file need more than its header.
+    let (gguf, cut) = (fixture("qwen3_moe").join("gguf/qwen3_moe-f16.gguf"), folder.path().join("cut.gguf"));
+    let bytes = fs::read(&gguf).unwrap();
+    let whole = quorate!["inspect", "-m", &gguf, "--quant", "Q8_0", "--json"].json();
+    let header = bytes.len() - whole["model_bytes"].as_u64().unwrap() as usize;
+    fs::write(&cut, &bytes[..header + 1000]).unwrap();
+    let told = quorate!["inspect", "-m", &cut, "--quant", "Q8_0", "--json"];
+    assert!(told.err.contains("truncated") && told.err.contains("only its header"), "{}", told.err);
+    let bare = told.json();
+    for field in ["parameters", "quantisations", "fits", "experts"] {
+        assert_eq!(bare[field], whole[field], "{field}");
+    }
+    quorate!["run", "x", "-m", &cut].fails(3, &["truncated"]);
+    fs::write(&cut, &bytes[..header / 2]).unwrap();
+    quorate!["inspect", "-m", &cut].fails(3, &["cut.gguf"]);
+    fs::remove_file(&cut).unwrap();
+    // An index whose shards are missing is a broken model, no configuration.
+    fs::write(folder.path().join("model.safetensors.index.json"), "{\"weight_map\":{\"x\":\"m.safetensors\"}}")
+        .unwrap();
+    quorate!["inspect", "-m", folder.path()].fails(3, &["m.safetensors"]);
+}
+
+#[test]
 fn inspect_reads_every_fixture() {
     let mut seen = 0;
     for name in names_in(&repository("tests/fixtures")) {

@@ -4,6 +4,8 @@
 mod bad_input;
 mod bad_models;
 mod commands;
+mod http;
+mod hub;
 mod interrupts;
 mod patterns;
 mod relatives;

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,6 +11,7 @@ use quorate_lens::{ExpertMap, TraceRecorder};
 use quorate_model::{KvCache, Model, Segment};
 use serde_json::{Value, json};
 
+use crate::http::{Connection, listen};
 use crate::quorate;
 use crate::support::{items, tempdir};
 
@@ -69,58 +69,28 @@ impl Router {
 }
 
 fn serve(router: &Arc<Mutex<Router>>, manner: Manner, left: usize) -> Stub {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
     let left = Arc::new(AtomicUsize::new(left));
     let (router, counter) = (router.clone(), left.clone());
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let (router, counter) = (router.clone(), counter.clone());
-            std::thread::spawn(move || talk(stream.unwrap(), &router, manner, &counter));
-        }
-    });
+    let url = listen(move |stream| talk(stream, &router, manner, &counter));
     Stub { url, left }
 }
 
 /// Answers the requests of one connection.
 fn talk(stream: TcpStream, router: &Mutex<Router>, manner: Manner, left: &AtomicUsize) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
-    let mut stream = stream;
-    loop {
-        let (mut first, mut length) = (String::new(), 0);
-        if reader.read_line(&mut first).unwrap_or(0) == 0 {
-            return;
-        }
-        loop {
-            let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            if line.trim().is_empty() {
-                break;
-            }
-            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                length = value.trim().parse().unwrap();
-            }
-        }
-        let mut body = vec![0; length];
-        reader.read_exact(&mut body).unwrap();
-        let (status, answer) = if first.starts_with("GET /v1/models ") {
-            (200, json!({ "data": [{ "id": "served" }] }))
-        } else {
-            assert!(first.starts_with("POST /v1/completions "), "{first}");
-            match left.load(Ordering::SeqCst) {
+    let mut connection = Connection::new(stream);
+    while let Some(request) = connection.request() {
+        let (status, answer) = match (request.method.as_str(), request.path.as_str()) {
+            ("GET", "/v1/models") => (200, json!({ "data": [{ "id": "served" }] })),
+            ("POST", "/v1/completions") => match left.load(Ordering::SeqCst) {
                 0 => (503, json!({ "error": { "message": "the engine is dead" } })),
                 n => {
                     left.store(n - 1, Ordering::SeqCst);
-                    (200, complete(&serde_json::from_slice(&body).unwrap(), router, manner))
+                    (200, complete(&serde_json::from_slice(&request.body).unwrap(), router, manner))
                 }
-            }
+            },
+            other => panic!("{other:?}"),
         };
-        let answer = answer.to_string();
-        let head = format!(
-            "HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-            answer.len()
-        );
-        stream.write_all((head + &answer).as_bytes()).unwrap();
+        connection.answer(status, &[("content-type", "application/json")], answer.to_string().as_bytes());
     }
 }
 

@@ -79,6 +79,11 @@ pub fn command(args: &[&OsStr]) -> Command {
 /// The program with this home and no arguments yet.
 pub fn bare(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quorate"));
+    // No test asks the real hub, whatever the machine is set to.
+    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"] {
+        command.env_remove(name);
+    }
+    command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", home.join("hf"));
     command.env("QUORATE_HOME", home).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

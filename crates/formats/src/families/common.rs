@@ -6,7 +6,7 @@ use crate::spec::{
     Activation, AttnExtra, AttnSpec, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormKind, QkNorm, RouterExtra,
     RouterScore, RouterSpec, Scales,
 };
-use crate::{Config, FormatError, Result, rope};
+use crate::{Config, FormatError, Result, packed, rope};
 
 /// Tensor names of Llama and of all who took them over.
 pub const LLAMA_NAMES: TensorNames = TensorNames {
@@ -79,7 +79,7 @@ pub struct Defaults {
 
 /// The whole model, from its layers.
 pub fn model(config: &Config, family: &str, defaults: &Defaults, layers: Vec<LayerSpec>) -> Result<ModelSpec> {
-    check_quantisation(config)?;
+    packed::scheme(config)?; // refuses what is not read
     let norm_eps = config.opt_positive("rms_norm_eps")?.unwrap_or(defaults.norm_eps);
     if norm_eps > 0.1 {
         return Err(config.refuse("rms_norm_eps", "a small number expected"));
@@ -99,15 +99,6 @@ pub fn model(config: &Config, family: &str, defaults: &Defaults, layers: Vec<Lay
         lm_head_bias: false,
         layers,
     })
-}
-
-/// Packed types that are read: 8-bit floats in blocks (DeepSeek) and 4-bit floats (gpt-oss).
-fn check_quantisation(config: &Config) -> Result<()> {
-    let Some(section) = config.opt_section("quantization_config")? else { return Ok(()) };
-    match section.opt_text("quant_method")?.unwrap_or("") {
-        "fp8" | "mxfp4" => Ok(()),
-        _ => Err(section.refuse("quant_method", "not supported; known: fp8, mxfp4; or take the model in bfloat16")),
-    }
 }
 
 /// One [`LayerSpec`] per decoder layer.

@@ -19,9 +19,9 @@ pub(super) struct Files {
     pub tensors: Vec<TensorLoc>,
 }
 
-/// Opens a file, and the others if it is the first part of a split model.
-pub(super) fn open(path: &Path) -> Result<Files> {
-    let first = GgufFile::open(path)?;
+/// Opens a file, and the others if it is the first part of a split model; unless `whole`, headers are enough.
+pub(super) fn open(path: &Path, whole: bool) -> Result<Files> {
+    let first = GgufFile::open_part(path, whole)?;
     let bad = |problem: String| FormatError::Gguf { path: path.to_owned(), problem };
     let (part, parts) = (split(&first, "split.no")?.unwrap_or(0), split(&first, "split.count")?.unwrap_or(1));
     let expected = split(&first, "split.tensors.count")?;
@@ -33,7 +33,7 @@ pub(super) fn open(path: &Path) -> Result<Files> {
     let mut all = Files { metadata, files: vec![file], tensors };
     for i in 1..parts {
         let path = path.with_file_name(format!("{stem}{}", suffix(i + 1, parts)));
-        let next = GgufFile::open(&path)?;
+        let next = GgufFile::open_part(&path, whole)?;
         if (split(&next, "split.no")?, split(&next, "split.count")?) != (Some(i), Some(parts)) {
             return Err(FormatError::Gguf { path, problem: format!("it is not part {} of {parts}", i + 1) });
         }

@@ -14,6 +14,7 @@ use super::{GgufFile, GgufValue};
 use crate::bind::{Bound, Naming, bind};
 use crate::config::{HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, POSITIONS_MAX, Section};
 use crate::families::{self, Family};
+use crate::packed::Scheme;
 use crate::role::Role;
 use crate::spec::{DeltaLayout, FfnSpec, ModelSpec, NormKind, RouterScore};
 use crate::{Config, DataFile, FormatError, Result, TensorLoc};
@@ -29,12 +30,13 @@ pub(crate) struct GgufModel {
     pub metadata: BTreeMap<String, GgufValue>,
 }
 
-/// Opens a model of one file or several. Only headers are read, and factors of the rotation.
+/// Opens a model of one file or several. Only headers are read, and factors of the rotation; unless it is `whole`, there need
+/// be no more.
 ///
 /// # Errors
 /// Anything missing, malformed, inconsistent or not supported, by name.
-pub(crate) fn open(path: &Path) -> Result<GgufModel> {
-    let Files { metadata, files, tensors } = files::open(path)?;
+pub(crate) fn open(path: &Path, whole: bool) -> Result<GgufModel> {
+    let Files { metadata, files, tensors } = files::open(path, whole)?;
     let name = metadata.get("general.architecture").and_then(GgufValue::as_str).unwrap_or_default();
     let arch = Arch::named(name).ok_or_else(|| FormatError::UnknownArch {
         path: path.to_owned(),
@@ -46,7 +48,7 @@ pub(crate) fn open(path: &Path) -> Result<GgufModel> {
     let config = reader.config(&metadata)?;
     let family = families::find(&config)?;
     let spec = reader.spec(&config, family)?;
-    let naming = Naming { names: &GGUF_NAMES, fused: &|role| reader.layout.fused(&spec, role), fp8_block: None };
+    let naming = Naming { names: &GGUF_NAMES, fused: &|role| reader.layout.fused(&spec, role), scheme: Scheme::Plain };
     let bound = bind(path, &spec, &naming, &files, &tensors)?;
     reader.refuse_unknown(&spec, &bound.unused)?;
     Ok(GgufModel { config, spec, family, files, tensors, bound, metadata })
