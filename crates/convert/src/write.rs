@@ -202,7 +202,7 @@ fn stored_type(checkpoint: &Checkpoint, made: &GgufMade) -> Result<Option<DType>
             None => None,
             Some((role, _)) => match checkpoint.recipe(*role) {
                 Some(Recipe::Mxfp4 { .. }) => Some(DType::MXFP4),
-                Some(Recipe::Fp8 { .. }) => Some(DType::BF16),
+                Some(Recipe::Scaled { .. }) => Some(DType::BF16),
                 _ => checkpoint.tensor(*role)?.dtype.computable(),
             },
         },

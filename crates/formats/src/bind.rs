@@ -149,9 +149,11 @@ impl<'a> Binder<'a> {
 
     /// A linear layer `[n, m]` as the scheme packs it; `None` if this one is not.
     fn packed(&mut self, base: &str, [n, m]: [usize; 2]) -> Result<Option<(TensorLoc, Recipe)>> {
-        let has = |end: &str| self.by_name.contains_key(format!("{base}{end}").as_str());
+        let find = |end: &str| self.by_name.get(format!("{base}{end}").as_str());
+        let has = |end: &str| find(end).is_some();
+        let fp8 = || find(".weight").is_some_and(|loc| loc.dtype == StoredDType::F8E4M3);
         Ok(Some(match self.scheme {
-            Scheme::Fp8(block) if has(".weight_scale_inv") => self.scaled(base, "_scale_inv", [n, m], block)?,
+            Scheme::Fp8(block) if fp8() => self.scaled(base, "_scale_inv", [n, m], block)?,
             Scheme::Bytes(share) if has(".weight_scale") => {
                 let block = match share {
                     Share::Group(group) => [1, group],
@@ -187,8 +189,7 @@ impl<'a> Binder<'a> {
             Share::Group(group) => group.min(m),
             Share::Row | Share::Tensor => m,
         };
-        let g = if words.share == Share::Tensor { 1 } else { m.div_ceil(group) };
-        let (eight_in, eight_out) = (m.div_ceil(8), n.div_ceil(8));
+        let (g, eight_in, eight_out) = (m.div_ceil(group), m.div_ceil(8), n.div_ceil(8));
         // Names and shapes of numbers, scales, zero points and groups.
         let [codes, scales, zeros, groups] = match words.layout {
             WordLayout::Gptq { .. } => [
@@ -210,19 +211,20 @@ impl<'a> Binder<'a> {
                 ("weight_g_idx", vec![m]),
             ],
         };
-        let mut get = |(end, shape): (&str, Vec<usize>), must: bool| {
-            let name = format!("{base}.{end}");
-            match must || self.by_name.contains_key(name.as_str()) {
-                true => Ok(Some(TensorLoc { shape: shape.clone(), ..self.get(&name, &shape)?.clone() })),
-                false => Ok(None),
-            }
+        let [has_zeros, has_groups] =
+            [zeros.0, groups.0].map(|end| self.by_name.contains_key(format!("{base}.{end}").as_str()));
+        let mut get = |(end, shape): (&str, Vec<usize>)| {
+            let found = self.get(&format!("{base}.{end}"), &shape)?.clone();
+            Ok::<_, FormatError>(TensorLoc { shape, ..found })
         };
-        let (codes, scales) = (get(codes, true)?, get(scales, true)?);
-        let (Some(codes), Some(scales)) = (codes, scales) else {
-            unreachable!("what must be there is, or is an error")
-        };
-        let (zeros, groups) = (get(zeros, !words.symmetric)?, get(groups, !words.in_order)?);
+        let (codes, scales) = (get(codes)?, get(scales)?);
+        let zeros = (has_zeros || !words.symmetric).then(|| get(zeros)).transpose()?;
+        let groups = (has_groups || !words.in_order).then(|| get(groups)).transpose()?;
         self.used.insert(format!("{base}.weight_shape"));
+        if !m.is_multiple_of(8) {
+            let problem = format!("its rows of {m} numbers are no whole words");
+            return Err(FormatError::TensorEntry { path: self.file(&codes), tensor: codes.name, problem });
+        }
         self.float(&scales)?;
         for words in [Some(&codes), zeros.as_ref(), groups.as_ref()].into_iter().flatten() {
             self.need(words, words.dtype == StoredDType::I32, "I32")?;

@@ -172,6 +172,9 @@ fn compressed(section: &Section) -> Result<Scheme> {
     match section.opt_text("format")?.unwrap_or("") {
         "pack-quantized" => {
             four_bits(&weights, "num_bits")?;
+            if share == Share::Tensor {
+                return Err(weights.refuse("strategy", "not supported with this format; known: group, channel"));
+            }
             let symmetric = weights.flag("symmetric", true)?;
             let in_order = weights.opt_text("actorder")?.is_none();
             Ok(Scheme::Words(Words { layout: WordLayout::Rows, share, symmetric, in_order }))

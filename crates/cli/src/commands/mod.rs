@@ -5,6 +5,7 @@ mod chat;
 mod compare;
 mod eval;
 mod inspect;
+mod inspect_text;
 mod library;
 mod methods;
 mod perplexity;

@@ -6,6 +6,7 @@ mod bad_models;
 mod commands;
 mod http;
 mod hub;
+mod inspect;
 mod interrupts;
 mod patterns;
 mod relatives;

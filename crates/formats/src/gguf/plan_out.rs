@@ -113,7 +113,7 @@ fn stored(checkpoint: &Checkpoint, kept: Option<&[Vec<usize>]>) -> Result<Vec<Gg
 /// # Errors
 /// A file that cannot be opened, or another specification; then what differs.
 pub fn check_written(path: &Path, expected: &ModelSpec) -> Result<()> {
-    let problem = match model::open(path) {
+    let problem = match model::open(path, true) {
         Ok(written) => difference(expected, &written.spec),
         Err(FormatError::MissingTensor { tensor, .. }) => {
             Some(format!("its architecture has {tensor} in every model, this one has not"))
