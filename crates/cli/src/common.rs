@@ -12,10 +12,12 @@ use quorate_formats::Preset;
 use quorate_lens::{LensError, Library};
 use quorate_model::text::Tokenizer;
 use quorate_model::{KeptExperts, Model, OpenOptions, RoutingMode};
+use quorate_residency::StreamOptions;
 use serde::Serialize;
 
 use crate::embedded;
 use crate::hub::{self, Hub};
+use crate::stream::note_base;
 
 /// Writes a line to stdout. What stands in the way, a closed pipe or a full disk, is the command's error: no panic.
 macro_rules! say {
@@ -99,6 +101,7 @@ impl Common {
         let mut bar = self.progress("loading", 0, "bytes");
         let options = OpenOptions { threads: self.thread_count()?, memory_limit, tokenizer: self.tokenizer.as_deref() };
         let model = Model::open_with(&self.model_path()?, &options, &mut loading(&mut bar))?;
+        note_base(&model);
         bar.finish();
         Ok(model)
     }
@@ -107,6 +110,20 @@ impl Common {
     pub fn load_experts(&self, model: &mut Model, kept: &[KeptExperts], mode: RoutingMode) -> Result<()> {
         let mut bar = self.progress("loading experts", 0, "bytes");
         model.load_experts_with(kept, mode, &mut loading(&mut bar))?;
+        bar.finish();
+        Ok(())
+    }
+
+    /// Makes the model stream its experts, some of them pinned.
+    pub fn stream_experts(
+        &self,
+        model: &mut Model,
+        options: &StreamOptions,
+        best_first: &[(usize, usize)],
+        rates: Option<&[Vec<f32>]>,
+    ) -> Result<()> {
+        let mut bar = self.progress("loading experts", 0, "bytes");
+        model.stream_experts(options, best_first, rates, &mut loading(&mut bar))?;
         bar.finish();
         Ok(())
     }
@@ -325,8 +342,17 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 
 /// Largest amount of memory this process has held, if the system tells.
 pub fn peak_rss_bytes() -> Option<u64> {
+    status_bytes("VmHWM:")
+}
+
+/// Memory that this process holds now, if the system tells.
+pub fn rss_bytes() -> Option<u64> {
+    status_bytes("VmRSS:")
+}
+
+fn status_bytes(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string(Path::new("/proc/self/status")).ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|l| l.starts_with(field))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::spec::ModelSpec;
-use quorate_lens::{Choice, ExpertMap, Interventions, Keep, KeyMetric, Library, Plan, Scope, read_experts};
+use quorate_lens::{Choice, Interventions, Keep, KeyMetric, Library, Plan, Scope, read_experts};
 use quorate_methods::DEFAULT_METRIC;
-use quorate_model::{CacheLayout, Model, RoutingMode, buffer_bytes};
+use quorate_model::{CacheLayout, Model, RoutingMode};
 
 use crate::common::{Common, parse_bytes};
+use crate::stream::{CacheArg, Favourites, SLACK_BYTES, overhead_bytes, stream};
 
 /// How many experts to keep, and which.
 #[derive(Args, Clone, Debug)]
@@ -23,7 +24,7 @@ pub struct ExpertArgs {
     /// Keep in every layer the fewest experts that hold this share of its positive scores, e.g. 0.9
     #[arg(long, value_name = "P", conflicts_with_all = ["keep", "memory", "scope"])]
     pub share: Option<f64>,
-    /// Keep as many experts as fit into this much memory for the whole process, e.g. 4GiB
+    /// Keep (or with --on-miss stream hold) as many experts as fit into this much memory for the whole process, e.g. 4GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "keep")]
     pub memory: Option<u64>,
     /// Whether layers keep equal numbers or compete [default: global]
@@ -41,9 +42,12 @@ pub struct ExpertArgs {
     /// How the distance between prompts and tasks is measured
     #[arg(long, value_enum, default_value_t = KeyArg::Hidden)]
     pub key: KeyArg,
-    /// What happens when an expert that is not in memory is wanted (only mask yet)
+    /// What happens when an expert that is not in memory is wanted
     #[arg(long, value_enum, default_value_t = OnMiss::Mask)]
     pub on_miss: OnMiss,
+    /// With --on-miss stream: which experts stay in memory
+    #[arg(long, value_enum, default_value_t = CacheArg::Prefetch)]
+    pub cache: CacheArg,
 }
 
 /// [`Scope`] on the command line.
@@ -88,10 +92,12 @@ pub enum KeyArg {
 }
 
 /// What to do about missing experts.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnMiss {
-    /// Route around them
+    /// Tokens are routed around it; only the task's experts are loaded
     Mask,
+    /// It is read from the disk: results are those of the whole model, whatever --memory
+    Stream,
 }
 
 impl From<ScopeArg> for Scope {
@@ -158,13 +164,32 @@ impl ExpertArgs {
             (Some(k), _) => Some(Keep::per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
                 let kv = CacheLayout::own(model.spec()).bytes(beside.cache_tokens);
-                let plan = model.weights().memory_plan(bytes, kv, buffer_bytes(model.spec(), beside.logit_rows))?;
+                let overhead = overhead_bytes(model, beside);
+                let plan = |overhead| model.weights().memory_plan(bytes, kv, overhead);
+                // What an error suggests should be enough the next time too, when a little more is measured.
+                let plan = plan(overhead).or_else(|_| plan(overhead + SLACK_BYTES))?;
                 Some(Keep::per_layer(model.spec(), scope, plan.experts_per_layer)?)
             }
             (None, None) => None,
         };
         let mode = self.mode.unwrap_or_default().into();
         Ok(Choice { metric: self.metric.clone(), keep, scope, mode, protect: self.protected()?, even_groups: false })
+    }
+
+    /// Whether the model's experts are streamed.
+    pub fn streams(&self, model: &Model) -> bool {
+        self.on_miss == OnMiss::Stream && model.spec().is_moe()
+    }
+
+    /// Refuses flags that say which experts are left out together with the one that leaves out none.
+    fn check_streaming(&self) -> Result<()> {
+        let chooses = self.keep.is_some() || self.share.is_some() || self.scope.is_some() || self.mode.is_some();
+        if self.on_miss == OnMiss::Stream && (chooses || self.protects()) {
+            bail!(
+                "--keep, --share, --scope, --mode and --protect leave experts out, but --on-miss stream uses all; help: give --memory SIZE in place of them"
+            );
+        }
+        Ok(())
     }
 
     /// Whether some experts are kept whatever their score.
@@ -183,7 +208,8 @@ impl ExpertArgs {
         Ok(protect)
     }
 
-    /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan.
+    /// Loads the experts of a task's pattern, or all of them if `task` is `None`; returns the plan. With `--on-miss stream`
+    /// none is left out, and there is no plan.
     pub fn load(
         &self,
         common: &Common,
@@ -192,11 +218,19 @@ impl ExpertArgs {
         task: Option<&str>,
         beside: Beside,
     ) -> Result<Option<Plan>> {
+        let fingerprint = model.checkpoint().fingerprint().to_string();
+        if self.streams(model) {
+            let favourites = match task {
+                Some(task) => Favourites::of_pattern(&library.get(&fingerprint, task)?, model)?,
+                None => Favourites::default(),
+            };
+            stream(common, model, &favourites, self.cache, self.memory, beside)?;
+            return Ok(None);
+        }
         let Some(task) = task else {
             common.load_all_experts(model)?;
             return Ok(None);
         };
-        let fingerprint = model.checkpoint().fingerprint().to_string();
         let pattern = library.get(&fingerprint, task)?;
         let plan = self.choice(model, beside)?.plan(&pattern, model.spec(), &fingerprint)?;
         let kept = plan.kept(model.spec(), &fingerprint)?;
@@ -205,12 +239,23 @@ impl ExpertArgs {
     }
 }
 
-/// Reads a plan file and makes the model ready: its experts loaded, its interventions prepared.
-pub fn load_plan(common: &Common, model: &mut Model, path: &Path) -> Result<(Plan, Interventions)> {
+/// Reads a plan file and makes the model ready: its experts loaded (or, if experts are streamed, pinned), its
+/// interventions prepared.
+pub fn load_plan(
+    common: &Common,
+    model: &mut Model,
+    path: &Path,
+    streaming: Option<(&ExpertArgs, Beside)>,
+) -> Result<(Plan, Interventions)> {
     let plan = Plan::read(path)?;
     let fingerprint = model.checkpoint().fingerprint().to_string();
     let kept = plan.kept(model.spec(), &fingerprint).with_context(|| path.display().to_string())?;
-    common.load_experts(model, &kept, plan.routing_mode).with_context(|| path.display().to_string())?;
+    match streaming.filter(|(experts, _)| experts.streams(model)) {
+        Some((experts, beside)) => {
+            stream(common, model, &Favourites::of_plan(&kept, model), experts.cache, experts.memory, beside)?;
+        }
+        None => common.load_experts(model, &kept, plan.routing_mode).with_context(|| path.display().to_string())?,
+    }
     let folder = path.parent().map(PathBuf::from).unwrap_or_default();
     let interventions = Interventions::prepare(&plan.intervene, model.spec(), &folder);
     let interventions = interventions.with_context(|| path.display().to_string())?;
@@ -219,11 +264,7 @@ pub fn load_plan(common: &Common, model: &mut Model, path: &Path) -> Result<(Pla
 
 /// Number of experts in memory per MoE layer.
 pub fn kept_per_layer(model: &Model) -> Vec<usize> {
-    let map = ExpertMap::of(model.spec());
-    let count = |(&layer, &experts): (&usize, &usize)| {
-        (0..experts).filter(|&e| model.weights().expert(layer, e).is_some()).count()
-    };
-    map.layers.iter().zip(&map.experts).map(count).collect()
+    model.spec().moe_layers().iter().map(|&layer| model.weights().experts_resident_in(layer)).collect()
 }
 
 /// Refuses what a dense model cannot do.
@@ -238,6 +279,7 @@ pub fn need_experts(model: &Model) -> Result<()> {
 /// task's experts is refused if there is no task.
 pub fn open(common: &Common, experts: &ExpertArgs, task: &str) -> Result<(Model, Library)> {
     quorate_methods::metric(&experts.metric)?;
+    experts.check_streaming()?;
     let chooses = experts.keep.is_some() || experts.share.is_some() || experts.protects();
     if task == "none" && chooses {
         bail!(

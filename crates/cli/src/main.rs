@@ -7,6 +7,7 @@ mod embedded;
 mod experts;
 mod hub;
 mod method;
+mod stream;
 mod vllm;
 
 use std::io::Write as _;

@@ -1,19 +1,53 @@
 //! One open data file with positioned reads.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use crate::{FormatError, Result};
+
+/// What an uncached read is aligned to, in the file and in memory: no disk in use has larger sectors.
+pub const UNCACHED_ALIGNMENT: usize = 4096;
+
+/// Bytes that a buffer for [`DataFile::read_uncached`] must have.
+pub fn uncached_len(offset: u64, len: usize) -> usize {
+    (uncached_start(offset) + len).next_multiple_of(UNCACHED_ALIGNMENT)
+}
+
+/// Where the bytes at `offset` lie in that buffer.
+fn uncached_start(offset: u64) -> usize {
+    (offset % UNCACHED_ALIGNMENT as u64) as usize
+}
 
 /// A regular file, open for positioned reads from any number of threads. It counts the bytes read.
 #[derive(Debug)]
 pub struct DataFile {
     path: PathBuf,
     file: File,
+    /// A second handle that goes past the system's cache; `None` where the file system has no such thing.
+    uncached: OnceLock<Option<File>>,
     size: u64,
+    identity: Identity,
     bytes_read: AtomicU64,
+}
+
+/// Tells a file from another, and from itself after it was written to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    size: u64,
+    modified: Option<SystemTime>,
+    /// Device and number on it; zeros where the system has none.
+    place: (u64, u64),
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self { size: metadata.len(), modified: metadata.modified().ok(), place: place(metadata) }
+    }
 }
 
 impl DataFile {
@@ -30,7 +64,15 @@ impl DataFile {
         }
         let file = File::open(path).map_err(|e| FormatError::io("open", path, e))?;
         advise_random(&file);
-        Ok(Self { path: path.to_owned(), file, size: metadata.len(), bytes_read: AtomicU64::new(0) })
+        let metadata = file.metadata().map_err(|e| FormatError::io("open", path, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            uncached: OnceLock::new(),
+            size: metadata.len(),
+            identity: Identity::of(&metadata),
+            bytes_read: AtomicU64::new(0),
+        })
     }
 
     /// Where the file lies.
@@ -46,6 +88,23 @@ impl DataFile {
     /// Asks the system to forget what it has cached of the file, so that the next read comes from the disk (Linux only).
     pub fn forget_cached(&self) {
         forget_pages(&self.file);
+    }
+
+    /// Asks the system to forget a part of what it has cached of the file (Linux only).
+    pub fn forget_range(&self, offset: u64, len: u64) {
+        forget(&self.file, offset, len);
+    }
+
+    /// Whether this is still the file that was opened.
+    ///
+    /// # Errors
+    /// It was written to, cut, or another took its place.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let same = |m: io::Result<Metadata>| m.is_ok_and(|m| Identity::of(&m) == self.identity);
+        if same(self.file.metadata()) && same(fs::metadata(&self.path)) {
+            return Ok(());
+        }
+        Err(FormatError::Changed { path: self.path.clone() })
     }
 
     /// Bytes read through this handle so far.
@@ -81,6 +140,80 @@ impl DataFile {
             Err(e) => Err(FormatError::io("read", &self.path, e)),
         }
     }
+
+    /// Reads `len` bytes from `offset` on past the system's cache, so that nothing else is pushed out of it, and checks
+    /// that the file is the one that was opened. `buf` must begin at a multiple of [`UNCACHED_ALIGNMENT`] and have
+    /// [`uncached_len`] bytes; where the bytes lie in it is returned. On file systems that cannot do this, what the
+    /// read left in the cache is forgotten.
+    ///
+    /// # Errors
+    /// The range reaches beyond the end, the system cannot read, or the file has changed.
+    ///
+    /// # Panics
+    /// If `buf` has another length.
+    pub fn read_uncached(&self, offset: u64, len: usize, buf: &mut [u8]) -> Result<Range<usize>> {
+        assert_eq!(buf.len(), uncached_len(offset, len), "a buffer for {len} bytes at {offset}");
+        let start = uncached_start(offset);
+        let wanted = start..start + len;
+        let file = self.uncached.get_or_init(|| open_uncached(&self.path));
+        let direct = match file {
+            Some(file) => read_until(file, offset - start as u64, buf, wanted.end),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        };
+        match direct {
+            Ok(read) if read >= wanted.end => drop(self.bytes_read.fetch_add(read as u64, Ordering::Relaxed)),
+            // Refused, or the end of the file came too early: the other way tells what is wrong.
+            Ok(_) | Err(_) => {
+                self.read_at(offset, &mut buf[wanted.clone()])?;
+                self.forget_range(offset, len as u64);
+            }
+        }
+        self.check_unchanged()?;
+        Ok(wanted)
+    }
+}
+
+/// Reads until `needed` bytes are there or the file ends; returns how many came.
+#[cfg(target_os = "linux")]
+fn read_until(file: &File, offset: u64, buf: &mut [u8], needed: usize) -> io::Result<usize> {
+    let mut read = 0;
+    while read < needed {
+        match std::os::unix::fs::FileExt::read_at(file, &mut buf[read..], offset + read as u64) {
+            Ok(0) => break,
+            Ok(n) => read += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(read)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn read_until(_: &File, _: u64, _: &mut [u8], _: usize) -> io::Result<usize> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(target_os = "linux")]
+fn open_uncached(path: &Path) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).ok()?;
+    fs::OpenOptions::new().read(true).custom_flags(flags).open(path).ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_uncached(_path: &Path) -> Option<File> {
+    None
+}
+
+#[cfg(unix)]
+fn place(metadata: &Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+fn place(_metadata: &Metadata) -> (u64, u64) {
+    (0, 0)
 }
 
 #[cfg(unix)]
@@ -114,6 +247,15 @@ fn forget_pages(file: &File) {
 fn forget_pages(_file: &File) {}
 
 #[cfg(target_os = "linux")]
+fn forget(file: &File, offset: u64, len: u64) {
+    // Only advice, as above.
+    let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forget(_file: &File, _offset: u64, _len: u64) {}
+
+#[cfg(target_os = "linux")]
 fn advise_random(file: &File) {
     // Only advice: a file system that knows none of it reads correctly all the same.
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random);
@@ -121,3 +263,58 @@ fn advise_random(file: &File) {
 
 #[cfg(not(target_os = "linux"))]
 fn advise_random(_file: &File) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// A buffer whose bytes from some place on are aligned.
+    fn aligned(len: usize) -> (Vec<u8>, usize) {
+        let bytes = vec![0u8; len + UNCACHED_ALIGNMENT];
+        let start = bytes.as_ptr().addr().next_multiple_of(UNCACHED_ALIGNMENT) - bytes.as_ptr().addr();
+        (bytes, start)
+    }
+
+    fn read(file: &DataFile, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let size = uncached_len(offset, len);
+        let (mut bytes, start) = aligned(size);
+        let buf = &mut bytes[start..start + size];
+        let range = file.read_uncached(offset, len, buf)?;
+        Ok(buf[range].to_vec())
+    }
+
+    /// In the folder of temporary files and in that of the sources, which are often on different file systems.
+    #[test]
+    fn uncached_reads_give_the_same_bytes_and_notice_changes() {
+        for folder in [tempfile::tempdir(), tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR"))] {
+            let folder = folder.unwrap();
+            let path = folder.path().join("data");
+            let content: Vec<u8> = (0..20_001u32).map(|i| (i * 7 % 251) as u8).collect();
+            fs::write(&path, &content).unwrap();
+            let file = DataFile::open(&path).unwrap();
+            for (offset, len) in [(0, 1), (1, 4096), (4095, 2), (8192, 4096), (100, 19_901), (20_000, 1), (5, 0)] {
+                let expected = &content[offset as usize..offset as usize + len];
+                assert_eq!(read(&file, offset, len).unwrap(), expected, "{len} bytes at {offset}");
+            }
+            assert!(file.bytes_read() >= 20_001);
+            assert!(matches!(read(&file, 20_000, 2), Err(FormatError::Truncated { .. })));
+
+            // Written to: the bytes may be right, but nobody knows.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(b"x").unwrap();
+            assert!(matches!(read(&file, 4096, 10), Err(FormatError::Changed { .. })));
+
+            let file = DataFile::open(&path).unwrap();
+            fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(10_000).unwrap();
+            let error = read(&file, 9000, 2000).unwrap_err();
+            assert!(matches!(error, FormatError::Truncated { found: 10_000, .. }), "{error}");
+
+            // Another file under its name.
+            let file = DataFile::open(&path).unwrap();
+            fs::copy(&path, folder.path().join("new")).unwrap();
+            fs::rename(folder.path().join("new"), &path).unwrap();
+            assert!(matches!(read(&file, 0, 10), Err(FormatError::Changed { .. })));
+        }
+    }
+}

@@ -87,6 +87,12 @@ pub enum FormatError {
         /// Bytes that it has.
         found: u64,
     },
+    /// A file is no longer the one that was opened.
+    #[error("{} has changed since it was opened; help: open the model again", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A tensor's entry in a header is wrong.
     #[error("{}: tensor {tensor}: {problem}; help: download or convert the file again", path.display())]
     TensorEntry {

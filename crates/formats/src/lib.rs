@@ -27,7 +27,7 @@ pub mod writer;
 
 pub use checkpoint::Checkpoint;
 pub use config::Config;
-pub use datafile::DataFile;
+pub use datafile::{DataFile, UNCACHED_ALIGNMENT, uncached_len};
 pub use error::{FormatError, Result};
 pub use families::{FAMILIES, Family};
 pub use gguf::{Arch, GGUF_NAMES, GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};

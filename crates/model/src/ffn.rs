@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use quorate_formats::spec::Activation;
 use quorate_kernels::{self as kernels, Act, ExpertRef, MatRef, NO_EXPERT, Pack, Pool, Side};
-use quorate_residency::Matrix;
+use quorate_residency::{Expert, Lease, Matrix};
 
 use crate::grad::{Grads, Node, attach};
 use crate::ops::{self, linear, values};
@@ -62,14 +62,29 @@ fn base<'a>(linear: &Linear<'a>) -> MatRef<'a> {
 pub(crate) struct Experts<'a> {
     model: &'a Model,
     layer: usize,
-    /// What the kernels take; `None` is not in memory.
+    /// `None` is not in memory.
+    weights: Vec<Option<&'a Expert>>,
+    /// What the kernels take.
     refs: Vec<Option<ExpertRef<'a>>>,
 }
 
 impl<'a> Experts<'a> {
-    pub fn of(model: &'a Model, layer: usize, count: usize) -> Experts<'a> {
-        let refs = (0..count).map(|e| model.expert(layer, e).map(|e| e.as_ref())).collect();
-        Experts { model, layer, refs }
+    /// Those of the layer's `count` experts that are loaded.
+    pub fn loaded(model: &'a Model, layer: usize, count: usize) -> Experts<'a> {
+        Experts::of(model, layer, (0..count).map(|e| model.weights().expert(layer, e)).collect())
+    }
+
+    /// Those of a lease.
+    pub fn leased(model: &'a Model, layer: usize, count: usize, lease: &'a Lease<'_>) -> Experts<'a> {
+        let mut weights = vec![None; count];
+        lease.experts().for_each(|(e, expert)| weights[e] = Some(expert));
+        Experts::of(model, layer, weights)
+    }
+
+    fn of(model: &'a Model, layer: usize, weights: Vec<Option<&'a Expert>>) -> Experts<'a> {
+        let one = |(e, weights): (usize, &Option<&'a Expert>)| Some(model.gated(layer, e, (*weights)?).as_ref());
+        let refs = weights.iter().enumerate().map(one).collect();
+        Experts { model, layer, weights, refs }
     }
 
     /// Whether the expert is in memory.
@@ -84,7 +99,8 @@ impl<'a> Experts<'a> {
     }
 
     fn get(&self, id: u32) -> Option<Gated<'a>> {
-        if id == NO_EXPERT { None } else { self.model.expert(self.layer, id as usize) }
+        let weights = (*self.weights.get(id as usize)?)?;
+        Some(self.model.gated(self.layer, id as usize, weights))
     }
 
     /// The ids without those of experts that cannot be computed at once.
@@ -197,7 +213,7 @@ fn gated(gate: &Tensor, up: &Tensor, pool: &Arc<Pool>, act: Act) -> Result<Tenso
     })
 }
 
-/// Inner activations of the chosen experts, `[n, k, I]`, of `x [n, d]`.
+/// Inner activations of the experts `ids [n, k]`, `[n, k, I]`, of `x [n, d]`.
 pub(crate) fn expert_hidden(
     pool: &Arc<Pool>,
     pack: Pack,
@@ -205,15 +221,15 @@ pub(crate) fn expert_hidden(
     act: Activation,
     width: usize,
     x: &Tensor,
-    routing: &Routing,
+    (k, ids): (usize, &[u32]),
 ) -> Result<Tensor, ModelError> {
-    let (k, n) = (routing.k, x.dim(0)?);
+    let (n, chosen) = (x.dim(0)?, ids);
     // Experts with another activation are computed one by one, and the kernel has nothing to do.
     let kernel = match kernel_act(act) {
         KernelAct::One(kernel) => kernel,
         KernelAct::ClampedSwiglu { .. } => Act::Silu,
     };
-    let ids = experts.together(Half::Hidden, &routing.ids);
+    let ids = experts.together(Half::Hidden, chosen);
     let mut y = vec![0.0; n * k * width];
     kernels::expert_hidden(pool, pack, &experts.refs, &values(x)?, n, k, &ids, kernel, &mut y)?;
     let together = attach(&[x], y, &[n * k, width], || {
@@ -221,25 +237,25 @@ pub(crate) fn expert_hidden(
         let matrices = experts.held(&ids, |e| vec![e.gate.stored(), e.up.stored()]);
         move |node| hidden_backward(&pool, &matrices, &ids, k, kernel, node)
     })?;
-    let all = experts.one_by_one(Half::Hidden, &routing.ids, together, |expert, slots| {
+    let all = experts.one_by_one(Half::Hidden, chosen, together, |expert, slots| {
         let tokens: Vec<usize> = slots.iter().map(|&s| s as usize / k).collect();
         hidden(pool, pack, expert, act, &ops::pick_rows(x, &tokens)?)
     })?;
     Ok(all.reshape((n, k, width))?)
 }
 
-/// Outputs of the chosen experts before their gates, `[n, k, d]`, of `hidden [n, k, I]`.
+/// Outputs of the experts `chosen [n, k]` before their gates, `[n, k, d]`, of `hidden [n, k, I]`.
 pub(crate) fn expert_down(
     pool: &Arc<Pool>,
     pack: Pack,
     experts: &Experts<'_>,
     d: usize,
     hidden: &Tensor,
-    routing: &Routing,
+    chosen: &[u32],
 ) -> Result<Tensor, ModelError> {
     let (n, k, width) = hidden.dims3()?;
     let hidden = hidden.reshape((n * k, width))?;
-    let ids = experts.together(Half::Down, &routing.ids);
+    let ids = experts.together(Half::Down, chosen);
     let mut y = vec![0.0; n * k * d];
     kernels::expert_down(pool, pack, &experts.refs, &values(&hidden)?, n, k, &ids, &mut y)?;
     let together = attach(&[&hidden], y, &[n * k, d], || {
@@ -247,7 +263,7 @@ pub(crate) fn expert_down(
         let matrices = experts.held(&ids, |e| vec![e.down.stored()]);
         move |node| Ok(vec![Some(slots(&pool, Side::Columns, &matrices, 0, node.dy, 1, &ids, width)?)])
     })?;
-    let all = experts.one_by_one(Half::Down, &routing.ids, together, |expert, slots| {
+    let all = experts.one_by_one(Half::Down, chosen, together, |expert, slots| {
         let rows: Vec<usize> = slots.iter().map(|&s| s as usize).collect();
         let bias = expert.biases.map(|b| Vector::Stored(b[2]));
         linear(pool, pack, &ops::pick_rows(&hidden, &rows)?, &expert.down, bias)

@@ -5,13 +5,12 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, MoeSpec, NormPlacement};
-use quorate_kernels::{self as kernels, NO_EXPERT, Pack};
+use quorate_formats::spec::{Activation, FfnSpec, LayerSpec, ModelSpec, NormPlacement};
+use quorate_kernels::{self as kernels, Pack};
 
-use crate::ffn::{self, Experts, Gated, is_clamped};
+use crate::ffn::{self, Gated, is_clamped};
 use crate::ops::{self, Angles, values};
 use crate::overlay::Weight;
-use crate::routing::{Keep, route};
 use crate::{At, Flow, KvCache, Lens, Model, ModelError, Routing, Rows, Segment, Site, SiteSet};
 
 /// What a forward pass returns.
@@ -39,7 +38,7 @@ impl<E: Into<ModelError>> From<E> for Exit {
 pub(crate) struct Pass<'a> {
     pub model: &'a Model,
     pub rows: &'a Rows,
-    lens: &'a mut dyn Lens,
+    pub lens: &'a mut dyn Lens,
     pub pack: Pack,
     /// Turns of the rows by the RoPE of the layer under way.
     pub angles: Arc<Angles>,
@@ -187,7 +186,7 @@ impl Pass<'_> {
             FfnSpec::Dense { act, .. } => {
                 self.dense(here, [Role::DenseGate(l), Role::DenseUp(l), Role::DenseDown(l)], *act, &ffn_in)?
             }
-            FfnSpec::Moe(moe) => self.moe(here, moe, &ffn_in)?,
+            FfnSpec::Moe(moe) => self.moe(here, moe, &x, &ffn_in)?,
         };
         let out = self.visit(here, Site::MlpOut, out, None)?;
         let x = self.added(&x, out, after.then_some(Role::FfnPostNorm(l)))?;
@@ -214,7 +213,7 @@ impl Pass<'_> {
     }
 
     /// A dense gated FFN with weights `[gate, up, down]`.
-    fn dense(&mut self, here: Here, roles: [Role; 3], act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
+    pub fn dense(&mut self, here: Here, roles: [Role; 3], act: Activation, x: &Tensor) -> Result<Tensor, Exit> {
         let model = self.model;
         let [gate, up, down] = roles;
         let (gate, up, down) = (model.matrix(gate)?, model.matrix(up)?, model.matrix(down)?);
@@ -222,65 +221,6 @@ impl Pass<'_> {
         let hidden = ffn::hidden(model.pool(), self.pack, &weights, act, x)?;
         let hidden = self.visit(here, Site::MlpHidden, hidden, None)?;
         Ok(ops::linear(model.pool(), self.pack, &hidden, &weights.down, None)?)
-    }
-
-    fn moe(&mut self, here: Here, moe: &MoeSpec, x: &Tensor) -> Result<Tensor, Exit> {
-        let (model, l, n) = (self.model, here.layer, self.rows.len());
-        let bias = if moe.router.extra.bias { Some(model.vector(Role::RouterBias(l))?) } else { None };
-        let logits = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::Router(l))?, bias)?;
-        let logits = self.visit(here, Site::RouterLogits, logits, None)?;
-        let mut selection = None;
-        if here.sites.contains(Site::Selection) {
-            let zeros = ops::tensor(vec![0.0; n * moe.n_experts], &[n, moe.n_experts])?;
-            selection = Some(self.visit(here, Site::Selection, zeros, None)?);
-        }
-        let selection = selection.as_ref().map(values).transpose()?;
-        let keep = model.kept(l).map(|kept| Keep { kept, mode: model.routing_mode() });
-        let mut routing = route(moe, l, &logits, model.learned(l, moe)?, selection.as_deref(), keep)?;
-        if here.sites.contains(Site::Routing) {
-            let at = At { site: Site::Routing, layer: l, rows: self.rows, routing: None };
-            let flow = self.lens.routing(&at, &mut routing)?;
-            check_routing(&routing, l, n, moe)?;
-            if flow == Flow::Stop {
-                return Err(Exit::Stop);
-            }
-        }
-        let out = self.experts(here, moe, x, &routing)?;
-        let Some(shared) = &moe.shared else { return Ok(out) };
-        let roles = [Role::SharedGate(l), Role::SharedUp(l), Role::SharedDown(l)];
-        let mut always = self.dense(here, roles, moe.act, x)?;
-        if shared.gated {
-            let gate = ops::linear(model.pool(), self.pack, x, &model.matrix(Role::SharedExpertGate(l))?, None)?;
-            always = ops::sigmoid_gated(&always, &gate)?;
-        }
-        Ok(ops::add(model.pool(), &out, &always)?)
-    }
-
-    /// The chosen experts on `x [N, d]`, gated and summed, `[N, d]`.
-    fn experts(&mut self, here: Here, moe: &MoeSpec, x: &Tensor, routing: &Routing) -> Result<Tensor, Exit> {
-        let (model, l, d) = (self.model, here.layer, self.model.spec().hidden_size);
-        let experts = Experts::of(model, l, moe.n_experts);
-        if let Some(&id) = routing.ids.iter().find(|&&id| id != NO_EXPERT && !experts.has(id)) {
-            return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
-        }
-        let (pool, pack) = (model.pool(), self.pack);
-        let on_input = moe.router.extra.gate_on_input;
-        let hidden =
-            if on_input {
-                let (inputs, one_each) = gated_inputs(x, routing)?;
-                ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, &inputs, &one_each)?
-                    .reshape((self.rows.len(), routing.k, moe.intermediate_size))?
-            } else {
-                ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, routing)?
-            };
-        let hidden = self.visit(here, Site::ExpertHidden, hidden, Some(routing))?;
-        let slots = ffn::expert_down(pool, pack, &experts, d, &hidden, routing)?;
-        let slots = self.visit(here, Site::ExpertOut, slots, Some(routing))?;
-        let sum = match on_input {
-            true => ffn::combine(pool, &slots, &Routing { gates: routing.gates.ones_like()?, ..routing.clone() })?,
-            false => ffn::combine(pool, &slots, routing)?,
-        };
-        self.visit(here, Site::MoeOut, sum, Some(routing))
     }
 
     fn pick_logit_rows(&self, x: &Tensor) -> Result<Tensor, ModelError> {
@@ -320,26 +260,8 @@ impl Pass<'_> {
     }
 }
 
-/// `gate x` for each slot of each token, `[N k, d]`, and a routing in which each is a token of its own.
-fn gated_inputs(x: &Tensor, routing: &Routing) -> Result<(Tensor, Routing), ModelError> {
-    let (n, d) = x.dims2()?;
-    let k = routing.k;
-    let each = x.unsqueeze(1)?.broadcast_mul(&routing.gates.unsqueeze(2)?)?.reshape((n * k, d))?.contiguous()?;
-    let one_each = Routing { k: 1, ids: routing.ids.clone(), gates: routing.gates.reshape((n * k, 1))? };
-    Ok((each, one_each))
-}
-
-fn check_routing(routing: &Routing, layer: usize, n: usize, moe: &MoeSpec) -> Result<(), ModelError> {
-    let (slots, ids, gates) = (n * routing.k, routing.ids.len(), routing.gates.elem_count());
-    let bad_id = routing.ids.iter().copied().find(|&id| id != NO_EXPERT && id as usize >= moe.n_experts);
-    if ids != slots || gates != slots || bad_id.is_some() {
-        return Err(ModelError::LensRouting { layer, slots, ids, gates, bad_id });
-    }
-    Ok(())
-}
-
-/// Bytes that a process holds, about, besides weights and KV cache: the program itself and the buffers of a forward pass
-/// over [`PREFILL_CHUNK`](crate::PREFILL_CHUNK) tokens with logits of `logit_rows` of them.
+/// Bytes, about, of the buffers of a forward pass over [`PREFILL_CHUNK`](crate::PREFILL_CHUNK) tokens with logits of
+/// `logit_rows` of them.
 pub fn buffer_bytes(spec: &ModelSpec, logit_rows: usize) -> u64 {
     let widest = (spec.moe_layers().iter().filter_map(|&l| spec.moe(l)))
         .map(|moe| moe.top_k * (spec.hidden_size + moe.intermediate_size) + moe.n_experts)
@@ -349,5 +271,5 @@ pub fn buffer_bytes(spec: &ModelSpec, logit_rows: usize) -> u64 {
     let latent = |l: &LayerSpec| l.attn.mla.map(|mla| 4 * l.attn.n_heads * (mla.kv_lora_rank + l.attn.rope.dim));
     let latent = spec.layers.iter().filter_map(latent).max().unwrap_or(0);
     let rows = crate::PREFILL_CHUNK * (12 * spec.hidden_size + widest + latent);
-    (16 << 20) + 4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
+    4 * (rows + 3 * (logit_rows + 1) * spec.vocab_size) as u64
 }

@@ -18,6 +18,7 @@ mod latent;
 mod lens;
 mod mixer;
 mod model;
+mod moe;
 pub mod ops;
 mod overlay;
 mod routing;

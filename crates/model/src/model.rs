@@ -7,7 +7,7 @@ use quorate_formats::spec::ModelSpec;
 use quorate_formats::{Checkpoint, Role};
 use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
-use quorate_residency::Weights;
+use quorate_residency::{Expert, StreamOptions, Weights};
 
 use crate::ffn::{Gated, is_clamped};
 use crate::overlay::{Installed, Linear, Overlay, Vector};
@@ -100,6 +100,26 @@ impl Model {
         self.kept = flags;
         self.mode = mode;
         Ok(())
+    }
+
+    /// From now on experts are read when a token needs them, so that all of the model is computed in few bytes; see
+    /// [`Weights::stream_experts`]. Nothing is masked, and all values are what they are with every expert loaded.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stream_experts(
+        &mut self,
+        options: &StreamOptions,
+        best_first: &[(usize, usize)],
+        rates: Option<&[Vec<f32>]>,
+        progress: &mut LoadProgress<'_>,
+    ) -> Result<(), ModelError> {
+        let done = self.weights.stream_experts(options, best_first, rates, progress);
+        if self.weights.stream().is_some() {
+            self.kept = vec![None; self.spec().layers.len()];
+            self.mode = RoutingMode::Mask;
+        }
+        Ok(done?)
     }
 
     /// Loads every expert.
@@ -229,16 +249,15 @@ impl Model {
         ])
     }
 
-    /// A routed expert, if its weights are in memory.
-    pub(crate) fn expert(&self, layer: usize, expert: usize) -> Option<Gated<'_>> {
-        let weights = self.weights.expert(layer, expert)?;
+    /// A routed expert with its weights in memory, and what lies over them.
+    pub(crate) fn gated<'a>(&'a self, layer: usize, expert: usize, weights: &'a Expert) -> Gated<'a> {
         let [gate, up, down] = Role::of_expert(layer, expert);
-        Some(Gated {
+        Gated {
             biases: self.expert_biases(layer, expert),
             clamped: self.spec().moe(layer).is_some_and(|moe| is_clamped(moe.act)),
             gate: self.overlay.matrix(gate, &weights.gate),
             up: self.overlay.matrix(up, &weights.up),
             down: self.overlay.matrix(down, &weights.down),
-        })
+        }
     }
 }

@@ -89,6 +89,20 @@ pub enum ResidencyError {
         /// Bytes of buffers.
         overhead_bytes: u64,
     },
+    /// Not even the least that streams fits.
+    #[error(
+        "cannot stream experts in {}: {} needed at least; help: --memory {}",
+        human(*budget_bytes), human(*needed_bytes), flag(*needed_bytes)
+    )]
+    NoRoomToStream {
+        /// Bytes allowed.
+        budget_bytes: u64,
+        /// Bytes needed at least.
+        needed_bytes: u64,
+    },
+    /// The system starts no thread to read with.
+    #[error("cannot start a thread to read experts with")]
+    NoThread(#[source] io::Error),
     /// The system gives no more memory.
     #[error("cannot get {} of memory from the system; help: keep fewer experts, or set --memory", human(*bytes))]
     NoMemory {

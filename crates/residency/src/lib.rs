@@ -3,6 +3,7 @@
 //! Knows byte ranges, matrices and experts; it does not know what a token is. [`Weights`] reads a checkpoint's skeleton
 //! (all but routed experts) and any choice of experts, and never touches the bytes of the others.
 
+mod cache;
 mod error;
 mod finite;
 mod load;
@@ -11,6 +12,9 @@ mod plan;
 mod unpack;
 mod weights;
 
+pub use cache::{
+    CachePolicy, ExpertCache, Lease, READERS, StreamOptions, StreamStats, Visit, least_stream_bytes, most_stream_bytes,
+};
 pub use error::{ResidencyError, Result};
 pub use load::read_stored;
 pub use matrix::{Bytes, Expert, Matrix};

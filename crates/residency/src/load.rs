@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use quorate_formats::spec::NormKind;
-use quorate_formats::{Checkpoint, Role, TensorLoc};
+use quorate_formats::{Checkpoint, Role, TensorLoc, UNCACHED_ALIGNMENT, uncached_len};
 use quorate_kernels::{DType, dequantize};
 
 use crate::error::{ResidencyError, Result};
@@ -89,46 +89,107 @@ impl Spare {
     }
 }
 
-/// Reads one routed expert, and nothing else. Its three matrices share one buffer, in the order of the file; ranges
-/// that adjoin there and here are read at once.
-pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize, spare: &Spare) -> Result<Expert> {
-    let roles = Role::of_expert(layer, expert);
-    let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
-    let mut order = [0, 1, 2];
-    order.sort_by_key(|&i| (locs[i].file, locs[i].offset));
+/// Where an expert's three matrices lie in the files and in a buffer.
+pub(crate) struct Layout {
+    /// Gate, up and down in the buffer.
+    ranges: [Range<usize>; 3],
+    /// File, offset there, place of the bytes in the buffer. Ranges that adjoin there and here are read at once.
+    reads: Vec<(usize, u64, Range<usize>)>,
+    /// Length of the buffer.
+    pub len: usize,
+}
 
-    let mut ranges: [Range<usize>; 3] = [0..0, 0..0, 0..0];
-    let mut reads: Vec<(usize, u64, Range<usize>)> = Vec::new();
-    let mut end = 0usize;
-    for i in order {
-        let loc = locs[i];
-        let start = end.next_multiple_of(ALIGNMENT);
-        end = start + usize_of(loc.len);
-        ranges[i] = start..end;
-        match reads.last_mut() {
-            Some((file, offset, range))
-                if *file == loc.file && *offset + range.len() as u64 == loc.offset && range.end == start =>
-            {
-                range.end = end;
+/// How bytes of the file come into memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Through the system's cache, each matrix at a cache line.
+    Cached,
+    /// Past it, in the sectors that hold them: each read has whole pages of the buffer.
+    Uncached,
+}
+
+impl Layout {
+    /// The layout of an expert that is read in one way.
+    pub(crate) fn of(checkpoint: &Checkpoint, layer: usize, expert: usize, way: Way) -> Result<Self> {
+        let roles = Role::of_expert(layer, expert);
+        let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
+        let mut order = [0, 1, 2];
+        order.sort_by_key(|&i| (locs[i].file, locs[i].offset));
+        let mut ranges: [Range<usize>; 3] = [0..0, 0..0, 0..0];
+        let mut reads: Vec<(usize, u64, Range<usize>)> = Vec::with_capacity(3);
+        let mut end = 0usize;
+        for i in order {
+            let loc = locs[i];
+            let adjoins = |(file, offset, range): &(usize, u64, Range<usize>)| {
+                *file == loc.file && *offset + range.len() as u64 == loc.offset
+            };
+            let last = reads.last_mut().filter(|last| adjoins(last));
+            let start = match way {
+                Way::Cached => end.next_multiple_of(ALIGNMENT),
+                Way::Uncached if last.is_some() => end,
+                Way::Uncached => {
+                    end.next_multiple_of(UNCACHED_ALIGNMENT) + usize_of(loc.offset % UNCACHED_ALIGNMENT as u64)
+                }
+            };
+            match last.filter(|last| last.2.end == start) {
+                Some(last) => last.2.end = start + usize_of(loc.len),
+                None => reads.push((loc.file, loc.offset, start..start + usize_of(loc.len))),
             }
-            _ => reads.push((loc.file, loc.offset, start..end)),
+            end = start + usize_of(loc.len);
+            ranges[i] = start..end;
         }
+        let len = if way == Way::Uncached { end.next_multiple_of(UNCACHED_ALIGNMENT) } else { end };
+        Ok(Self { ranges, reads, len })
     }
-    let mut buffer = spare.take(end)?;
+}
+
+/// Reads one routed expert, and nothing else. Its three matrices share one buffer, in the order of the file.
+pub(crate) fn read_expert(checkpoint: &Checkpoint, layer: usize, expert: usize, spare: &Spare) -> Result<Expert> {
+    let layout = Layout::of(checkpoint, layer, expert, Way::Cached)?;
+    let buffer = spare.take(layout.len)?;
+    fill_expert(checkpoint, layer, expert, layout, buffer, Way::Cached)
+}
+
+/// Reads a routed expert into a buffer of the layout's length; for uncached reads, one of whole pages.
+pub(crate) fn fill_expert(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    expert: usize,
+    layout: Layout,
+    mut buffer: Buffer,
+    way: Way,
+) -> Result<Expert> {
+    let roles = Role::of_expert(layer, expert);
     if roles.iter().any(|&role| checkpoint.recipe(role).is_some()) {
-        for (&role, range) in roles.iter().zip(&ranges) {
+        for (&role, range) in roles.iter().zip(&layout.ranges) {
             let part = &mut buffer.as_mut_slice()[range.clone()];
-            match checkpoint.recipe(role) {
-                Some(recipe) => unpack(checkpoint, recipe, part)?,
-                None => checkpoint.read_into(checkpoint.tensor(role)?, part)?,
+            let Some(recipe) = checkpoint.recipe(role) else {
+                checkpoint.read_into(checkpoint.tensor(role)?, part)?;
+                continue;
+            };
+            unpack(checkpoint, recipe, part)?;
+            if way == Way::Uncached {
+                for loc in recipe.stored() {
+                    checkpoint.files()[loc.file].check_unchanged()?;
+                    checkpoint.files()[loc.file].forget_range(loc.offset, loc.len);
+                }
             }
         }
     } else {
-        for (file, offset, range) in reads {
-            checkpoint.files()[file].read_at(offset, &mut buffer.as_mut_slice()[range])?;
+        for (file, offset, range) in layout.reads {
+            let (file, buffer) = (&checkpoint.files()[file], buffer.as_mut_slice());
+            match way {
+                Way::Cached => file.read_at(offset, &mut buffer[range])?,
+                Way::Uncached => {
+                    let start = range.start / UNCACHED_ALIGNMENT * UNCACHED_ALIGNMENT;
+                    let len = uncached_len(offset, range.len());
+                    file.read_uncached(offset, range.len(), &mut buffer[start..start + len])?;
+                }
+            }
         }
     }
-    let mut parts = Bytes::parts(buffer, ranges).into_iter().zip(locs);
+    let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
+    let mut parts = Bytes::parts(buffer, layout.ranges).into_iter().zip(locs);
     let mut next = || {
         let (bytes, loc) = parts.next().expect("three parts are taken");
         let dtype = checked(checkpoint, loc, &bytes)?;

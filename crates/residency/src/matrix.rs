@@ -28,14 +28,21 @@ impl Buffer {
     /// Zeros.
     pub(crate) fn zeroed(len: usize) -> Result<Self> {
         if len >= MAPPED_BYTES_MIN {
-            let mapped = MmapMut::map_anon(len);
-            let mapped = mapped.map_err(|source| ResidencyError::NoMemory { bytes: len as u64, source })?;
-            advise_huge_pages(&mapped);
-            return Ok(Self::Mapped(mapped));
+            return Self::pages(len);
         }
         let bytes = vec![0; len + ALIGNMENT - 1];
         let start = bytes.as_ptr().addr().next_multiple_of(ALIGNMENT) - bytes.as_ptr().addr();
         Ok(Self::Heap { bytes, start, len })
+    }
+
+    /// Whole pages of zeros, whatever the length.
+    pub(crate) fn pages(len: usize) -> Result<Self> {
+        let mapped = MmapMut::map_anon(len.max(1));
+        let mapped = mapped.map_err(|source| ResidencyError::NoMemory { bytes: len as u64, source })?;
+        if len >= MAPPED_BYTES_MIN {
+            advise_huge_pages(&mapped);
+        }
+        Ok(Self::Mapped(mapped))
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -67,7 +74,8 @@ fn advise_huge_pages(mapped: &MmapMut) {
 #[cfg(not(target_os = "linux"))]
 fn advise_huge_pages(_mapped: &MmapMut) {}
 
-/// Shared bytes that begin at a multiple of 64. A clone is another handle on the same memory.
+/// Shared bytes that begin at a multiple of 64, or, of an expert that is streamed, lie as in the file. A clone is another
+/// handle on the same memory.
 #[derive(Clone)]
 pub struct Bytes {
     buffer: Arc<Buffer>,
@@ -75,7 +83,7 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Parts of one buffer. Each range should begin at a multiple of [`ALIGNMENT`].
+    /// Parts of one buffer. Each range should begin at a multiple of [`ALIGNMENT`], or cost nothing to put elsewhere.
     pub(crate) fn parts<const N: usize>(buffer: Buffer, ranges: [Range<usize>; N]) -> [Self; N] {
         let buffer = Arc::new(buffer);
         ranges.map(|range| Self { buffer: buffer.clone(), range })

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use quorate_formats::{Checkpoint, Role};
 
+use crate::cache::{ExpertCache, StreamOptions};
 use crate::error::{ResidencyError, Result};
 use crate::load::{Loaded, Spare, in_parallel, read_expert, read_weight};
 use crate::matrix::{Expert, Matrix};
@@ -22,6 +23,8 @@ pub struct Weights {
     vectors: HashMap<Role, Vec<f32>>,
     /// By decoder layer, then expert.
     experts: Vec<Vec<Option<Expert>>>,
+    /// If experts are streamed, they are all here, and none above.
+    stream: Option<ExpertCache>,
     read_before: u64,
 }
 
@@ -35,6 +38,7 @@ impl Weights {
             budget: budget.into(),
             matrices: HashMap::new(),
             vectors: HashMap::new(),
+            stream: None,
             read_before: checkpoint.bytes_read(),
             checkpoint,
         }
@@ -96,7 +100,7 @@ impl Weights {
     ///
     /// New experts are read before old ones are dropped where the budget has room for both; then an error leaves the
     /// store as it was. Else those no longer kept are dropped first and the new ones take their memory, which is also
-    /// faster; an error then leaves the common ones.
+    /// faster; an error then leaves the common ones. Experts that were streamed are dropped.
     ///
     /// # Errors
     /// Unknown experts, a budget too small, a file that cannot be read, or a value that is not a number.
@@ -110,6 +114,7 @@ impl Weights {
     /// As there, or a cancel.
     pub fn load_experts_with(&mut self, kept: &[Option<Vec<usize>>], progress: &mut Progress<'_>) -> Result<()> {
         let wanted = self.wanted(kept)?;
+        self.stream = None;
         let mut new: Vec<_> = wanted.iter().copied().filter(|&(l, e)| self.expert(l, e).is_none()).collect();
         let bytes = |&(l, e): &(usize, usize)| self.checkpoint.expert_bytes(l, e);
         let skeleton = self.resident_bytes() - self.expert_bytes_resident();
@@ -133,6 +138,45 @@ impl Weights {
             self.experts[l][e] = Some(expert);
         }
         Ok(())
+    }
+
+    /// From now on any expert is read when it is wanted, into a bounded number of bytes; experts loaded before are dropped.
+    /// `best_first` are pinned as far as they fit, as decoder layer and expert; `rates` says for each decoder layer how
+    /// likely each expert is to be used by a token, if that is known. With the same options as before, what is in memory
+    /// stays.
+    ///
+    /// # Errors
+    /// Too little room, a budget too small for room and skeleton, experts that the model does not have, a read that
+    /// failed, or a cancel; after the latter two the others are streamed all the same.
+    pub fn stream_experts(
+        &mut self,
+        options: &StreamOptions,
+        best_first: &[(usize, usize)],
+        rates: Option<&[Vec<f32>]>,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        for &(l, e) in best_first {
+            if self.experts.get(l).is_none_or(|layer| e >= layer.len()) {
+                let problem = format!("layer {l} has no expert {e}");
+                return Err(ResidencyError::Kept { problem, help: "is the plan or pattern of another model?" });
+            }
+        }
+        if self.stream.as_ref().is_none_or(|cache| cache.options() != options) {
+            let skeleton = plan::skeleton_bytes(&self.checkpoint);
+            self.budget.check(skeleton.saturating_add(options.room_bytes))?;
+            self.stream = None;
+            drop(self.keep_only(&BTreeSet::new()));
+            self.stream = Some(ExpertCache::new(self.checkpoint.clone(), options.clone())?);
+        }
+        match &self.stream {
+            Some(cache) => cache.pin(best_first, rates, progress),
+            None => Ok(()),
+        }
+    }
+
+    /// The streamed experts, if they are streamed.
+    pub fn stream(&self) -> Option<&ExpertCache> {
+        self.stream.as_ref()
     }
 
     /// The experts meant by `kept`, as decoder layer and expert.
@@ -184,7 +228,7 @@ impl Weights {
         read_expert(&self.checkpoint, layer, expert, &Spare::default())
     }
 
-    /// A routed expert of a DECODER layer, if it is in memory.
+    /// A routed expert of a DECODER layer, if it is loaded; one that is streamed is given out by the cache only.
     pub fn expert(&self, layer: usize, expert: usize) -> Option<&Expert> {
         self.experts.get(layer)?.get(expert)?.as_ref()
     }
@@ -252,12 +296,19 @@ impl Weights {
 
     /// Bytes of the routed experts in memory.
     pub fn expert_bytes_resident(&self) -> u64 {
-        self.resident_experts().map(Expert::bytes).sum()
+        let streamed = self.stream.as_ref().map_or(0, ExpertCache::resident_bytes);
+        self.resident_experts().map(Expert::bytes).sum::<u64>() + streamed
     }
 
     /// Number of routed experts in memory, of all layers.
     pub fn experts_resident(&self) -> usize {
-        self.resident_experts().count()
+        (0..self.experts.len()).map(|l| self.experts_resident_in(l)).sum()
+    }
+
+    /// Number of routed experts of a decoder layer in memory.
+    pub fn experts_resident_in(&self, layer: usize) -> usize {
+        let loaded = self.experts.get(layer).map_or(0, |layer| layer.iter().flatten().count());
+        loaded + self.stream.as_ref().map_or(0, |cache| cache.resident_in(layer))
     }
 
     fn resident_experts(&self) -> impl Iterator<Item = &Expert> {

@@ -9,10 +9,12 @@ use quorate_lens::{
     ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats,
 };
 use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
+use quorate_residency::StreamStats;
 use serde_json::{Value, json};
 
 use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, say};
 use crate::experts::{Beside, ExpertArgs, open};
+use crate::stream;
 
 /// Arguments of `bench`.
 #[derive(Args)]
@@ -23,6 +25,7 @@ Examples:
   quorate bench
   quorate bench --task arithmetic --keep 8 --repeat 9
   quorate bench --cold --task arithmetic --keep 8
+  quorate bench --memory 60MiB --on-miss stream --cache lru
   quorate bench --lens none,record,intervene,profile --threads 2 --json")]
 pub struct Bench {
     /// Tokens of the prompt
@@ -64,6 +67,10 @@ struct Run {
     prefill: f64,
     decode: f64,
     first_token_s: f64,
+    /// Seconds of each decoded token.
+    tokens_s: Vec<f64>,
+    /// What streaming did in the prompt, and in decoding.
+    streamed: [StreamStats; 2],
 }
 
 impl Bench {
@@ -86,7 +93,7 @@ impl Bench {
         let disk_bytes = disk_read_bytes().zip(disk_before).map(|(after, before)| after - before);
         let mut runs: Vec<Run> = Vec::new();
         let mut progress = common.progress("bench", (self.repeat * self.lens.len()) as u64, "runs");
-        self.once(&model, LensArg::None)?; // warms caches and buffers
+        let first_run = self.once(&model, LensArg::None)?; // warms caches and buffers
         for repeat in 0..self.repeat {
             for (i, &lens) in self.lens.iter().enumerate() {
                 runs.push(self.once(&model, lens)?);
@@ -99,6 +106,10 @@ impl Bench {
         progress.finish();
         let of = |lens: LensArg| -> Vec<&Run> { runs.iter().filter(|r| r.lens == lens).collect() };
         let first = of(self.lens[0]);
+        let tokens_s: Vec<f64> = first.iter().flat_map(|r| r.tokens_s.iter().copied()).collect();
+        let streamed = first
+            .iter()
+            .fold([StreamStats::default(); 2], |sum, r| [sum[0].plus(&r.streamed[0]), sum[1].plus(&r.streamed[1])]);
         let lenses: Vec<Value> = (self.lens.iter())
             .map(|&lens| {
                 let own = of(lens);
@@ -115,8 +126,14 @@ impl Bench {
             "prefill_tokens_per_s": median(first.iter().map(|r| r.prefill).collect()),
             "decode_tokens_per_s": median(first.iter().map(|r| r.decode).collect()),
             "time_to_first_token_s": median(first.iter().map(|r| r.first_token_s).collect()),
+            "token_s": { "p50": quantile(&tokens_s, 0.5), "p90": quantile(&tokens_s, 0.9),
+                "p99": quantile(&tokens_s, 0.99), "max": quantile(&tokens_s, 1.0) },
             "load_s": load_s, "peak_rss_bytes": peak_rss_bytes(),
-            "resident_weight_bytes": model.weights().resident_bytes(), "expert_hit_rate": 1.0,
+            "first_run": { "time_to_first_token_s": load_s + first_run.first_token_s,
+                "prefill_tokens_per_s": first_run.prefill, "decode_tokens_per_s": first_run.decode },
+            "resident_weight_bytes": model.weights().resident_bytes(),
+            "expert_hit_rate": if model.weights().stream().is_some() { streamed[1].hit_rate() } else { Some(1.0) },
+            "stream": { "prefill": stream::report(&model, &streamed[0]), "decode": stream::report(&model, &streamed[1]) },
             "bytes_read": model.weights().bytes_read(), "disk_bytes_read": disk_bytes, "cold": self.cold, "lenses": lenses,
             "runs": runs.iter().map(|r| json!({ "lens": format!("{:?}", r.lens).to_lowercase(),
                 "prefill_tokens_per_s": r.prefill, "decode_tokens_per_s": r.decode })).collect::<Vec<_>>(),
@@ -148,6 +165,13 @@ impl Bench {
                 n("prefill_ratio"),
                 n("decode_ratio")
             )?;
+        }
+        let ms = |q: f64| 1e3 * quantile(&tokens_s, q);
+        say!("ms a token: {:.1} median, {:.1} p90, {:.1} p99, {:.1} max", ms(0.5), ms(0.9), ms(0.99), ms(1.0))?;
+        if let Some(described) = stream::described(&model) {
+            say!("{described}")?;
+            say!("prefill: {}", stream::summary(&streamed[0]))?;
+            say!("decode:  {}", stream::summary(&streamed[1]))?;
         }
         say!(
             "loaded in {load_s:.3} s; weights {}, read {} ({} from the disk), peak memory {}",
@@ -186,6 +210,7 @@ impl Bench {
         };
         let mut cache = KvCache::new(model.spec(), 1);
         let prompt: Vec<u32> = (0..self.prefill).map(|_| token()).collect();
+        let before = stream::stats(model);
         let start = Instant::now();
         for chunk in prompt.chunks(quorate_model::PREFILL_CHUNK) {
             model.forward(
@@ -195,12 +220,16 @@ impl Bench {
             )?;
         }
         let first_token_s = start.elapsed().as_secs_f64();
-        let start = Instant::now();
+        let between = stream::stats(model);
+        let mut tokens_s = Vec::with_capacity(self.decode);
         for _ in 0..self.decode {
+            let start = Instant::now();
             model.forward(&[Segment::decode(0, token())], &mut cache, chosen)?;
+            tokens_s.push(start.elapsed().as_secs_f64());
         }
-        let decode = self.decode as f64 / start.elapsed().as_secs_f64();
-        Ok(Run { lens, prefill: self.prefill as f64 / first_token_s, decode, first_token_s })
+        let decode = self.decode as f64 / tokens_s.iter().sum::<f64>();
+        let streamed = [between.since(&before), stream::stats(model).since(&between)];
+        Ok(Run { lens, prefill: self.prefill as f64 / first_token_s, decode, first_token_s, tokens_s, streamed })
     }
 }
 
@@ -208,4 +237,12 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let n = values.len();
     if n == 0 { f64::NAN } else { 0.5 * (values[(n - 1) / 2] + values[n / 2]) }
+}
+
+/// The smallest value that a share `q` of the values do not exceed.
+fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() as f64 * q).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }

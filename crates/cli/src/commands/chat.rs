@@ -6,12 +6,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_model::text::Message;
-use quorate_model::{KvCache, NoLens};
+use quorate_model::{KvCache, ModelError, NoLens};
 use serde_json::json;
 
 use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
 use crate::common::{Common, interrupted, say, wait_for};
 use crate::experts::{Beside, ExpertArgs, open};
+use crate::stream;
 
 /// Arguments of `chat`.
 #[derive(Args)]
@@ -49,6 +50,7 @@ impl Chat {
         let mut held: Vec<u32> = Vec::new(); // tokens whose keys and values the cache holds
         let mut task: Option<Option<String>> = None;
         let options = self.sampling.options();
+        let mut failed = false;
         while let Some(line) = read_line()? {
             let start = Instant::now();
             messages.push(Message::new("user", line.clone()));
@@ -76,11 +78,28 @@ impl Chat {
             let shared = cache.len(0); // a recurrent state cannot be taken back
             let mut timing = Timing::new(start, prompt.len() - shared);
             let mut shown = Shown::new(common);
+            let before = stream::stats(&model);
             let answer = model.generate(&prompt[shared..], 0, &mut cache, &options, &mut NoLens, &mut |event| {
                 timing.note(&event);
                 shown.show(&event) && !interrupted()
-            })?;
+            });
             timing.end();
+            let answer = match answer {
+                Ok(answer) => answer,
+                // A file that cannot be read now may be there for the next message.
+                Err(error @ (ModelError::Residency(_) | ModelError::Format(_))) => {
+                    shown.end()?;
+                    let error = format!("{:#}", anyhow::Error::from(error));
+                    if common.json {
+                        say!("{}", json!({ "error": error }))?;
+                    }
+                    common.note(&format!("error: {error}"));
+                    (held, failed) = (cache.tokens(0).to_vec(), true);
+                    messages.pop();
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             shown.end()?;
             held = prompt;
             held.extend(&answer.tokens);
@@ -90,15 +109,22 @@ impl Chat {
                     "text": answer.text, "tokens": answer.tokens, "task": task.clone().flatten(),
                     "cached_tokens": shared, "finish": answer.finish.name(),
                     "decode_tokens_per_s": timing.decode_rate(), "time_to_first_token_s": timing.first_token_s,
+                    "stream": stream::report(&model, &stream::stats(&model).since(&before)),
                 });
                 say!("{document}")?;
             } else {
                 common.note(&timing.summary());
+                if model.weights().stream().is_some() {
+                    common.note(&stream::summary(&stream::stats(&model).since(&before)));
+                }
             }
             messages.push(Message::new("assistant", answer.text));
             if interrupted() {
                 bail!("interrupted");
             }
+        }
+        if failed {
+            bail!("not every message was answered");
         }
         Ok(())
     }

@@ -13,8 +13,9 @@ use quorate_lens::{Interventions, Library, retrieve};
 use quorate_model::{Lens, Model, NoLens};
 use serde_json::{Value, json};
 
-use crate::common::{Common, interrupted, parse_count, say};
+use crate::common::{Common, interrupted, parse_count, peak_rss_bytes, say};
 use crate::experts::{Beside, ExpertArgs, load_plan, need_experts, open};
+use crate::stream;
 
 /// Arguments of `eval`.
 #[derive(Args)]
@@ -38,7 +39,7 @@ pub struct Eval {
     #[arg(long, default_value = "none")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect", "protect_file"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "metric", "scope", "mode", "protect", "protect_file"])]
     plan: Option<PathBuf>,
     /// Items per task at most
     #[arg(long, value_name = "N", value_parser = parse_count)]
@@ -73,11 +74,17 @@ impl Eval {
         if self.task == "random" {
             experts.metric = "random".into();
         }
+        let mut options = EvalOptions { max_tokens: self.max_tokens, ..EvalOptions::default() };
+        if experts.memory.is_some() {
+            options.parallel = 4;
+        }
+        let cache_tokens = options.parallel * model.spec().max_position_embeddings;
+        let beside = Beside { cache_tokens, logit_rows: options.text_batch_tokens() };
         let mut interventions = Interventions::default();
         let mut plan = json!({ "keep": null, "task": self.task, "metric": null, "mode": null });
         let groups = match &self.plan {
             Some(path) => {
-                let (read, prepared) = load_plan(common, &mut model, path)?;
+                let (read, prepared) = load_plan(common, &mut model, path, Some((&self.experts, beside)))?;
                 interventions = prepared;
                 plan = json!({ "keep": null, "task": read.task, "metric": read.metric, "mode": read.routing_mode });
                 vec![Group { pattern: None, items: items.clone() }]
@@ -86,12 +93,6 @@ impl Eval {
         };
         let mut none = NoLens;
         let lens: &mut dyn Lens = if interventions.is_empty() { &mut none } else { &mut interventions };
-        let mut options = EvalOptions { max_tokens: self.max_tokens, ..EvalOptions::default() };
-        if experts.memory.is_some() {
-            options.parallel = 4;
-        }
-        let cache_tokens = options.parallel * model.spec().max_position_embeddings;
-        let beside = Beside { cache_tokens, logit_rows: options.text_batch_tokens() };
         let mut scores = vec![TaskScore::default(); tasks.len()];
         let mut used = vec![BTreeMap::<String, usize>::new(); tasks.len()];
         let mut resident = 0;
@@ -135,6 +136,7 @@ impl Eval {
         let document = json!({
             "model": common.model_path()?, "fingerprint": model.checkpoint().fingerprint(), "plan": plan, "tasks": rows,
             "mean_exact_match": mean, "resident_bytes": resident, "model_bytes": model.weights().model_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(), "stream": stream::report(&model, &stream::stats(&model)),
             "seconds": start.elapsed().as_secs_f64(),
         });
         if common.json {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::inspect_text;
 use crate::common::{Common, parse_count, say};
 use crate::hub::{self, Hub};
+use crate::stream::BASE_BYTES;
 
 /// Arguments of `inspect`.
 #[derive(Args)]
@@ -146,7 +147,7 @@ impl Inspect {
             Cache::Own => CacheLayout::own(spec),
             Cache::Compact => CacheLayout::compact(spec),
         };
-        let fits = fits(&sizes, cache.bytes(context), buffer_bytes(spec, 1));
+        let fits = fits(&sizes, cache.bytes(context), BASE_BYTES + buffer_bytes(spec, 1));
         add(
             &mut document,
             &json!({

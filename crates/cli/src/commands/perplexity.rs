@@ -59,7 +59,7 @@ impl Perplexity {
         let windows = Windows::new(&tokens, bos, self.context);
         let mut interventions = Interventions::default();
         match &self.plan {
-            Some(path) => interventions = load_plan(common, &mut model, path)?.1,
+            Some(path) => interventions = load_plan(common, &mut model, path, None)?.1,
             None => common.load_all_experts(&mut model)?,
         }
         let start = Instant::now();

@@ -70,7 +70,7 @@ impl Record {
         }
         let mut interventions = Interventions::default();
         match &self.plan {
-            Some(path) => interventions = load_plan(common, &mut model, path)?.1,
+            Some(path) => interventions = load_plan(common, &mut model, path, None)?.1,
             None => common.load_all_experts(&mut model)?,
         }
         let mut recorder = Recorder::new(&sites, layers.list());

@@ -14,8 +14,9 @@ use quorate_model::text::Message;
 use quorate_model::{Event, GenerateOptions, KvCache, Model};
 use serde_json::json;
 
-use crate::common::{Common, as_text, human_bytes, interrupted, say, wait_for};
+use crate::common::{Common, as_text, human_bytes, interrupted, peak_rss_bytes, say, wait_for};
 use crate::experts::{Beside, ExpertArgs, kept_per_layer, load_plan, open};
+use crate::stream;
 
 /// Arguments of `run`.
 #[derive(Args)]
@@ -25,6 +26,7 @@ Examples:
   quorate run \"What is the capital of Oman?\" --keep 8 --json
   quorate run \"<s>It is a truth universally\" --raw --task prose --max-tokens 40
   quorate run \"78+95=\" --plan plan.toml
+  quorate run \"78+95=\" --memory 60MiB --on-miss stream
   quorate run \"78+95=\" --reroute --json")]
 pub struct Run {
     /// The prompt; `-` reads it from standard input
@@ -33,7 +35,7 @@ pub struct Run {
     #[arg(long, default_value = "auto")]
     task: String,
     /// Plan file: kept experts and interventions
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "memory", "metric", "scope", "mode", "protect", "protect_file"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["task", "keep", "metric", "scope", "mode", "protect", "protect_file"])]
     plan: Option<PathBuf>,
     #[command(flatten)]
     experts: ExpertArgs,
@@ -107,17 +109,17 @@ impl Run {
             if self.raw { encode_text(&model, &text)? } else { chat_prompt(&model, &[Message::new("user", text)])? };
         let mut found = None;
         let mut interventions = Interventions::default();
+        let tokens = prompt.len().saturating_add(self.sampling.max_tokens);
+        let beside = Beside::sequence(model.spec(), tokens);
         let task = match &self.plan {
             Some(path) => {
-                let (plan, prepared) = load_plan(common, &mut model, path)?;
+                let (plan, prepared) = load_plan(common, &mut model, path, Some((&self.experts, beside)))?;
                 interventions = prepared;
                 plan.task
             }
             None => {
                 let choice = choose_task(common, &mut model, &library, &prompt, &self.task, &self.experts)?;
                 found = choice.nearest;
-                let tokens = prompt.len().saturating_add(self.sampling.max_tokens);
-                let beside = Beside::sequence(model.spec(), tokens);
                 self.experts.load(common, &mut model, &library, choice.task.as_deref(), beside)?;
                 choice.task
             }
@@ -127,7 +129,11 @@ impl Run {
             bail!("--reroute cannot fit through a plan's interventions; help: leave one of the two out");
         }
 
+        if self.reroute && model.weights().stream().is_some() {
+            bail!("--reroute needs gradients, which do not go through streamed experts; help: leave --on-miss out");
+        }
         let mut cache = KvCache::new(model.spec(), 1);
+        let before = stream::stats(&model);
         let mut timing = Timing::new(start, prompt.len());
         let mut rerouter = match self.reroute {
             true => Some(Rerouter::new(&model, Rerouting::new(model.spec(), &self.fit)?)?),
@@ -163,11 +169,16 @@ impl Run {
                 "prefill_tokens_per_s": timing.prefill_rate(),
                 "decode_tokens_per_s": timing.decode_rate(),
                 "time_to_first_token_s": timing.first_token_s,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "stream": stream::report(&model, &stream::stats(&model).since(&before)),
                 "fits": self.reroute.then_some(&fits),
             }))?;
         } else {
             fits.iter().for_each(|fit| common.note(&fit.to_string()));
             common.note(&timing.summary());
+            if model.weights().stream().is_some() {
+                common.note(&stream::summary(&stream::stats(&model).since(&before)));
+            }
         }
         if interrupted() {
             bail!("interrupted");
@@ -278,6 +289,9 @@ pub fn announce(common: &Common, model: &Model, task: Option<&str>, nearest: Opt
         }
         (Some(task), None) => format!("task: {task}"),
     };
+    if let Some(streaming) = stream::described(model) {
+        return common.note(&format!("{why}; {streaming}"));
+    }
     let weights = model.weights();
     let all: usize = model.spec().moe_layers().iter().filter_map(|&l| model.spec().moe(l)).map(|m| m.n_experts).sum();
     common.note(&format!(

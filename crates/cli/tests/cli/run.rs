@@ -119,6 +119,52 @@ fn just_the_kept_experts_are_read_and_held() {
     }
 }
 
+/// Through little memory the answers are those of all experts, and the process keeps to what it may use.
+#[test]
+fn streaming_is_exact_and_inside_its_memory() {
+    let prompt = "Where did Frank Glover study?";
+    let whole = quorate!["run", prompt, "--task", "none", "--json"].json();
+    for (limit, cache) in [("44MiB", "lru"), ("50MiB", "pinned"), ("50MiB", "prefetch"), ("200MiB", "prefetch")] {
+        for task in ["auto", "none"] {
+            let run = quorate![
+                "run",
+                prompt,
+                "--task",
+                task,
+                "--json",
+                "--on-miss",
+                "stream",
+                "--memory",
+                limit,
+                "--cache",
+                cache
+            ];
+            let json = run.json();
+            assert_eq!((&json["text"], &json["tokens"]), (&whole["text"], &whole["tokens"]), "{limit} {cache}: {json}");
+            let bytes: u64 = limit.trim_end_matches("MiB").parse::<u64>().unwrap() << 20;
+            assert!(json["peak_rss_bytes"].as_u64().is_none_or(|peak| peak * 100 <= bytes * 102), "{json}");
+            let stream = &json["stream"];
+            assert_eq!(stream["policy"], json!(cache));
+            assert_eq!(stream["pinned"] == json!(0), task == "none" || cache == "lru", "{json}");
+            assert!(stream["reads"].as_u64().unwrap() > 0 && stream["hit_rate"].as_f64().is_some(), "{json}");
+        }
+    }
+    let run = quorate!["run", "78+95=", "--on-miss", "stream"];
+    assert_eq!(run.out, "173\n");
+    for part in
+        ["nearest task: arithmetic", "streaming all experts through ", " pinned", "experts in memory when wanted "]
+    {
+        assert!(run.err.contains(part), "{}", run.err);
+    }
+
+    let message = quorate!["run", "78+95=", "--memory", "12MiB", "--on-miss", "stream"]
+        .fails(3, &["cannot stream experts in 12.0 MiB", "needed at least", "help:"]);
+    let needed = message.split("--memory ").nth(1).expect("a size is suggested").trim();
+    quorate!["run", "78+95=", "--memory", needed, "--on-miss", "stream"].ok();
+    quorate!["run", "78+95=", "--keep", "8", "--on-miss", "stream"].fails(3, &["--keep", "--on-miss stream uses all"]);
+    quorate!["run", "78+95=", "--reroute", "--on-miss", "stream"].fails(3, &["--reroute needs gradients"]);
+}
+
 #[test]
 fn memory_is_kept_and_too_little_says_how_much_is_needed() {
     let mut before = 0;

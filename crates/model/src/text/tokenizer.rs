@@ -44,7 +44,7 @@ pub struct EncodedToken {
 impl Tokenizer {
     /// Reads the tokenizer of a GGUF file, or of a model folder: `tokenizer.json` and, where present,
     /// `tokenizer_config.json`, `special_tokens_map.json` and the chat template's files. The path of another file of a
-    /// model stands for its folder.
+    /// model stands for its folder; without `tokenizer.json` the GGUF file in it counts.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
     ///
