@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use quorate_convert::{Options, write_model};
+use quorate_convert::{Mix, Options, write_model};
 use quorate_formats::{check_output, write_file, write_pruned_hf};
 use quorate_kernels::Pool;
 use quorate_lens::interchange::{self, ListKind, RankedKeep};
@@ -14,6 +14,7 @@ use quorate_model::{Model, RoutingMode};
 use serde_json::json;
 
 use super::profile::patterns_of;
+use super::quantize::mix;
 use crate::common::{Common, human_bytes, interrupted, parse_bytes, say};
 use crate::experts::{Beside, ExpertArgs, ModeArg, ScopeArg, need_experts, open};
 
@@ -50,6 +51,9 @@ pub struct Prune {
     /// Folder (hf) or file to write
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
+    /// Types of the matrices of a gguf file, e.g. Q4_K_M; left out, as they are stored
+    #[arg(long = "type", value_name = "TYPE", value_parser = mix)]
+    mix: Option<&'static Mix>,
     /// Largest size of one safetensors file
     #[arg(long, default_value = "4GiB", value_parser = parse_bytes, value_name = "SIZE")]
     shard_size: u64,
@@ -89,6 +93,9 @@ impl Prune {
     pub fn run(&self, common: &Common) -> Result<()> {
         if self.form != Form::Hf {
             check_output(&self.output)?;
+        }
+        if self.mix.is_some() && self.form != Form::Gguf {
+            bail!("--type is of a gguf file; help: leave it out, or write --as gguf");
         }
         let experts = self.modes()?;
         let (model, kept) = match &self.list {
@@ -214,7 +221,7 @@ impl Prune {
                 progress.finish();
             }
             Form::Gguf => {
-                let options = Options { kept: Some(&kept.experts), ..Options::default() };
+                let options = Options { kept: Some(&kept.experts), mix: self.mix, ..Options::default() };
                 let pool = Pool::new(common.thread_count()?);
                 let mut progress = common.progress("writing", model.weights().model_bytes(), "bytes");
                 write_model(model.checkpoint(), &options, &self.output, &pool, &mut |done, _| {

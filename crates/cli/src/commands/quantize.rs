@@ -45,7 +45,8 @@ pub struct Quantize {
     pre: Option<String>,
 }
 
-fn mix(name: &str) -> Result<&'static Mix, String> {
+/// A type or mix by name.
+pub(super) fn mix(name: &str) -> Result<&'static Mix, String> {
     Mix::named(name).ok_or_else(|| {
         let known: Vec<&str> = MIXES.iter().map(|mix| mix.name).collect();
         format!("`{name}` is no type; help: one of {}", known.join(", "))

@@ -196,6 +196,31 @@ fn eval_with_a_plan() {
 }
 
 #[test]
+fn files_for_llama_cpp_answer_as_the_model_does() {
+    let folder = tempdir();
+    let (small, whole) = (folder.path().join("small.gguf"), folder.path().join("whole.gguf"));
+    let plan = folder.path().join("plan.toml");
+    let prune = ["prune", "--task", "arithmetic", "--keep", "10", "-o"];
+    quorate![prune[0], prune[1], prune[2], prune[3], prune[4], prune[5], &small, "--as", "gguf"].ok();
+    quorate![prune[0], prune[1], prune[2], prune[3], prune[4], prune[5], &plan, "--scope", "local", "--mode", "mask"]
+        .ok();
+    let json = quorate!["quantize", "-o", &whole, "--type", "q8_0", "--experts", "q4_0", "--json"].json();
+    has_fields(&json, &["output", "type", "bytes", "source_bytes", "seconds", "types", "without_importance"]);
+    assert!(json["bytes"].as_u64() < json["source_bytes"].as_u64().map(|n| n / 2), "{json}");
+    assert_eq!(quorate!["inspect", "-m", &small, "--json"].json()["experts"], json!(10));
+    for prompt in ["78+95=", "What is the capital of Oman?"] {
+        let pruned = quorate!["run", prompt, "-m", &small, "--json"].json();
+        let masked = quorate!["run", prompt, "--plan", &plan, "--json"].json();
+        assert_eq!(pruned["tokens"], masked["tokens"], "{prompt}");
+    }
+    let answer = quorate!["run", "78+95=", "-m", &whole, "--task", "none", "--json"].json();
+    assert_eq!(answer["tokens"], quorate!["run", "78+95=", "--task", "none", "--json"].json()["tokens"]);
+    quorate!["quantize", "-o", &whole, "--type", "Q9_K"].fails(2, &["`Q9_K` is no type", "Q4_K_M"]);
+    quorate!["prune", "--task", "bios", "-o", &plan, "--type", "Q8_0"].fails(3, &["--type is of a gguf file", "help:"]);
+    assert_eq!(names_in(folder.path()), ["plan.toml", "small.gguf", "whole.gguf"]);
+}
+
+#[test]
 fn a_pruned_folder_computes_what_the_masked_plan_does() {
     let folder = tempdir();
     let (hf, plan) = (folder.path().join("small"), folder.path().join("plan.toml"));
@@ -232,7 +257,7 @@ fn a_pruned_folder_computes_what_the_masked_plan_does() {
     for flags in [["--mode", "drop"], ["--mode", "mask-full-gates"], ["--scope", "global"]] {
         let refused =
             quorate!["prune", "--task", "bios", "-o", &folder.path().join("x"), "--as", "hf", flags[0], flags[1]];
-        refused.fails(3, &["a pruned folder", "help:", "--as plan"]);
+        refused.fails(3, &["a pruned model", "help:", "--as plan"]);
     }
     assert_eq!(names_in(folder.path()), ["plan.toml", "small"]);
 }
