@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use quorate_formats::{Checkpoint, FormatError, GgufValue};
-use quorate_model::text::{Tokenizer, gguf_pre_name};
+use quorate_model::text::{GPT2_SPLIT, Tokenizer, gguf_pre_name};
 use serde_json::Value;
 
 use crate::error::{ConvertError, Result};
@@ -25,8 +25,6 @@ const BYTE: i64 = 6;
 const APART: f64 = -1000.0;
 /// A space, as SentencePiece writes it.
 const SPACE: char = '\u{2581}';
-/// The expression of a byte-level splitter that says none.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 /// The metadata of a checkpoint's tokenizer. `pre` names the kind of splitting where it is not known by its expressions.
 pub(crate) fn metadata(checkpoint: &Checkpoint, pre: Option<&str>) -> Result<Vec<(String, GgufValue)>> {
@@ -194,7 +192,7 @@ impl Words<'_> {
                     splits.push(text.unwrap_or_default());
                 }
                 "Digits" => splits.push(r"\p{N}"),
-                "ByteLevel" if part["use_regex"] != false => splits.push(GPT2),
+                "ByteLevel" if part["use_regex"] != false => splits.push(GPT2_SPLIT),
                 _ => {}
             }
         }

@@ -27,6 +27,7 @@ use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+pub use self::pre::GPT2 as GPT2_SPLIT;
 use super::spm::{SPACE, Spm};
 use super::token_model::{Pipeline, TokenModel};
 use super::tokenizer_config::TokenizerConfig;

@@ -16,7 +16,7 @@ mod tokenizer_config;
 use std::path::PathBuf;
 
 pub use chat::{ChatTemplate, Message};
-pub use gguf::gguf_pre_name;
+pub use gguf::{GPT2_SPLIT, gguf_pre_name};
 pub use stream::StreamDecoder;
 pub use tokenizer::{EncodedToken, Tokenizer};
 pub use tokenizer_config::SpecialTokens;
