@@ -42,7 +42,7 @@ impl Pass<'_> {
         self.append(l, [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()], &k, &v, cache)?;
         let z = self.weighted(here, attn, [&q, &k, &v], cache)?;
         let z = match gate {
-            Some(gate) => ops::gated_by_sigmoid(&z, &gate)?,
+            Some(gate) => ops::sigmoid_gated(&z, &gate)?,
             None => z,
         };
         self.gathered(here, attn, z)

@@ -236,18 +236,18 @@ pub(crate) fn pick_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor, ModelError
     })
 }
 
-/// `x[t] * sigmoid(gate[t])`; `x [n, d]`, `gate [n, 1]`.
+/// `x * sigmoid(gate)`: a gate for each value, or for each row of `x` (`gate [n, 1]`).
 pub(crate) fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelError> {
-    let d = x.dim(1)?;
+    let each = x.elem_count() / gate.elem_count().max(1);
     let g = values(gate)?;
-    let y = values(x)?.iter().enumerate().map(|(i, v)| v / (1.0 + (-g[i / d]).exp())).collect();
+    let y = values(x)?.iter().enumerate().map(|(i, v)| v / (1.0 + (-g[i / each]).exp())).collect();
     attach(&[x, gate], y, x.dims(), || {
         move |node| {
             let [x, gate] = [values(node.args[0])?, values(node.args[1])?];
             let s: Vec<f32> = gate.iter().map(|g| 1.0 / (1.0 + (-g).exp())).collect();
-            let dx = node.dy.iter().enumerate().map(|(i, dy)| dy * s[i / d]).collect();
-            let rows = x.chunks_exact(d).zip(node.dy.chunks_exact(d)).zip(&s);
-            let dgate = rows.map(|((x, dy), s)| kernels::dot(x, dy) * s * (1.0 - s)).collect();
+            let dx = node.dy.iter().enumerate().map(|(i, dy)| dy * s[i / each]).collect();
+            let gates = x.chunks_exact(each).zip(node.dy.chunks_exact(each)).zip(&s);
+            let dgate = gates.map(|((x, dy), s)| kernels::dot(x, dy) * s * (1.0 - s)).collect();
             Ok(vec![Some(dx), Some(dgate)])
         }
     })
@@ -313,21 +313,6 @@ pub(crate) fn softcap(x: Tensor, c: f32) -> Result<Tensor, ModelError> {
         move |node| {
             let x = values(node.args[0])?;
             Ok(vec![Some(x.iter().zip(node.dy).map(|(x, dy)| dy * (1.0 - (x / c).tanh().powi(2))).collect())])
-        }
-    })
-}
-
-/// `x * sigmoid(gate)`, value by value.
-pub(crate) fn gated_by_sigmoid(x: &Tensor, gate: &Tensor) -> Result<Tensor, ModelError> {
-    let sigmoid = |g: f32| 1.0 / (1.0 + (-g).exp());
-    let y = values(x)?.iter().zip(&*values(gate)?).map(|(x, g)| x * sigmoid(*g)).collect();
-    attach(&[x, gate], y, x.dims(), || {
-        move |node| {
-            let [x, gate] = [values(node.args[0])?, values(node.args[1])?];
-            let s: Vec<f32> = gate.iter().map(|g| sigmoid(*g)).collect();
-            let dx = node.dy.iter().zip(&s).map(|(dy, s)| dy * s).collect();
-            let dgate = x.iter().zip(node.dy).zip(&s).map(|((x, dy), s)| x * dy * s * (1.0 - s)).collect();
-            Ok(vec![Some(dx), Some(dgate)])
         }
     })
 }
