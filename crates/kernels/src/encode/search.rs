@@ -41,11 +41,25 @@ pub(super) fn signed<const N: usize>(x: &[f32; N], w: &[f32; N], n: f32) -> (f32
     if peak.abs() < LEAST {
         return (0.0, [0.0; N]);
     }
-    let code = |inverse: f32, i: usize| round(inverse * x[i]).max(-n).min(n - 1.0);
-    let (mut gain, mut scale, mut inverse) = (0.0, -peak / n, -n / peak);
+    fitted(x, w, n, -peak, 9, [-n, n - 1.0])
+}
+
+/// A scale and codes between two ends: of `(n + 0.1 i) / span` for `i` from `-reach` to `reach`, the inverse scale with
+/// the least weighted squared error.
+#[inline(always)]
+fn fitted<const N: usize>(
+    x: &[f32; N],
+    w: &[f32; N],
+    n: f32,
+    span: f32,
+    reach: i32,
+    [low, high]: [f32; 2],
+) -> (f32, [f32; N]) {
+    let code = |inverse: f32, i: usize| round(inverse * x[i]).max(low).min(high);
+    let (mut gain, mut scale, mut inverse) = (0.0, span / n, n / span);
     // The middle first: of equals the first is taken.
-    for step in [0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9] {
-        let candidate = -(n + 0.1 * step as f32) / peak;
+    for step in std::iter::once(0).chain(-reach..0).chain(1..=reach) {
+        let candidate = (n + 0.1 * step as f32) / span;
         let xl = sum::<N>(|i| w[i] * x[i] * code(candidate, i));
         let ll = sum::<N>(|i| w[i] * code(candidate, i) * code(candidate, i));
         if ll > 0.0 && xl * xl > gain * ll {
@@ -121,19 +135,5 @@ pub(super) fn positive<const N: usize>(x: &[f32; N], w: &[f32; N], n: f32) -> (f
     if most < LEAST {
         return (0.0, [0.0; N]);
     }
-    let code = |inverse: f32, i: usize| round(inverse * x[i]).max(0.0).min(n);
-    let (mut gain, mut scale, mut inverse) = (0.0, most / n, n / most);
-    for step in [0, -4, -3, -2, -1, 1, 2, 3, 4] {
-        let candidate = (n + 0.1 * step as f32) / most;
-        let xl = sum::<N>(|i| w[i] * x[i] * code(candidate, i));
-        let ll = sum::<N>(|i| w[i] * code(candidate, i) * code(candidate, i));
-        if ll > 0.0 && xl * xl > gain * ll {
-            (gain, scale, inverse) = (xl * xl / ll, xl / ll, candidate);
-        }
-    }
-    let mut codes = [0.0; N];
-    for (i, out) in codes.iter_mut().enumerate() {
-        *out = code(inverse, i);
-    }
-    (scale, codes)
+    fitted(x, w, n, most, 4, [0.0, n])
 }
