@@ -24,13 +24,7 @@ pub(crate) enum Loaded {
 /// Reads a weight outside the routed experts: vectors and routers as f32, other matrices as stored.
 pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded> {
     let loc = checkpoint.tensor(role)?;
-    let mut buffer = Buffer::zeroed(usize_of(loc.len))?;
-    match checkpoint.recipe(role) {
-        Some(recipe) => unpack(checkpoint, recipe, buffer.as_mut_slice())?,
-        None => checkpoint.read_into(loc, buffer.as_mut_slice())?,
-    }
-    let bytes = Bytes::whole(buffer);
-    let dtype = checked(checkpoint, loc, &bytes)?;
+    let (dtype, bytes) = read_stored(checkpoint, role)?;
     let values = || {
         let mut values = vec![0.0; usize_of(loc.elements())];
         dequantize(dtype, &bytes, &mut values);
