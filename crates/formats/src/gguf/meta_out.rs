@@ -322,7 +322,7 @@ pub fn difference(source: &ModelSpec, written: &ModelSpec) -> Option<String> {
     source.family.clone_from(&written.family);
     source.eos_token_ids.clone_from(&written.eos_token_ids);
     source.bos_token_id = written.bos_token_id;
-    let value = |spec: &ModelSpec| serde_json::to_value(spec).unwrap_or_default();
+    let value = |spec: &ModelSpec| serde_json::to_value(spec).expect("a specification is JSON: its keys are text");
     differing(&value(&source), &value(written), "")
 }
 
