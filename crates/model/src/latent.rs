@@ -18,12 +18,14 @@ use crate::{KvCache, ModelError, Site};
 /// Epsilon of the norms of latent vectors, whatever the model's own.
 const LATENT_EPS: f32 = 1e-6;
 
-impl Pass<'_> {
-    /// Whether this pass can do without keys and values.
-    pub fn stays_latent(&self, here: Here, h: &Tensor, cache: &KvCache) -> Result<bool, ModelError> {
+impl<'a> Pass<'a> {
+    /// `W_b`, if this pass can do without keys and values.
+    pub fn stays_latent(&self, here: Here, h: &Tensor, cache: &KvCache) -> Result<Option<MatRef<'a>>, ModelError> {
         let watched = [Site::AttnK, Site::AttnV, Site::AttnKRot].iter().any(|&site| here.sites.contains(site));
-        let plain = !watched && !h.track_op() && self.model.matrix(Role::KvB(here.layer))?.stored().is_some();
-        Ok(plain && self.rows.spans.iter().all(|span| cache.is_latent(span.slot, here.layer)))
+        if watched || h.track_op() || !self.rows.spans.iter().all(|span| cache.is_latent(span.slot, here.layer)) {
+            return Ok(None);
+        }
+        Ok(self.model.matrix(Role::KvB(here.layer))?.stored().map(|matrix| matrix.as_ref()))
     }
 
     /// Attention on latent vectors.
@@ -32,6 +34,7 @@ impl Pass<'_> {
         here: Here,
         attn: &AttnSpec,
         mla: &MlaSpec,
+        unfolding: MatRef<'_>,
         h: &Tensor,
         cache: &mut KvCache,
     ) -> Result<Tensor, Exit> {
@@ -46,12 +49,12 @@ impl Pass<'_> {
         let none = tensor(Vec::new(), &[n, 1, 0])?;
         self.append(l, [width, 0], &rows, &none, cache)?;
 
-        let still = self.per_head(l, attn, mla, &q.narrow(2, 0, mla.nope_dim)?, Part::Keys)?;
+        let still = self.per_head(unfolding, mla, &q.narrow(2, 0, mla.nope_dim)?, Part::Keys)?;
         let moving = q.narrow(2, mla.nope_dim, attn.rope.dim)?;
         let q = Tensor::cat(&[&still, &moving], 2)?.contiguous()?;
         let one_head = AttnSpec { n_kv_heads: 1, head_dim: width, mla: None, ..attn.clone() };
         let z = self.weighted(here, &one_head, [&q, &rows, &rows], cache)?;
-        let z = self.per_head(l, attn, mla, &z.narrow(2, 0, rank)?, Part::Values)?;
+        let z = self.per_head(unfolding, mla, &z.narrow(2, 0, rank)?, Part::Values)?;
         self.gathered(here, attn, z)
     }
 
@@ -105,7 +108,7 @@ impl Pass<'_> {
     ) -> Result<(), ModelError> {
         let width = mla.kv_lora_rank + attn.rope.dim;
         for span in self.rows.spans.iter().filter(|span| cache.is_latent(span.slot, l)).copied().collect::<Vec<_>>() {
-            // The rows are those of RoPE's end already.
+            // Shared keys in the cache are rotated already.
             let held = cache.layer(span.slot, l).0[..span.pos0 * width].to_vec();
             if span.pos0 == 0 {
                 cache.keep_in_full(span.slot, l, Vec::new(), Vec::new());
@@ -121,10 +124,8 @@ impl Pass<'_> {
     }
 
     /// Each head's part of `W_b` on its own rows: `W_k^T q`, `[N, H, rank]`, or `W_v z`, `[N, H, v_head_dim]`.
-    fn per_head(&self, l: usize, attn: &AttnSpec, mla: &MlaSpec, x: &Tensor, part: Part) -> Result<Tensor, ModelError> {
+    fn per_head(&self, matrix: MatRef<'_>, mla: &MlaSpec, x: &Tensor, part: Part) -> Result<Tensor, ModelError> {
         let (n, heads, inner) = x.dims3()?;
-        let linear = self.model.matrix(Role::KvB(l))?;
-        let matrix = linear.stored().ok_or(ModelError::NoGradient { layer: l, what: "latent attention" })?.as_ref();
         let (first, count, outer) = match part {
             Part::Keys => (0, mla.nope_dim, mla.kv_lora_rank),
             Part::Values => (mla.nope_dim, mla.v_head_dim, mla.v_head_dim),
@@ -132,7 +133,7 @@ impl Pass<'_> {
         let row = matrix.data.len() / matrix.rows;
         // Head by head: [H, N, inner] to [H, N, outer].
         let x = x.transpose(0, 1)?.contiguous()?;
-        let (x, mut y) = (values(&x)?.to_vec(), vec![0.0; heads * n * outer]);
+        let (x, mut y) = (values(&x)?, vec![0.0; heads * n * outer]);
         for (h, (x, y)) in x.chunks_exact(n * inner).zip(y.chunks_exact_mut(n * outer)).enumerate() {
             let start = h * (mla.nope_dim + mla.v_head_dim) + first;
             let data = &matrix.data[start * row..(start + count) * row];
@@ -142,7 +143,7 @@ impl Pass<'_> {
                 Part::Values => kernels::matmul(self.model.pool(), self.pack, w, x, n, None, y),
             }
         }
-        Ok(tensor(y, &[attn.n_heads, n, outer])?.transpose(0, 1)?.contiguous()?)
+        Ok(tensor(y, &[heads, n, outer])?.transpose(0, 1)?.contiguous()?)
     }
 }
 

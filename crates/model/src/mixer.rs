@@ -15,8 +15,10 @@ impl Pass<'_> {
     pub fn attention(&mut self, here: Here, attn: &AttnSpec, h: &Tensor, cache: &mut KvCache) -> Result<Tensor, Exit> {
         let l = here.layer;
         let (q, k, v, gate) = match &attn.mla {
-            Some(mla) if self.stays_latent(here, h, cache)? => return self.latent_attention(here, attn, mla, h, cache),
             Some(mla) => {
+                if let Some(unfolding) = self.stays_latent(here, h, cache)? {
+                    return self.latent_attention(here, attn, mla, unfolding, h, cache);
+                }
                 self.keep_in_full(l, attn, mla, cache)?;
                 let (q, c, shared) = self.latents(l, attn, mla, h)?;
                 let (k, v) = self.unfolded(l, attn, mla, &c, &shared)?;
