@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
-use crate::quant::{CHUNK, Rounded, multiply_rounded, packed_len, round_row, rounded_dots};
+use crate::quant::{CHUNK, Extent, Rounded, extent, multiply_rounded, packed_len, round_row, rounded_dots};
 use crate::scratch;
 use crate::simd::Isa;
 use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
@@ -145,12 +145,14 @@ impl Product<'_> {
         let (slots, rows, cols) = (self.slots, self.rows, self.cols);
         assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
-        let (mut total, mut rounded) = (0, false);
+        let (mut total, mut rounded) = (0, None);
         for g in 0..groups {
             let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
-            rounded |= group.rounded;
             for w in group.weights.iter().flatten() {
+                if self.rounds(w.dtype) {
+                    rounded = rounded.max(Some(extent(w.dtype)));
+                }
                 let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
                 assert_eq!(shape, (rows, cols), "shape of the weights");
                 w.row_bytes();
@@ -176,10 +178,8 @@ impl Product<'_> {
     }
 
     /// Calls `f` with the chunks of all inputs, row by row, if they are wanted rounded.
-    fn with_rounded(&self, pool: &Pool, wanted: bool, f: impl FnOnce(&Self, *const Rounded)) {
-        if !wanted {
-            return f(self, std::ptr::null());
-        }
+    fn with_rounded(&self, pool: &Pool, wanted: Option<Extent>, f: impl FnOnce(&Self, *const Rounded)) {
+        let Some(extent) = wanted else { return f(self, std::ptr::null()) };
         let (isa, cols, each) = (pool.isa(), self.cols, self.cols.div_ceil(CHUNK));
         let rows = self.x.len().checked_div(cols).unwrap_or(0);
         scratch::rounded(rows * each, |chunks| {
@@ -188,7 +188,7 @@ impl Product<'_> {
                 for row in split(rows, part, parts, 1) {
                     let x = &x[row * cols..][..cols];
                     // SAFETY: the set was detected, and the rows of different parts do not overlap.
-                    unsafe { round_row(isa, x.as_ptr(), cols, out.get().add(row * each)) }
+                    unsafe { round_row(isa, x.as_ptr(), cols, extent, out.get().add(row * each)) }
                 }
             });
             f(self, chunks.as_ptr());
@@ -334,7 +334,8 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 ///
 /// With weights in blocks every 32 values of `x` are rounded to signed bytes of a common scale, so that a value is off by
 /// at most 1/254 of the greatest magnitude among its 32, and codes are multiplied as whole numbers; the sums of
-/// blocks are gathered in `f32`. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
+/// blocks are gathered in `f32`. With the K types and `IQ4_XS`, whose scales are whole numbers within a block, it is every
+/// 256 values (as in llama.cpp), and the sums of a block are whole numbers too. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
 /// beyond 2^100 or so, even if all its codes are 0.)
 ///
 /// # Panics

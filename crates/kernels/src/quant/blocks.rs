@@ -4,7 +4,7 @@
 
 use super::{GROUPS, Quant, Sink};
 use crate::DType;
-use crate::simd::Simd;
+use crate::simd::{Codes, Simd, Turned, Upright};
 
 /// A type with small blocks.
 pub(crate) trait Block {
@@ -17,7 +17,7 @@ pub(crate) trait Block {
     ///
     /// # Safety
     /// As for [`Quant::codes`].
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B;
+    unsafe fn block<C: Codes>(p: C::From) -> C::B;
 
     /// The scales and mins of up to eight blocks.
     ///
@@ -51,6 +51,7 @@ impl<T: Block> Quant for T {
     const SIGNED: bool = T::SIGNED;
     const OFFSET: u8 = T::OFFSET;
     const MINS: bool = T::MINS;
+    const TURNS: bool = true;
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(p: *const u8, n: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
@@ -63,6 +64,14 @@ impl<T: Block> Quant for T {
             sink.take(i, T::block::<S>(p.add(i * const { T::DTYPE.block_bytes() })));
         }
     }
+
+    #[inline(always)]
+    unsafe fn turned<S: Simd>(from: Upright, n: usize, sink: &mut impl Sink<Turned<S>>) {
+        for i in 0..n {
+            let from = Turned::<S>::skip(from, i * const { T::DTYPE.block_bytes() });
+            sink.take(i, T::block::<Turned<S>>(from));
+        }
+    }
 }
 
 /// Low nibbles are the first 16 values, high nibbles the others.
@@ -71,8 +80,8 @@ impl Block for Q4_0 {
     const DTYPE: DType = DType::Q4_0;
     const OFFSET: u8 = 8;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        S::nibbles(p.add(2))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        C::nibbles(C::skip(p, 2))
     }
 }
 
@@ -82,16 +91,15 @@ impl Block for Q4_1 {
     const DTYPE: DType = DType::Q4_1;
     const MINS: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        S::nibbles(p.add(4))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        C::nibbles(C::skip(p, 4))
     }
 }
 
 /// Four bytes with the fifth bits, then the nibbles.
 #[inline(always)]
-unsafe fn five_bits<S: Simd>(p: *const u8) -> S::B {
-    let high = S::spread_bits(p.cast::<u32>().read_unaligned());
-    S::or(S::nibbles(p.add(4)), S::and(high, S::splat_byte(16)))
+unsafe fn five_bits<C: Codes>(p: C::From) -> C::B {
+    C::or(C::nibbles(C::skip(p, 4)), C::and(C::bits(p), C::splat_byte(16)))
 }
 
 pub(crate) struct Q5_0;
@@ -99,8 +107,8 @@ impl Block for Q5_0 {
     const DTYPE: DType = DType::Q5_0;
     const OFFSET: u8 = 16;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        five_bits::<S>(p.add(2))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        five_bits::<C>(C::skip(p, 2))
     }
 }
 
@@ -109,8 +117,8 @@ impl Block for Q5_1 {
     const DTYPE: DType = DType::Q5_1;
     const MINS: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        five_bits::<S>(p.add(4))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        five_bits::<C>(C::skip(p, 4))
     }
 }
 
@@ -119,8 +127,8 @@ impl Block for Q8_0 {
     const DTYPE: DType = DType::Q8_0;
     const SIGNED: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        S::load32(p.add(2))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        C::load32(C::skip(p, 2))
     }
 }
 
@@ -132,8 +140,8 @@ impl Block for IQ4_NL {
     const DTYPE: DType = DType::IQ4_NL;
     const SIGNED: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        S::lookup(&NONLINEAR, S::nibbles(p.add(2)))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        C::lookup(&NONLINEAR, C::nibbles(C::skip(p, 2)))
     }
 }
 
@@ -145,8 +153,8 @@ impl Block for MXFP4 {
     const DTYPE: DType = DType::MXFP4;
     const SIGNED: bool = true;
     #[inline(always)]
-    unsafe fn block<S: Simd>(p: *const u8) -> S::B {
-        S::lookup(&E2M1, S::nibbles(p.add(1)))
+    unsafe fn block<C: Codes>(p: C::From) -> C::B {
+        C::lookup(&E2M1, C::nibbles(C::skip(p, 1)))
     }
 
     /// Half of `2^(byte - 127)`, since the codes are doubled; the two least are subnormal.

@@ -13,6 +13,7 @@ mod blocks;
 mod codebooks;
 mod dots;
 mod grids;
+mod pack;
 mod rounded;
 mod super_blocks;
 mod tiles;
@@ -20,12 +21,13 @@ mod tiles;
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
 pub(crate) use dots::rounded_dots;
-pub(crate) use rounded::{Rounded, round_row};
+pub(crate) use rounded::{Extent, Rounded, round_row};
 pub(crate) use super_blocks::*;
-pub(crate) use tiles::{multiply_rounded, packed_len};
+pub(crate) use pack::packed_len;
+pub(crate) use tiles::multiply_rounded;
 
 use crate::DType;
-use crate::simd::Simd;
+use crate::simd::{Codes, Simd, Turned, Upright};
 
 /// Values in a chunk.
 pub(crate) const CHUNK: usize = 256;
@@ -36,12 +38,12 @@ pub(crate) const GROUPS: usize = 16;
 /// Takes unpacked codes.
 ///
 /// A trait, not a closure: a closure cannot be told to become part of the kernel.
-pub(crate) trait Sink<S: Simd> {
+pub(crate) trait Sink<C: Codes> {
     /// Values `32 i..32 i + 32` of the chunk.
     ///
     /// # Safety
-    /// As for [`Simd`], and what the sink was made for.
-    unsafe fn take(&mut self, i: usize, codes: S::B);
+    /// As for [`Codes`], and what the sink was made for.
+    unsafe fn take(&mut self, i: usize, codes: C::B);
 }
 
 /// A type of weights in blocks.
@@ -55,6 +57,10 @@ pub(crate) trait Quant {
     const OFFSET: u8 = 0;
     /// Whether there are mins, to be taken from the scaled values. If so, `OFFSET` is 0.
     const MINS: bool = false;
+    /// Whether [`Quant::levels`] says what the scales are made of.
+    const LEVELS: bool = false;
+    /// Whether [`Quant::turned`] can unpack several rows at once.
+    const TURNS: bool = false;
 
     /// Writes the scales (and mins, if there are any) of the `n` blocks at `p`: one, or up to eight if
     /// a block has 32 values. What lies behind them in `s` and `m` becomes 0, up to eight values.
@@ -68,6 +74,49 @@ pub(crate) trait Quant {
     /// # Safety
     /// As for [`Quant::scales`].
     unsafe fn codes<S: Simd>(p: *const u8, n: usize, sink: &mut impl Sink<S>);
+
+    /// The scales and mins of the block at `p` as whole numbers, if [`Quant::LEVELS`].
+    ///
+    /// # Safety
+    /// There must be a block.
+    unsafe fn levels(_: *const u8) -> Levels {
+        unreachable!("only asked for where there are levels")
+    }
+
+    /// As [`Quant::codes`], of all rows of `from`, if [`Quant::TURNS`].
+    ///
+    /// # Safety
+    /// As for [`Quant::scales`], in each row.
+    unsafe fn turned<S: Simd>(_: Upright, _: usize, _: &mut impl Sink<Turned<S>>) {
+        unreachable!("only asked for where rows turn")
+    }
+}
+
+/// Scales and mins of a block of 256 values that are whole numbers times a half: a value is
+/// `d * scale * (code - OFFSET) - dmin * min`.
+#[derive(Clone, Copy)]
+pub(crate) struct Levels {
+    /// Signed bytes, by group.
+    pub scales: [u64; 2],
+    /// Bytes up to 127, by group.
+    pub mins: [u64; 2],
+    /// Halves.
+    pub d: u16,
+    pub dmin: u16,
+}
+
+impl Levels {
+    /// As [`Quant::scales`] wants them.
+    #[inline(always)]
+    unsafe fn spread<S: Simd, Q: Quant>(&self, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
+        let splat = |half: u16| S::widen_f16([u64::from(half) * 0x1_0001_0001_0001; 2]);
+        for half in 0..const { CHUNK / Q::GROUP / 8 } {
+            S::store8(s.as_mut_ptr().add(8 * half), S::mul8(splat(self.d), S::widen_i8(self.scales[half])));
+            if Q::MINS {
+                S::store8(m.as_mut_ptr().add(8 * half), S::mul8(splat(self.dmin), S::widen_u8(self.mins[half])));
+            }
+        }
+    }
 }
 
 /// Blocks in a chunk of `cols` values.
@@ -100,6 +149,11 @@ macro_rules! with_quant {
     };
 }
 pub(crate) use with_quant;
+
+/// How activations are to be rounded for weights of a type with blocks.
+pub(crate) fn extent(dtype: DType) -> Extent {
+    with_quant!(dtype, Q => if Q::LEVELS { Extent::Chunk } else { Extent::Group }, else Extent::Group)
+}
 
 /// Codes as bytes, in the order of their values.
 struct Store([u8; CHUNK]);

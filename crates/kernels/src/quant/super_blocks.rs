@@ -3,9 +3,9 @@
 #![allow(non_camel_case_types, reason = "the usual names")]
 
 use super::blocks::NONLINEAR;
-use super::{GROUPS, Quant, Sink};
+use super::{GROUPS, Levels, Quant, Sink};
 use crate::DType;
-use crate::simd::Simd;
+use crate::simd::{Codes, Simd, Turned, Upright};
 
 const LOW2: u64 = 0x0303_0303_0303_0303;
 const LOW4: u64 = 0x0f0f_0f0f_0f0f_0f0f;
@@ -22,12 +22,31 @@ fn join(low: u64, high: u64) -> u64 {
     low & 0xffff_ffff | high << 32
 }
 
-/// Writes eight bytes times the half at `d`.
 #[inline(always)]
-unsafe fn scaled<S: Simd>(bytes: S::F, d: *const u8, out: *mut f32) {
-    let half = d.cast::<u16>().read_unaligned();
-    let d = S::widen_f16([u64::from(half) * 0x1_0001_0001_0001; 2]);
-    S::store8(out, S::mul8(d, bytes));
+unsafe fn half(p: *const u8) -> u16 {
+    p.cast::<u16>().read_unaligned()
+}
+
+/// What all types here have in common: scales are levels, and codes unpack in the same way in a row as in rows turned.
+macro_rules! super_block {
+    ($name:ident) => {
+        const DTYPE: DType = DType::$name;
+        const LEVELS: bool = true;
+        const TURNS: bool = true;
+
+        #[inline(always)]
+        unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
+            Self::levels(p).spread::<S, Self>(s, m);
+        }
+        #[inline(always)]
+        unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
+            Self::unpack::<S>(p, sink);
+        }
+        #[inline(always)]
+        unsafe fn turned<S: Simd>(from: Upright, _: usize, sink: &mut impl Sink<Turned<S>>) {
+            Self::unpack::<Turned<S>>(from, sink);
+        }
+    };
 }
 
 /// Takes 32 from each byte below 128, as signed bytes.
@@ -39,57 +58,57 @@ fn less_32(bytes: u64) -> u64 {
 
 /// Bit `FROM` of each byte, as bit `TO`.
 #[inline(always)]
-unsafe fn bit<S: Simd, const FROM: i32, const TO: i32>(v: S::B) -> S::B {
+unsafe fn bit<C: Codes, const FROM: i32, const TO: i32>(v: C::B) -> C::B {
     let moved = match TO - FROM {
-        1 => S::shl::<1>(v),
-        2 => S::shl::<2>(v),
-        3 => S::shl::<3>(v),
-        4 => S::shl::<4>(v),
-        -1 => S::shr::<1>(v),
-        -2 => S::shr::<2>(v),
-        -3 => S::shr::<3>(v),
-        -4 => S::shr::<4>(v),
-        -5 => S::shr::<5>(v),
+        1 => C::shl::<1>(v),
+        2 => C::shl::<2>(v),
+        3 => C::shl::<3>(v),
+        4 => C::shl::<4>(v),
+        -1 => C::shr::<1>(v),
+        -2 => C::shr::<2>(v),
+        -3 => C::shr::<3>(v),
+        -4 => C::shr::<4>(v),
+        -5 => C::shr::<5>(v),
         _ => v,
     };
-    S::and(moved, S::splat_byte(1 << TO))
+    C::and(moved, C::splat_byte(1 << TO))
 }
 
 /// The 6-bit scales and mins of `Q4_K` and `Q5_K`: two halves, then twelve bytes.
 #[inline(always)]
-unsafe fn six_bit_pairs<S: Simd>(p: *const u8, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
+unsafe fn six_bit_pairs(p: *const u8) -> Levels {
     let (pair, mixed) = (word(p.add(4)), u64::from(p.add(12).cast::<u32>().read_unaligned()));
     let (low, top) = (pair & LOW6, pair >> 2 & (LOW4 << 4 & LOW6));
     let scales = join(low, mixed & LOW4 | top);
     let mins = join(low >> 32, mixed >> 4 & LOW4 | top >> 32);
-    scaled::<S>(S::widen_u8(scales), p, s.as_mut_ptr());
-    scaled::<S>(S::widen_u8(mins), p.add(2), m.as_mut_ptr());
+    Levels { scales: [scales, 0], mins: [mins, 0], d: half(p), dmin: half(p.add(2)) }
 }
 
 pub(crate) struct Q2_K;
 impl Quant for Q2_K {
-    const DTYPE: DType = DType::Q2_K;
+    super_block!(Q2_K);
     const GROUP: usize = 16;
     const MINS: bool = true;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
-        for half in 0..2 {
-            let pairs = word(p.add(8 * half));
-            scaled::<S>(S::widen_u8(pairs & LOW4), p.add(80), s.as_mut_ptr().add(8 * half));
-            scaled::<S>(S::widen_u8(pairs >> 4 & LOW4), p.add(82), m.as_mut_ptr().add(8 * half));
-        }
+    unsafe fn levels(p: *const u8) -> Levels {
+        let (a, b) = (word(p), word(p.add(8)));
+        let (scales, mins) = ([a & LOW4, b & LOW4], [a >> 4 & LOW4, b >> 4 & LOW4]);
+        Levels { scales, mins, d: half(p.add(80)), dmin: half(p.add(82)) }
     }
 
+}
+
+impl Q2_K {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
-        let mask = S::splat_byte(3);
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
+        let mask = C::splat_byte(3);
         for half in 0..2 {
-            let q = S::load32(p.add(16 + 32 * half));
-            sink.take(4 * half, S::and(q, mask));
-            sink.take(4 * half + 1, S::and(S::shr::<2>(q), mask));
-            sink.take(4 * half + 2, S::and(S::shr::<4>(q), mask));
-            sink.take(4 * half + 3, S::shr::<6>(q));
+            let q = C::load32(C::skip(p, 16 + 32 * half));
+            sink.take(4 * half, C::and(q, mask));
+            sink.take(4 * half + 1, C::and(C::shr::<2>(q), mask));
+            sink.take(4 * half + 2, C::and(C::shr::<4>(q), mask));
+            sink.take(4 * half + 3, C::shr::<6>(q));
         }
     }
 }
@@ -97,51 +116,56 @@ impl Quant for Q2_K {
 /// High bits, low pairs of bits, scales, a half.
 pub(crate) struct Q3_K;
 impl Quant for Q3_K {
-    const DTYPE: DType = DType::Q3_K;
+    super_block!(Q3_K);
     const GROUP: usize = 16;
     const OFFSET: u8 = 4;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], _: &mut [f32; GROUPS]) {
+    unsafe fn levels(p: *const u8) -> Levels {
         let (low, top) = (word(p.add(96)), u64::from(p.add(104).cast::<u32>().read_unaligned()));
         let first = low & LOW4 | (join(top, top >> 2) & LOW2) << 4;
         let second = low >> 4 & LOW4 | (join(top >> 4, top >> 6) & LOW2) << 4;
-        scaled::<S>(S::widen_i8(less_32(first)), p.add(108), s.as_mut_ptr());
-        scaled::<S>(S::widen_i8(less_32(second)), p.add(108), s.as_mut_ptr().add(8));
+        Levels { scales: [less_32(first), less_32(second)], mins: [0; 2], d: half(p.add(108)), dmin: 0 }
     }
 
+}
+
+impl Q3_K {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
-        let (mask, high) = (S::splat_byte(3), S::load32(p));
-        let (a, b) = (S::load32(p.add(32)), S::load32(p.add(64)));
-        sink.take(0, S::or(S::and(a, mask), bit::<S, 0, 2>(high)));
-        sink.take(1, S::or(S::and(S::shr::<2>(a), mask), bit::<S, 1, 2>(high)));
-        sink.take(2, S::or(S::and(S::shr::<4>(a), mask), bit::<S, 2, 2>(high)));
-        sink.take(3, S::or(S::shr::<6>(a), bit::<S, 3, 2>(high)));
-        sink.take(4, S::or(S::and(b, mask), bit::<S, 4, 2>(high)));
-        sink.take(5, S::or(S::and(S::shr::<2>(b), mask), bit::<S, 5, 2>(high)));
-        sink.take(6, S::or(S::and(S::shr::<4>(b), mask), bit::<S, 6, 2>(high)));
-        sink.take(7, S::or(S::shr::<6>(b), bit::<S, 7, 2>(high)));
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
+        let (mask, high) = (C::splat_byte(3), C::load32(p));
+        let (a, b) = (C::load32(C::skip(p, 32)), C::load32(C::skip(p, 64)));
+        sink.take(0, C::or(C::and(a, mask), bit::<C, 0, 2>(high)));
+        sink.take(1, C::or(C::and(C::shr::<2>(a), mask), bit::<C, 1, 2>(high)));
+        sink.take(2, C::or(C::and(C::shr::<4>(a), mask), bit::<C, 2, 2>(high)));
+        sink.take(3, C::or(C::shr::<6>(a), bit::<C, 3, 2>(high)));
+        sink.take(4, C::or(C::and(b, mask), bit::<C, 4, 2>(high)));
+        sink.take(5, C::or(C::and(C::shr::<2>(b), mask), bit::<C, 5, 2>(high)));
+        sink.take(6, C::or(C::and(C::shr::<4>(b), mask), bit::<C, 6, 2>(high)));
+        sink.take(7, C::or(C::shr::<6>(b), bit::<C, 7, 2>(high)));
     }
 }
 
 pub(crate) struct Q4_K;
 impl Quant for Q4_K {
-    const DTYPE: DType = DType::Q4_K;
+    super_block!(Q4_K);
     const GROUP: usize = 32;
     const MINS: bool = true;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
-        six_bit_pairs::<S>(p, s, m);
+    unsafe fn levels(p: *const u8) -> Levels {
+        six_bit_pairs(p)
     }
 
+}
+
+impl Q4_K {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
         for pair in 0..4 {
-            let q = S::load32(p.add(16 + 32 * pair));
-            sink.take(2 * pair, S::and(q, S::splat_byte(15)));
-            sink.take(2 * pair + 1, S::shr::<4>(q));
+            let q = C::load32(C::skip(p, 16 + 32 * pair));
+            sink.take(2 * pair, C::and(q, C::splat_byte(15)));
+            sink.take(2 * pair + 1, C::shr::<4>(q));
         }
     }
 }
@@ -149,23 +173,26 @@ impl Quant for Q4_K {
 /// Two halves, scales, fifth bits, nibbles.
 pub(crate) struct Q5_K;
 impl Quant for Q5_K {
-    const DTYPE: DType = DType::Q5_K;
+    super_block!(Q5_K);
     const GROUP: usize = 32;
     const MINS: bool = true;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], m: &mut [f32; GROUPS]) {
-        six_bit_pairs::<S>(p, s, m);
+    unsafe fn levels(p: *const u8) -> Levels {
+        six_bit_pairs(p)
     }
 
+}
+
+impl Q5_K {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
-        let high = S::load32(p.add(16));
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
+        let high = C::load32(C::skip(p, 16));
         macro_rules! pairs {
             ($($pair:literal $low:literal $high:literal)*) => {$(
-                let q = S::load32(p.add(48 + 32 * $pair));
-                sink.take($low, S::or(S::and(q, S::splat_byte(15)), bit::<S, $low, 4>(high)));
-                sink.take($high, S::or(S::shr::<4>(q), bit::<S, $high, 4>(high)));
+                let q = C::load32(C::skip(p, 48 + 32 * $pair));
+                sink.take($low, C::or(C::and(q, C::splat_byte(15)), bit::<C, $low, 4>(high)));
+                sink.take($high, C::or(C::shr::<4>(q), bit::<C, $high, 4>(high)));
             )*};
         }
         pairs!(0 0 1 1 2 3 2 4 5 3 6 7);
@@ -175,28 +202,28 @@ impl Quant for Q5_K {
 /// Nibbles, upper pairs of bits, scales, a half.
 pub(crate) struct Q6_K;
 impl Quant for Q6_K {
-    const DTYPE: DType = DType::Q6_K;
+    super_block!(Q6_K);
     const GROUP: usize = 16;
     const OFFSET: u8 = 32;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], _: &mut [f32; GROUPS]) {
-        for half in 0..2 {
-            let bytes = S::widen_i8(word(p.add(192 + 8 * half)));
-            scaled::<S>(bytes, p.add(208), s.as_mut_ptr().add(8 * half));
-        }
+    unsafe fn levels(p: *const u8) -> Levels {
+        Levels { scales: [word(p.add(192)), word(p.add(200))], mins: [0; 2], d: half(p.add(208)), dmin: 0 }
     }
 
+}
+
+impl Q6_K {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
-        let (low, top) = (S::splat_byte(0x0f), S::splat_byte(0x30));
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
+        let (low, top) = (C::splat_byte(0x0f), C::splat_byte(0x30));
         for half in 0..2 {
-            let (a, b) = (S::load32(p.add(64 * half)), S::load32(p.add(64 * half + 32)));
-            let high = S::load32(p.add(128 + 32 * half));
-            sink.take(4 * half, S::or(S::and(a, low), S::and(S::shl::<4>(high), top)));
-            sink.take(4 * half + 1, S::or(S::and(b, low), S::and(S::shl::<2>(high), top)));
-            sink.take(4 * half + 2, S::or(S::shr::<4>(a), S::and(high, top)));
-            sink.take(4 * half + 3, S::or(S::shr::<4>(b), S::and(S::shr::<2>(high), top)));
+            let (a, b) = (C::load32(C::skip(p, 64 * half)), C::load32(C::skip(p, 64 * half + 32)));
+            let high = C::load32(C::skip(p, 128 + 32 * half));
+            sink.take(4 * half, C::or(C::and(a, low), C::and(C::shl::<4>(high), top)));
+            sink.take(4 * half + 1, C::or(C::and(b, low), C::and(C::shl::<2>(high), top)));
+            sink.take(4 * half + 2, C::or(C::shr::<4>(a), C::and(high, top)));
+            sink.take(4 * half + 3, C::or(C::shr::<4>(b), C::and(C::shr::<2>(high), top)));
         }
     }
 }
@@ -204,25 +231,28 @@ impl Quant for Q6_K {
 /// A half, upper pairs of bits of the scales, their nibbles, codes.
 pub(crate) struct IQ4_XS;
 impl Quant for IQ4_XS {
-    const DTYPE: DType = DType::IQ4_XS;
+    super_block!(IQ4_XS);
     const GROUP: usize = 32;
     const SIGNED: bool = true;
 
     #[inline(always)]
-    unsafe fn scales<S: Simd>(p: *const u8, _: usize, s: &mut [f32; GROUPS], _: &mut [f32; GROUPS]) {
-        let top = u64::from(p.add(2).cast::<u16>().read_unaligned());
+    unsafe fn levels(p: *const u8) -> Levels {
+        let top = u64::from(half(p.add(2)));
         let low = u64::from(p.add(4).cast::<u32>().read_unaligned());
         let mut scales = 0;
         for i in 0..8 {
             scales |= (low >> (4 * i) & 15 | (top >> (2 * i) & 3) << 4) << (8 * i);
         }
-        scaled::<S>(S::widen_i8(less_32(scales)), p, s.as_mut_ptr());
+        Levels { scales: [less_32(scales), 0], mins: [0; 2], d: half(p), dmin: 0 }
     }
 
+}
+
+impl IQ4_XS {
     #[inline(always)]
-    unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
+    unsafe fn unpack<C: Codes>(p: C::From, sink: &mut impl Sink<C>) {
         for i in 0..8 {
-            sink.take(i, S::lookup(&NONLINEAR, S::nibbles(p.add(8 + 16 * i))));
+            sink.take(i, C::lookup(&NONLINEAR, C::nibbles(C::skip(p, 8 + 16 * i))));
         }
     }
 }

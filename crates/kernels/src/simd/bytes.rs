@@ -1,5 +1,127 @@
 //! What products of quantised blocks are made of: thirty-two codes at a time, and integer sums.
 
+use super::MAX_LANES;
+
+/// What unpacking codes is made of: bytes of one row side by side, or of several rows turned upright ([`Turned`](super::Turned)).
+///
+/// # Safety
+/// As for [`Simd`](super::Simd): the machine must have the instructions, and a source be good for the bytes that are read.
+#[allow(clippy::missing_safety_doc, reason = "stated once, above")]
+pub(crate) trait Codes: Copy {
+    /// 32 bytes, of a row or of each row.
+    type B: Copy;
+    /// Where a block lies, in a row or in each row.
+    type From: Copy;
+
+    /// The source `bytes` further on.
+    unsafe fn skip(from: Self::From, bytes: usize) -> Self::From;
+    unsafe fn load32(from: Self::From) -> Self::B;
+    /// The low nibbles of 16 bytes, then their high nibbles.
+    unsafe fn nibbles(from: Self::From) -> Self::B;
+    /// Byte `i` is 255 if bit `i` of the four bytes is set, else 0.
+    unsafe fn bits(from: Self::From) -> Self::B;
+    unsafe fn splat_byte(x: u8) -> Self::B;
+    unsafe fn and(a: Self::B, b: Self::B) -> Self::B;
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
+    /// Each byte shifted right by `N`, zeros from above.
+    unsafe fn shr<const N: i32>(v: Self::B) -> Self::B;
+    /// Each byte shifted left by `N`, zeros from below.
+    unsafe fn shl<const N: i32>(v: Self::B) -> Self::B;
+    /// `table[i]` for each byte `i`, which is below 16.
+    unsafe fn lookup(table: &[i8; 16], i: Self::B) -> Self::B;
+}
+
+/// A place in each of as many rows as vectors have lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct Upright {
+    rows: *const [*const u8; MAX_LANES],
+    at: usize,
+}
+
+impl Upright {
+    /// The beginnings of the rows, which must outlive this.
+    #[inline(always)]
+    pub(crate) fn new(rows: &[*const u8; MAX_LANES]) -> Self {
+        Self { rows, at: 0 }
+    }
+
+    /// The place in row `r`.
+    #[inline(always)]
+    pub(super) unsafe fn row(&self, r: usize) -> *const u8 {
+        (&*self.rows)[r].add(self.at)
+    }
+}
+
+/// Rows of codes turned upright: each vector holds four bytes of all rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Turned<S>(std::marker::PhantomData<S>);
+
+/// Every byte of a lane.
+const fn each(byte: u8) -> i32 {
+    i32::from_ne_bytes([byte; 4])
+}
+
+impl<S: Bytes> Codes for Turned<S> {
+    type B = [S::I; 8];
+    type From = Upright;
+
+    #[inline(always)]
+    unsafe fn skip(from: Upright, bytes: usize) -> Upright {
+        Upright { at: from.at + bytes, ..from }
+    }
+    #[inline(always)]
+    unsafe fn load32(from: Upright) -> Self::B {
+        S::turn32(&from)
+    }
+    #[inline(always)]
+    unsafe fn nibbles(from: Upright) -> Self::B {
+        let [a, b, c, d] = S::turn16(&from);
+        let mask = S::splat_i32(each(15));
+        let all = [a, b, c, d, S::shr_i32(a, 4), S::shr_i32(b, 4), S::shr_i32(c, 4), S::shr_i32(d, 4)];
+        all.map(|v| S::and_i32(v, mask))
+    }
+    #[inline(always)]
+    unsafe fn bits(from: Upright) -> Self::B {
+        let mut words = [0i32; MAX_LANES];
+        for (r, word) in words.iter_mut().enumerate() {
+            *word = from.row(r).cast::<i32>().read_unaligned();
+        }
+        let words = S::load_i32(words.as_ptr().cast());
+        let mut all = [words; 8];
+        for (u, v) in all.iter_mut().enumerate() {
+            // Four bits, then one in each byte, then all bits of the byte.
+            let four = S::and_i32(S::shr_i32(words, 4 * u as i32), S::splat_i32(15));
+            let apart = S::and_i32(S::mul_i32(four, S::splat_i32(0x20_4081)), S::splat_i32(each(1)));
+            *v = S::mul_i32(apart, S::splat_i32(255));
+        }
+        all
+    }
+    #[inline(always)]
+    unsafe fn splat_byte(x: u8) -> Self::B {
+        [S::splat_i32(each(x)); 8]
+    }
+    #[inline(always)]
+    unsafe fn and(a: Self::B, b: Self::B) -> Self::B {
+        std::array::from_fn(|i| S::and_i32(a[i], b[i]))
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B {
+        std::array::from_fn(|i| S::or_i32(a[i], b[i]))
+    }
+    #[inline(always)]
+    unsafe fn shr<const N: i32>(v: Self::B) -> Self::B {
+        v.map(|v| S::and_i32(S::shr_i32(v, N), S::splat_i32(each(0xff >> N))))
+    }
+    #[inline(always)]
+    unsafe fn shl<const N: i32>(v: Self::B) -> Self::B {
+        v.map(|v| S::and_i32(S::shl_i32(v, N), S::splat_i32(each(0xff << N))))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[i8; 16], i: Self::B) -> Self::B {
+        i.map(|i| S::lookup_i32(table, i))
+    }
+}
+
 /// A vector of 32 bytes (one group of codes or of rounded activations), eight `f32` to gather their
 /// products in, and as many `i32` as [`Simd`](super::Simd) has lanes. Pointers may lie at any address.
 ///
@@ -7,36 +129,22 @@
 /// As for [`Simd`](super::Simd): the machine must have the instructions, and a pointer be good for
 /// the bytes that are read or written.
 #[allow(clippy::missing_safety_doc, reason = "stated once, above")]
-pub(crate) trait Bytes: Copy {
-    /// 32 bytes.
-    type B: Copy;
+pub(crate) trait Bytes: Codes<From = *const u8> {
     /// 8 values of `f32`.
     type F: Copy;
     /// 16 values of `f32`, in which the products of two `B` are gathered.
     type P: Copy;
     /// `LANES` values of `i32`.
     type I: Copy;
-    /// Whether [`Bytes::dot4`] wants signed codes with 128 added.
+    /// Whether [`Bytes::dot4`] of signed codes wants activations with 128 added.
     const BIASED: bool;
 
-    unsafe fn load32(p: *const u8) -> Self::B;
     unsafe fn store32(p: *mut u8, v: Self::B);
-    /// The low nibbles of 16 bytes, then their high nibbles.
-    unsafe fn nibbles(p: *const u8) -> Self::B;
-    unsafe fn splat_byte(x: u8) -> Self::B;
-    unsafe fn and(a: Self::B, b: Self::B) -> Self::B;
-    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
     unsafe fn xor(a: Self::B, b: Self::B) -> Self::B;
     /// `a + b`, wrapping.
     unsafe fn add_bytes(a: Self::B, b: Self::B) -> Self::B;
     /// `a - b`, wrapping.
     unsafe fn sub_bytes(a: Self::B, b: Self::B) -> Self::B;
-    /// Each byte shifted right by `N`, zeros from above.
-    unsafe fn shr<const N: i32>(v: Self::B) -> Self::B;
-    /// Each byte shifted left by `N`, zeros from below.
-    unsafe fn shl<const N: i32>(v: Self::B) -> Self::B;
-    /// `table[i]` for each byte `i`, which is below 16.
-    unsafe fn lookup(table: &[i8; 16], i: Self::B) -> Self::B;
     /// Byte `i` is 255 if bit `i` is set, else 0.
     unsafe fn spread_bits(bits: u32) -> Self::B;
 
@@ -77,10 +185,34 @@ pub(crate) trait Bytes: Copy {
     unsafe fn widen_f16(halves: [u64; 2]) -> Self::F;
 
     unsafe fn load_i32(p: *const u8) -> Self::I;
+    unsafe fn store_i32(p: *mut u8, v: Self::I);
     unsafe fn splat_i32(x: i32) -> Self::I;
+    unsafe fn and_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or_i32(a: Self::I, b: Self::I) -> Self::I;
+    /// `a + b`, wrapping.
+    unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
+    /// The lower half of `a * b`.
+    unsafe fn mul_i32(a: Self::I, b: Self::I) -> Self::I;
+    /// Each lane shifted left by `n` below 32, zeros from below.
+    unsafe fn shl_i32(v: Self::I, n: i32) -> Self::I;
+    /// Each lane shifted right by `n` below 32, zeros from above.
+    unsafe fn shr_i32(v: Self::I, n: i32) -> Self::I;
+    /// Each lane shifted right by `n` below 32, its sign from above.
+    unsafe fn sar_i32(v: Self::I, n: i32) -> Self::I;
+    /// `a - b` of each byte, wrapping.
+    unsafe fn sub_bytes_i32(a: Self::I, b: Self::I) -> Self::I;
+    /// `table[i]` for each byte `i`, which is below 16.
+    unsafe fn lookup_i32(table: &[i8; 16], i: Self::I) -> Self::I;
+    /// The four bytes `4 u..4 u + 4` of each of `LANES` rows as vector `u`: 32 bytes of a row.
+    unsafe fn turn32(rows: &Upright) -> [Self::I; 8];
+    /// The same of 16 bytes of a row.
+    unsafe fn turn16(rows: &Upright) -> [Self::I; 4];
     /// Adds to each lane the products of its four bytes of `w` with those of `x`, which are signed
-    /// and not -128. `w` is signed (biased, if [`Bytes::BIASED`]) or else unsigned up to 127.
+    /// and not -128 (if `SIGNED` and [`Bytes::BIASED`], with 128 added). `w` is signed if `SIGNED`, or else
+    /// unsigned up to 127.
     unsafe fn dot4<const SIGNED: bool>(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// Adds to each lane the products of its two halves, signed.
+    unsafe fn dot2(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
 }
 
 /// [`Bytes::P`] as two `F`, each with its own `B`.

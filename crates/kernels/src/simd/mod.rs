@@ -15,7 +15,7 @@ mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_bytes;
 
-pub(crate) use bytes::Bytes;
+pub(crate) use bytes::{Bytes, Codes, Turned, Upright};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
@@ -120,6 +120,8 @@ pub(crate) trait Simd: Bytes {
     unsafe fn load_i8(p: *const u8) -> Self::V;
     /// Widens whole numbers; exact up to 2^24.
     unsafe fn from_i32(v: Self::I) -> Self::V;
+    /// The same bits.
+    unsafe fn as_i32(v: Self::V) -> Self::I;
     /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes;
     /// any, if they do not fit.
     unsafe fn store_i8(p: *mut u8, v: Self::V);

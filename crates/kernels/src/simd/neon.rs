@@ -58,6 +58,10 @@ impl Simd for Neon {
         vcvtq_f32_s32(v)
     }
     #[inline(always)]
+    unsafe fn as_i32(v: Self::V) -> Self::I {
+        vreinterpretq_s32_f32(v)
+    }
+    #[inline(always)]
     unsafe fn store_i8(p: *mut u8, v: Self::V) {
         let words = vmovn_s32(vcvtnq_s32_f32(v));
         let bytes = vmovn_s16(vcombine_s16(words, words));

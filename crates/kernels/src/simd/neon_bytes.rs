@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::Neon;
-use super::bytes::{Bytes, pair_of_halves};
+use super::bytes::{Bytes, Codes, Upright, pair_of_halves};
 
 /// Products of 16 signed bytes, four to a lane. Two of them fit 16 bits, since none of `x` is -128.
 #[inline(always)]
@@ -18,21 +18,21 @@ unsafe fn both(a: uint8x16x2_t, b: uint8x16x2_t, f: impl Fn(uint8x16_t, uint8x16
     uint8x16x2_t(f(a.0, b.0), f(a.1, b.1))
 }
 
-impl Bytes for Neon {
+impl Codes for Neon {
     type B = uint8x16x2_t;
-    type F = float32x4x2_t;
-    type I = int32x4_t;
-    const BIASED: bool = false;
-    pair_of_halves!();
+    type From = *const u8;
 
+    #[inline(always)]
+    unsafe fn skip(from: *const u8, bytes: usize) -> *const u8 {
+        from.add(bytes)
+    }
+    #[inline(always)]
+    unsafe fn bits(from: *const u8) -> Self::B {
+        Self::spread_bits(from.cast::<u32>().read_unaligned())
+    }
     #[inline(always)]
     unsafe fn load32(p: *const u8) -> Self::B {
         uint8x16x2_t(vld1q_u8(p), vld1q_u8(p.add(16)))
-    }
-    #[inline(always)]
-    unsafe fn store32(p: *mut u8, v: Self::B) {
-        vst1q_u8(p, v.0);
-        vst1q_u8(p.add(16), v.1);
     }
     #[inline(always)]
     unsafe fn nibbles(p: *const u8) -> Self::B {
@@ -52,18 +52,6 @@ impl Bytes for Neon {
         both(a, b, |a, b| vorrq_u8(a, b))
     }
     #[inline(always)]
-    unsafe fn xor(a: Self::B, b: Self::B) -> Self::B {
-        both(a, b, |a, b| veorq_u8(a, b))
-    }
-    #[inline(always)]
-    unsafe fn add_bytes(a: Self::B, b: Self::B) -> Self::B {
-        both(a, b, |a, b| vaddq_u8(a, b))
-    }
-    #[inline(always)]
-    unsafe fn sub_bytes(a: Self::B, b: Self::B) -> Self::B {
-        both(a, b, |a, b| vsubq_u8(a, b))
-    }
-    #[inline(always)]
     unsafe fn shr<const N: i32>(v: Self::B) -> Self::B {
         uint8x16x2_t(vshrq_n_u8::<N>(v.0), vshrq_n_u8::<N>(v.1))
     }
@@ -75,6 +63,41 @@ impl Bytes for Neon {
     unsafe fn lookup(table: &[i8; 16], i: Self::B) -> Self::B {
         let table = vld1q_u8(table.as_ptr().cast());
         uint8x16x2_t(vqtbl1q_u8(table, i.0), vqtbl1q_u8(table, i.1))
+    }
+}
+
+/// Turns a square of four by four values.
+#[inline(always)]
+unsafe fn turn_fours([a, b, c, d]: [int32x4_t; 4]) -> [int32x4_t; 4] {
+    let wide = |v| vreinterpretq_s64_s32(v);
+    let (ab, cd) = ([vtrn1q_s32(a, b), vtrn2q_s32(a, b)], [vtrn1q_s32(c, d), vtrn2q_s32(c, d)]);
+    let low = |i: usize| vreinterpretq_s32_s64(vtrn1q_s64(wide(ab[i]), wide(cd[i])));
+    let high = |i: usize| vreinterpretq_s32_s64(vtrn2q_s64(wide(ab[i]), wide(cd[i])));
+    [low(0), low(1), high(0), high(1)]
+}
+
+impl Bytes for Neon {
+    type F = float32x4x2_t;
+    type I = int32x4_t;
+    const BIASED: bool = false;
+    pair_of_halves!();
+
+    #[inline(always)]
+    unsafe fn store32(p: *mut u8, v: Self::B) {
+        vst1q_u8(p, v.0);
+        vst1q_u8(p.add(16), v.1);
+    }
+    #[inline(always)]
+    unsafe fn xor(a: Self::B, b: Self::B) -> Self::B {
+        both(a, b, |a, b| veorq_u8(a, b))
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: Self::B, b: Self::B) -> Self::B {
+        both(a, b, |a, b| vaddq_u8(a, b))
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(a: Self::B, b: Self::B) -> Self::B {
+        both(a, b, |a, b| vsubq_u8(a, b))
     }
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> Self::B {
@@ -149,11 +172,67 @@ impl Bytes for Neon {
         vreinterpretq_s32_u8(vld1q_u8(p))
     }
     #[inline(always)]
+    unsafe fn store_i32(p: *mut u8, v: int32x4_t) {
+        vst1q_u8(p, vreinterpretq_u8_s32(v));
+    }
+    #[inline(always)]
+    unsafe fn and_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vandq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn or_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vorrq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vaddq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn mul_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vmulq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn shl_i32(v: int32x4_t, n: i32) -> int32x4_t {
+        vshlq_s32(v, vdupq_n_s32(n))
+    }
+    #[inline(always)]
+    unsafe fn shr_i32(v: int32x4_t, n: i32) -> int32x4_t {
+        vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v), vdupq_n_s32(-n)))
+    }
+    #[inline(always)]
+    unsafe fn sar_i32(v: int32x4_t, n: i32) -> int32x4_t {
+        vshlq_s32(v, vdupq_n_s32(-n))
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vreinterpretq_s32_u8(vsubq_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)))
+    }
+    #[inline(always)]
+    unsafe fn lookup_i32(table: &[i8; 16], i: int32x4_t) -> int32x4_t {
+        vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(table.as_ptr().cast()), vreinterpretq_u8_s32(i)))
+    }
+    #[inline(always)]
+    unsafe fn turn32(rows: &Upright) -> [int32x4_t; 8] {
+        let half = |at: usize| turn_fours([0, 1, 2, 3].map(|r| vreinterpretq_s32_u8(vld1q_u8(rows.row(r).add(at)))));
+        let ([a, b, c, d], [e, f, g, h]) = (half(0), half(16));
+        [a, b, c, d, e, f, g, h]
+    }
+    #[inline(always)]
+    unsafe fn turn16(rows: &Upright) -> [int32x4_t; 4] {
+        turn_fours([0, 1, 2, 3].map(|r| vreinterpretq_s32_u8(vld1q_u8(rows.row(r)))))
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> int32x4_t {
         vdupq_n_s32(x)
     }
     #[inline(always)]
     unsafe fn dot4<const SIGNED: bool>(acc: int32x4_t, w: int32x4_t, x: int32x4_t) -> int32x4_t {
         vaddq_s32(acc, dot_128(vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x)))
+    }
+    #[inline(always)]
+    unsafe fn dot2(acc: int32x4_t, a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        let (a, b) = (vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
+        let low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
+        vaddq_s32(acc, vpaddq_s32(low, vmull_high_s16(a, b)))
     }
 }

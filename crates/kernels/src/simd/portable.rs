@@ -60,6 +60,10 @@ impl Simd for Portable {
         v.map(|x| x as f32)
     }
     #[inline(always)]
+    unsafe fn as_i32(v: Self::V) -> Self::I {
+        v.map(|x| x.to_bits() as i32)
+    }
+    #[inline(always)]
     unsafe fn store_i8(p: *mut u8, v: Self::V) {
         // Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even.
         let rounded = v.map(|x| ((x + 12_582_912.0) - 12_582_912.0) as i8 as u8);

@@ -1,6 +1,6 @@
 //! Codes and sums as arrays.
 
-use super::bytes::{Bytes, pair_of_halves};
+use super::bytes::{Bytes, Codes, Upright, pair_of_halves};
 use super::portable::widen_half;
 use super::{Isa, Portable};
 
@@ -16,20 +16,21 @@ fn zip8(a: [f32; 8], b: [f32; 8], f: impl Fn(f32, f32) -> f32) -> [f32; 8] {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
-impl Bytes for Portable {
+impl Codes for Portable {
     type B = [u8; 32];
-    type F = [f32; 8];
-    type I = [i32; N];
-    const BIASED: bool = false;
-    pair_of_halves!();
+    type From = *const u8;
 
+    #[inline(always)]
+    unsafe fn skip(from: *const u8, bytes: usize) -> *const u8 {
+        from.add(bytes)
+    }
+    #[inline(always)]
+    unsafe fn bits(from: *const u8) -> [u8; 32] {
+        Self::spread_bits(from.cast::<u32>().read_unaligned())
+    }
     #[inline(always)]
     unsafe fn load32(p: *const u8) -> [u8; 32] {
         p.cast::<[u8; 32]>().read_unaligned()
-    }
-    #[inline(always)]
-    unsafe fn store32(p: *mut u8, v: [u8; 32]) {
-        p.cast::<[u8; 32]>().write_unaligned(v);
     }
     #[inline(always)]
     unsafe fn nibbles(p: *const u8) -> [u8; 32] {
@@ -49,18 +50,6 @@ impl Bytes for Portable {
         zip(a, b, |a, b| a | b)
     }
     #[inline(always)]
-    unsafe fn xor(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
-        zip(a, b, |a, b| a ^ b)
-    }
-    #[inline(always)]
-    unsafe fn add_bytes(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
-        zip(a, b, u8::wrapping_add)
-    }
-    #[inline(always)]
-    unsafe fn sub_bytes(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
-        zip(a, b, u8::wrapping_sub)
-    }
-    #[inline(always)]
     unsafe fn shr<const SHIFT: i32>(v: [u8; 32]) -> [u8; 32] {
         v.map(|x| x >> SHIFT)
     }
@@ -71,6 +60,30 @@ impl Bytes for Portable {
     #[inline(always)]
     unsafe fn lookup(table: &[i8; 16], i: [u8; 32]) -> [u8; 32] {
         i.map(|i| table[usize::from(i & 15)] as u8)
+    }
+}
+
+impl Bytes for Portable {
+    type F = [f32; 8];
+    type I = [i32; N];
+    const BIASED: bool = false;
+    pair_of_halves!();
+
+    #[inline(always)]
+    unsafe fn store32(p: *mut u8, v: [u8; 32]) {
+        p.cast::<[u8; 32]>().write_unaligned(v);
+    }
+    #[inline(always)]
+    unsafe fn xor(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
+        zip(a, b, |a, b| a ^ b)
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
+        zip(a, b, u8::wrapping_add)
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
+        zip(a, b, u8::wrapping_sub)
     }
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> [u8; 32] {
@@ -140,6 +153,57 @@ impl Bytes for Portable {
         p.cast::<[i32; N]>().read_unaligned()
     }
     #[inline(always)]
+    unsafe fn store_i32(p: *mut u8, v: [i32; N]) {
+        p.cast::<[i32; N]>().write_unaligned(v);
+    }
+    #[inline(always)]
+    unsafe fn and_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    unsafe fn or_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn add_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn mul_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn shl_i32(v: [i32; N], n: i32) -> [i32; N] {
+        v.map(|v| v << n)
+    }
+    #[inline(always)]
+    unsafe fn shr_i32(v: [i32; N], n: i32) -> [i32; N] {
+        v.map(|v| (v as u32 >> n) as i32)
+    }
+    #[inline(always)]
+    unsafe fn sar_i32(v: [i32; N], n: i32) -> [i32; N] {
+        v.map(|v| v >> n)
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| {
+            let (a, b) = (a[i].to_ne_bytes(), b[i].to_ne_bytes());
+            i32::from_ne_bytes(std::array::from_fn(|j| a[j].wrapping_sub(b[j])))
+        })
+    }
+    #[inline(always)]
+    unsafe fn lookup_i32(table: &[i8; 16], i: [i32; N]) -> [i32; N] {
+        i.map(|i| i32::from_ne_bytes(i.to_ne_bytes().map(|i| table[usize::from(i & 15)] as u8)))
+    }
+    #[inline(always)]
+    unsafe fn turn32(rows: &Upright) -> [[i32; N]; 8] {
+        std::array::from_fn(|u| std::array::from_fn(|r| rows.row(r).cast::<i32>().add(u).read_unaligned()))
+    }
+    #[inline(always)]
+    unsafe fn turn16(rows: &Upright) -> [[i32; N]; 4] {
+        std::array::from_fn(|u| std::array::from_fn(|r| rows.row(r).cast::<i32>().add(u).read_unaligned()))
+    }
+    #[inline(always)]
     unsafe fn splat_i32(x: i32) -> [i32; N] {
         [x; N]
     }
@@ -150,5 +214,9 @@ impl Bytes for Portable {
             let product = |at| byte(w[i], at) * byte(x[i], at);
             acc[i] + product(0) + product(1) + product(2) + product(3)
         })
+    }
+    #[inline(always)]
+    unsafe fn dot2(acc: [i32; N], a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| acc[i] + (a[i] << 16 >> 16) * (b[i] << 16 >> 16) + (a[i] >> 16) * (b[i] >> 16))
     }
 }

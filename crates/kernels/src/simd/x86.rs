@@ -61,6 +61,10 @@ impl Simd for Avx512 {
         _mm512_cvtepi32_ps(v)
     }
     #[inline(always)]
+    unsafe fn as_i32(v: Self::V) -> Self::I {
+        _mm512_castps_si512(v)
+    }
+    #[inline(always)]
     unsafe fn store_i8(p: *mut u8, v: Self::V) {
         _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
     }
@@ -155,6 +159,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {
         _mm256_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn as_i32(v: Self::V) -> Self::I {
+        _mm256_castps_si256(v)
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut u8, v: Self::V) {

@@ -108,15 +108,21 @@ fn tokens(random: &mut Random, n: usize, cols: usize) -> Vec<f32> {
     x
 }
 
-/// What the products are to be made of: every 32 values in whole steps of 1/127 of their greatest.
-fn rounded(x: &[f32]) -> Vec<f64> {
+/// Values that are rounded together for weights of a type.
+fn extent(dtype: DType) -> usize {
+    let levels = [DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_XS];
+    if levels.contains(&dtype) { 256 } else { 32 }
+}
+
+/// What the products are to be made of: every `extent` values in whole steps of 1/127 of their greatest.
+fn rounded(x: &[f32], extent: usize) -> Vec<f64> {
     let group = |x: &[f32]| {
         let most = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
         let inverse = if most < 1e-35 { 0.0 } else { 127.0 / most };
         let step = f64::from(most / 127.0);
         x.iter().map(|x| f64::from((x * inverse).round_ties_even()) * step).collect::<Vec<_>>()
     };
-    x.chunks(32).flat_map(group).collect()
+    x.chunks(extent).flat_map(group).collect()
 }
 
 /// The product of a row with a token as the kernel rounds it, and how far off `f32` may be: codes and
@@ -148,7 +154,7 @@ fn products_are_those_of_rounded_tokens() {
                 let (rows, cols) = (1 + random.below(70), dtype.block_len() * (1 + (n + i) % 3));
                 let w = Weights::of_blocks(&mut random, dtype, &blocks, kind, rows, cols);
                 let x = tokens(&mut random, n, cols);
-                let exact = rounded(&x);
+                let exact = rounded(&x, extent(dtype));
                 let bias = random.values(rows);
                 for (pool, pack) in pools.iter().flat_map(|p| [(p, Pack::BySize), (p, Pack::Always)]) {
                     let mut y = vec![f32::NAN; n * rows];
@@ -167,7 +173,7 @@ fn products_are_those_of_rounded_tokens() {
     }
 }
 
-/// The tolerance that is promised: each token's value may be off by 1/254 of the greatest of its 32.
+/// The tolerance that is promised: each token's value may be off by 1/254 of the greatest of its 32 or 256.
 #[test]
 fn rounding_tokens_costs_what_is_stated() {
     let (mut random, pool) = (Random(32), Pool::new(1));
@@ -181,7 +187,7 @@ fn rounding_tokens_costs_what_is_stated() {
         for (i, y) in y.iter().enumerate() {
             let (x, r) = (&x[i / rows * cols..][..cols], i % rows);
             let (sum, _) = w.times(r, x);
-            let groups = w.exact[r * cols..][..cols].chunks(32).zip(x.chunks(32));
+            let groups = w.exact[r * cols..][..cols].chunks(extent(dtype)).zip(x.chunks(extent(dtype)));
             let worst: f64 = groups
                 .map(|(w, x)| f64::from(x.iter().fold(0.0_f32, |most, x| most.max(x.abs()))) / 254.0 * total(w))
                 .sum();
@@ -236,7 +242,7 @@ fn gated_hidden_of_two_types() {
     let types: Vec<_> = block_types().collect();
     let find = |dtype| types.iter().find(|(t, _)| *t == dtype).expect("a type of the fixture");
     let (rows, cols) = (45, 256);
-    for (a, b) in [(DType::Q4_K, DType::Q6_K), (DType::Q8_0, DType::F32), (DType::BF16, DType::MXFP4)] {
+    for (a, b) in [(DType::Q4_K, DType::Q6_K), (DType::Q5_K, DType::Q4_0), (DType::Q8_0, DType::F32), (DType::BF16, DType::MXFP4)] {
         let mut matrix = |dtype: DType| {
             if dtype.is_quantized() {
                 let (_, blocks) = find(dtype);
@@ -250,7 +256,7 @@ fn gated_hidden_of_two_types() {
         for n in [1, 4, 6, 14, 210] {
             let x = random.values(n * cols);
             let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-            let rounded = rounded(&x);
+            let rounded = rounded(&x, extent(a).max(extent(b)));
             let of = |dtype: DType| if dtype.is_quantized() { &rounded } else { &exact };
             for pool in pools(2) {
                 let mut hidden = vec![f32::NAN; n * rows];
