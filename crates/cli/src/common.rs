@@ -350,8 +350,18 @@ pub fn rss_bytes() -> Option<u64> {
     status_bytes("VmRSS:")
 }
 
+/// Memory that could be taken without taking it from others, if the system tells.
+pub fn available_bytes() -> Option<u64> {
+    kib_in("/proc/meminfo", "MemAvailable:")
+}
+
 fn status_bytes(field: &str) -> Option<u64> {
-    let status = std::fs::read_to_string(Path::new("/proc/self/status")).ok()?;
+    kib_in("/proc/self/status", field)
+}
+
+/// A field of a file of such fields, in KiB there, in bytes here.
+fn kib_in(file: &str, field: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(Path::new(file)).ok()?;
     let line = status.lines().find(|l| l.starts_with(field))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

@@ -18,6 +18,7 @@ mod recorder;
 mod score;
 mod select;
 mod select_text;
+mod stages;
 mod stats;
 mod trace;
 mod unit;
@@ -36,6 +37,7 @@ pub use recorder::{Recorded, Recorder};
 pub use score::{MetricInfo, ScoreTable};
 pub use select::{Keep, Scope, Selection};
 pub use select_text::Indices;
+pub use stages::StageClock;
 pub use stats::{
     BinSum, CONFIDENCE_BINS, ExpertMap, PhaseStats, ProfileData, Profiler, RouterStats, Seen, Sum, confidence_bin,
 };

@@ -94,6 +94,16 @@ impl Bytes {
         Self { buffer: Arc::new(buffer), range }
     }
 
+    /// `len` times the same byte.
+    ///
+    /// # Errors
+    /// The system has no memory.
+    pub fn filled(len: usize, byte: u8) -> Result<Self> {
+        let mut buffer = Buffer::zeroed(len)?;
+        buffer.as_mut_slice().fill(byte);
+        Ok(Self::whole(buffer))
+    }
+
     /// An aligned copy.
     ///
     /// # Errors

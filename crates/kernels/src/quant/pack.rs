@@ -1,6 +1,6 @@
 //! Tiles of rows of blocks, a chunk at a time: unpacked and turned upright, so that a vector holds four columns of all rows.
 
-use super::{CHUNK, GROUPS, Levels, Quant, Sink, Store, blocks_of, chunk_bytes};
+use super::{CHUNK, GROUPS, Quant, Sink, Store, blocks_of, chunk_bytes};
 use crate::simd::{Isa, MAX_LANES, Simd, Turned, Upright, kernel, transpose};
 use crate::tile::Rows;
 
@@ -65,8 +65,6 @@ union Record {
 struct LevelRecord {
     scales: [u64; 2],
     mins: [u64; 2],
-    d: f32,
-    dmin: f32,
 }
 
 kernel! {
@@ -185,11 +183,12 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
     sums: &[S::I; GROUPS],
 ) {
     let mut records = [Record { plain: [0.0; GROUPS] }; MAX_LANES];
-    for (row, record) in rows[..S::LANES].iter().zip(&mut records) {
+    let (mut factors, mut min_factors) = ([0_u16; MAX_LANES], [0_u16; MAX_LANES]);
+    for (r, (row, record)) in rows[..S::LANES].iter().zip(&mut records).enumerate() {
         if Q::LEVELS {
-            let Levels { scales, mins, d, dmin } = Q::levels(*row);
-            let widen = |half| half::f16::from_bits(half).to_f32();
-            record.levels = LevelRecord { scales, mins, d: widen(d), dmin: if Q::MINS { widen(dmin) } else { 0.0 } };
+            let levels = Q::levels(*row);
+            record.levels = LevelRecord { scales: levels.scales, mins: levels.mins };
+            (factors[r], min_factors[r]) = (levels.d, levels.dmin);
         } else {
             let mut mins = [0.0; GROUPS];
             Q::scales::<S>(*row, n, &mut record.plain, &mut mins);
@@ -236,8 +235,8 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
             let low = S::and_i32(two, S::splat_i32(0xff));
             put(MIN_PAIRS + pair, S::or_i32(low, S::and_i32(S::shl_i32(two, 8), S::splat_i32(0xff_0000))));
         }
-        put(MIN_FACTOR, upright[9]);
+        put(MIN_FACTOR, S::as_i32(S::load_f16(min_factors.as_ptr().cast())));
     }
-    put(FACTOR, upright[8]);
+    put(FACTOR, S::as_i32(S::load_f16(factors.as_ptr().cast())));
     put(START, start::<S>(all));
 }

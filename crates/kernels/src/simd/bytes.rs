@@ -61,7 +61,10 @@ const fn each(byte: u8) -> i32 {
     i32::from_ne_bytes([byte; 4])
 }
 
+#[allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
 impl<S: Bytes> Codes for Turned<S> {
+    // Loops, since a closure given to a library function need not become part of the kernel.
+
     type B = [S::I; 8];
     type From = Upright;
 
@@ -77,8 +80,11 @@ impl<S: Bytes> Codes for Turned<S> {
     unsafe fn nibbles(from: Upright) -> Self::B {
         let [a, b, c, d] = S::turn16(&from);
         let mask = S::splat_i32(each(15));
-        let all = [a, b, c, d, S::shr_i32(a, 4), S::shr_i32(b, 4), S::shr_i32(c, 4), S::shr_i32(d, 4)];
-        all.map(|v| S::and_i32(v, mask))
+        let mut all = [a, b, c, d, S::shr_i32(a, 4), S::shr_i32(b, 4), S::shr_i32(c, 4), S::shr_i32(d, 4)];
+        for v in &mut all {
+            *v = S::and_i32(*v, mask);
+        }
+        all
     }
     #[inline(always)]
     unsafe fn bits(from: Upright) -> Self::B {
@@ -101,24 +107,41 @@ impl<S: Bytes> Codes for Turned<S> {
         [S::splat_i32(each(x)); 8]
     }
     #[inline(always)]
-    unsafe fn and(a: Self::B, b: Self::B) -> Self::B {
-        std::array::from_fn(|i| S::and_i32(a[i], b[i]))
+    unsafe fn and(mut a: Self::B, b: Self::B) -> Self::B {
+        for i in 0..8 {
+            a[i] = S::and_i32(a[i], b[i]);
+        }
+        a
     }
     #[inline(always)]
-    unsafe fn or(a: Self::B, b: Self::B) -> Self::B {
-        std::array::from_fn(|i| S::or_i32(a[i], b[i]))
+    unsafe fn or(mut a: Self::B, b: Self::B) -> Self::B {
+        for i in 0..8 {
+            a[i] = S::or_i32(a[i], b[i]);
+        }
+        a
     }
     #[inline(always)]
-    unsafe fn shr<const N: i32>(v: Self::B) -> Self::B {
-        v.map(|v| S::and_i32(S::shr_i32(v, N), S::splat_i32(each(0xff >> N))))
+    unsafe fn shr<const N: i32>(mut v: Self::B) -> Self::B {
+        let mask = S::splat_i32(const { each(0xff >> N) });
+        for v in &mut v {
+            *v = S::and_i32(S::shr_i32(*v, N), mask);
+        }
+        v
     }
     #[inline(always)]
-    unsafe fn shl<const N: i32>(v: Self::B) -> Self::B {
-        v.map(|v| S::and_i32(S::shl_i32(v, N), S::splat_i32(each(0xff << N))))
+    unsafe fn shl<const N: i32>(mut v: Self::B) -> Self::B {
+        let mask = S::splat_i32(const { each(0xff << N) });
+        for v in &mut v {
+            *v = S::and_i32(S::shl_i32(*v, N), mask);
+        }
+        v
     }
     #[inline(always)]
-    unsafe fn lookup(table: &[i8; 16], i: Self::B) -> Self::B {
-        i.map(|i| S::lookup_i32(table, i))
+    unsafe fn lookup(table: &[i8; 16], mut i: Self::B) -> Self::B {
+        for i in &mut i {
+            *i = S::lookup_i32(table, *i);
+        }
+        i
     }
 }
 

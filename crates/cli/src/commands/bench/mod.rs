@@ -1,20 +1,27 @@
 //! `quorate bench`: speed and memory of the loaded model.
 
+mod compare;
+mod roofline;
+
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use quorate_formats::{Checkpoint, DataFile};
 use quorate_lens::{
-    ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats,
+    ExpertMap, Indices, Intervention, Interventions, Op, PhaseSelector, Profiler, Recorder, RouterStats, StageClock,
 };
-use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, Segment, Site};
+use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, PREFILL_CHUNK, Segment, Site};
 use quorate_residency::StreamStats;
 use serde_json::{Value, json};
 
-use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, say};
+use crate::common::{
+    Common, available_bytes, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, rss_bytes, say,
+};
 use crate::experts::{Beside, ExpertArgs, open};
 use crate::stream;
+use compare::{PeerArg, Setting};
+use roofline::Need;
 
 /// Arguments of `bench`.
 #[derive(Args)]
@@ -26,7 +33,9 @@ Examples:
   quorate bench --task arithmetic --keep 8 --repeat 9
   quorate bench --cold --task arithmetic --keep 8
   quorate bench --memory 60MiB --on-miss stream --cache lru
-  quorate bench --lens none,record,intervene,profile --threads 2 --json")]
+  quorate bench --lens none,record,intervene,profile --threads 2 --json
+  quorate bench --stages
+  quorate bench -m model.gguf --compare llama.cpp --prefill 512 --decode 64")]
 pub struct Bench {
     /// Tokens of the prompt
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = parse_count)]
@@ -46,6 +55,12 @@ pub struct Bench {
     /// What watches or changes the forward pass
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [LensArg::None])]
     lens: Vec<LensArg>,
+    /// How the time of a prompt and of a decoded token is spent, stage by stage, in one more run
+    #[arg(long)]
+    stages: bool,
+    /// Runs another program on the same GGUF file in turn with this one, and gives the ratios
+    #[arg(long, value_enum, value_name = "PROGRAM", conflicts_with_all = ["cold", "lens", "stages"])]
+    compare: Option<PeerArg>,
     #[command(flatten)]
     experts: ExpertArgs,
 }
@@ -75,6 +90,9 @@ struct Run {
 
 impl Bench {
     pub fn run(&self, common: &Common) -> Result<()> {
+        if let Some(PeerArg::LlamaCpp) = self.compare {
+            return self.compare(common);
+        }
         if self.cold {
             Checkpoint::open(&common.model_path()?)?.files().iter().for_each(DataFile::forget_cached);
         }
@@ -104,6 +122,7 @@ impl Bench {
             }
         }
         progress.finish();
+        let stages = if self.stages { Some(self.staged(&model)?) } else { None };
         let of = |lens: LensArg| -> Vec<&Run> { runs.iter().filter(|r| r.lens == lens).collect() };
         let first = of(self.lens[0]);
         let tokens_s: Vec<f64> = first.iter().flat_map(|r| r.tokens_s.iter().copied()).collect();
@@ -120,15 +139,21 @@ impl Bench {
                     "prefill_ratio": ratio(|r| r.prefill), "decode_ratio": ratio(|r| r.decode) })
             })
             .collect();
+        let peak_rss = peak_rss_bytes();
+        // What the model may not take, the measurement must not take either.
+        let room = self.experts.memory.map_or(u64::MAX, |limit| limit.saturating_sub(rss_bytes().unwrap_or(limit)));
+        let (prefill, decode) = (median(first.iter().map(|r| r.prefill).collect()), median(first.iter().map(|r| r.decode).collect()));
+        let bandwidth = roofline::read_bandwidth(model.pool(), room.min(available_bytes().unwrap_or(u64::MAX)));
+        let need = Need::of(&model);
+        let machine = need.report(&model, prefill, decode, self.prefill + self.decode / 2, bandwidth);
         let document = json!({
             "model": common.model_path()?, "threads": model.pool().threads(), "memory_limit": self.experts.memory,
             "task": task, "prefill": self.prefill, "decode": self.decode,
-            "prefill_tokens_per_s": median(first.iter().map(|r| r.prefill).collect()),
-            "decode_tokens_per_s": median(first.iter().map(|r| r.decode).collect()),
+            "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, "machine": machine, "stages": stages,
             "time_to_first_token_s": median(first.iter().map(|r| r.first_token_s).collect()),
             "token_s": { "p50": quantile(&tokens_s, 0.5), "p90": quantile(&tokens_s, 0.9),
                 "p99": quantile(&tokens_s, 0.99), "max": quantile(&tokens_s, 1.0) },
-            "load_s": load_s, "peak_rss_bytes": peak_rss_bytes(),
+            "load_s": load_s, "peak_rss_bytes": peak_rss,
             "first_run": { "time_to_first_token_s": load_s + first_run.first_token_s,
                 "prefill_tokens_per_s": first_run.prefill, "decode_tokens_per_s": first_run.decode },
             "resident_weight_bytes": model.weights().resident_bytes(),
@@ -168,6 +193,27 @@ impl Bench {
         }
         let ms = |q: f64| 1e3 * quantile(&tokens_s, q);
         say!("ms a token: {:.1} median, {:.1} p90, {:.1} p99, {:.1} max", ms(0.5), ms(0.9), ms(0.99), ms(1.0))?;
+        let machine = &document["machine"];
+        let giga = |name: &str| machine[name].as_f64().map_or(f64::NAN, |v| v / 1e9);
+        if let Some(share) = machine["decode_share_of_bandwidth"].as_f64() {
+            say!(
+                "memory gives {:.1} GB/s; decoding reads {} a token, {:.1} GB/s, {:.0} % of it; the prompt {:.0} Gop/s",
+                giga("read_bandwidth_bytes_per_s"),
+                human_bytes(need.token_bytes),
+                giga("decode_bytes_per_s"),
+                100.0 * share,
+                giga("prefill_operations_per_s")
+            )?;
+        }
+        if let Some(stages) = document["stages"].as_object() {
+            for (part, rows) in stages {
+                say!("{part}:")?;
+                for row in rows.as_array().into_iter().flatten() {
+                    let (s, share) = (row["s"].as_f64().unwrap_or(0.0), row["share"].as_f64().unwrap_or(0.0));
+                    say!("  {:30} {:>9.2} ms {:>5.1} %", row["stage"].as_str().unwrap_or_default(), 1e3 * s, 100.0 * share)?;
+                }
+            }
+        }
         if let Some(described) = stream::described(&model) {
             say!("{described}")?;
             say!("prefill: {}", stream::summary(&streamed[0]))?;
@@ -178,8 +224,63 @@ impl Bench {
             human_bytes(model.weights().resident_bytes()),
             human_bytes(model.weights().bytes_read()),
             disk_bytes.map_or("unknown".into(), human_bytes),
-            peak_rss_bytes().map_or("unknown".into(), human_bytes),
+            peak_rss.map_or("unknown".into(), human_bytes),
         )?;
+        Ok(())
+    }
+
+    fn compare(&self, common: &Common) -> Result<()> {
+        let setting = Setting {
+            threads: common.thread_count()?,
+            prefill: self.prefill,
+            decode: self.decode,
+            repeat: self.repeat,
+        };
+        // The same command, without what makes it a comparison.
+        let mut own: Vec<String> = Vec::new();
+        let mut skip = false;
+        for arg in std::env::args().skip(1) {
+            let of = |name: &str| arg == name || arg.starts_with(&format!("{name}="));
+            if !skip && !of("--compare") && !of("--repeat") && arg != "--json" {
+                own.push(arg.clone());
+            }
+            skip = arg == "--compare" || arg == "--repeat";
+        }
+        own.extend(["--repeat", "1", "--json", "--quiet"].map(String::from));
+        compare::compare(common, &setting, &own)
+    }
+
+    /// The time of each stage: of a prompt, and of the tokens decoded behind it.
+    fn staged(&self, model: &Model) -> Result<Value> {
+        let streamed = model.weights().stream().is_some();
+        let (mut prompt, mut decode) = (StageClock::new(streamed), StageClock::new(streamed));
+        let (mut token, mut cache) = (tokens_of(model), KvCache::new(model.spec(), 1));
+        prompt.start();
+        self.prompt(model, &mut cache, &mut token, &mut prompt)?;
+        for _ in 0..self.decode {
+            decode.start();
+            model.forward(&[Segment::decode(0, token())], &mut cache, &mut decode)?;
+        }
+        let report = |clock: &StageClock| -> Value {
+            let total: f64 = clock.stages().map(|(_, s)| s).sum();
+            clock.stages().map(|(stage, s)| json!({ "stage": stage, "s": s, "share": s / total })).collect()
+        };
+        Ok(json!({ "prefill": report(&prompt), "decode": report(&decode) }))
+    }
+
+    /// A prompt of random tokens.
+    fn prompt(
+        &self,
+        model: &Model,
+        cache: &mut KvCache,
+        token: &mut impl FnMut() -> u32,
+        lens: &mut dyn Lens,
+    ) -> Result<()> {
+        let prompt: Vec<u32> = (0..self.prefill).map(|_| token()).collect();
+        for chunk in prompt.chunks(PREFILL_CHUNK) {
+            let segment = Segment { logits: LogitRows::Last, ..Segment::prompt(0, chunk.to_vec()) };
+            model.forward(&[segment], cache, lens)?;
+        }
         Ok(())
     }
 
@@ -202,23 +303,10 @@ impl Bench {
             LensArg::Intervene => &mut Interventions::prepare(&[scale], model.spec(), std::path::Path::new("."))?,
             LensArg::Profile => &mut Profiler::new(RouterStats::new(map)),
         };
-        let vocabulary = model.spec().vocab_size as u64;
-        let mut state = 1u64;
-        let mut token = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 33) % vocabulary) as u32
-        };
-        let mut cache = KvCache::new(model.spec(), 1);
-        let prompt: Vec<u32> = (0..self.prefill).map(|_| token()).collect();
+        let (mut token, mut cache) = (tokens_of(model), KvCache::new(model.spec(), 1));
         let before = stream::stats(model);
         let start = Instant::now();
-        for chunk in prompt.chunks(quorate_model::PREFILL_CHUNK) {
-            model.forward(
-                &[Segment { logits: LogitRows::Last, ..Segment::prompt(0, chunk.to_vec()) }],
-                &mut cache,
-                chosen,
-            )?;
-        }
+        self.prompt(model, &mut cache, &mut token, chosen)?;
         let first_token_s = start.elapsed().as_secs_f64();
         let between = stream::stats(model);
         let mut tokens_s = Vec::with_capacity(self.decode);
@@ -230,6 +318,16 @@ impl Bench {
         let decode = self.decode as f64 / tokens_s.iter().sum::<f64>();
         let streamed = [between.since(&before), stream::stats(model).since(&between)];
         Ok(Run { lens, prefill: self.prefill as f64 / first_token_s, decode, first_token_s, tokens_s, streamed })
+    }
+}
+
+/// Random tokens, always the same.
+fn tokens_of(model: &Model) -> impl FnMut() -> u32 + use<> {
+    let vocabulary = model.spec().vocab_size as u64;
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocabulary) as u32
     }
 }
 
