@@ -4,7 +4,7 @@
 //! the nearest, ties to even. So an activation is off by at most 1/254 of the largest of those.
 
 use super::CHUNK;
-use crate::simd::{Simd, kernel};
+use crate::simd::{MAX_LANES, Simd, fold_lanes, kernel};
 
 /// Below this magnitude 32 values count as zeros: the inverse of their scale would overflow.
 const LEAST: f32 = 1e-35;
@@ -105,54 +105,105 @@ kernel! {
 
 #[inline(always)]
 unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded) {
+    let mut inverse = [0.0; 8];
     match extent {
         Extent::Group => {
-            for g in 0..8 {
-                let (scale, inverse) = scale_of::<S>(x.add(32 * g), 32);
-                round_group::<S>(x, g, scale, inverse, out);
+            // As many groups at once as a vector has lanes for their greatest.
+            let step = S::LANES.min(8);
+            for first in (0..8).step_by(step) {
+                let mut most = [S::zero(); MAX_LANES];
+                for g in 0..step {
+                    most[g] = magnitude::<S>(x.add(32 * (first + g)), 32);
+                }
+                greatest::<S>(&mut most, step);
+                let (scale, inverse_of) = scales::<S>(most[0]);
+                S::store_part_or_all(out.scale32.as_mut_ptr().add(first), scale, step);
+                S::store_part_or_all(inverse.as_mut_ptr().add(first), inverse_of, step);
             }
         }
         Extent::Chunk => {
-            let (scale, inverse) = scale_of::<S>(x, CHUNK);
-            for g in 0..8 {
-                round_group::<S>(x, g, scale, inverse, out);
+            let mut most = [magnitude::<S>(x, CHUNK); MAX_LANES];
+            greatest::<S>(&mut most, 1);
+            let (scale, inverse_of) = scales::<S>(most[0]);
+            out.scale32 = [S::first(scale); 8];
+            inverse = [S::first(inverse_of); 8];
+        }
+    }
+    let (codes, biased) = (out.codes.as_mut_ptr().cast::<u8>(), out.biased.as_mut_ptr());
+    for g in 0..8 {
+        let inverse = S::splat(inverse[g]);
+        for i in (32 * g..32 * (g + 1)).step_by(S::LANES) {
+            S::store_i8(codes.add(i), biased.add(i), S::mul(S::load(x.add(i)), inverse));
+        }
+    }
+    let sums = sums_of_sixteen::<S>(codes);
+    for g in 0..16 {
+        out.sums16[g] = sums[g] as i16;
+        out.scale16[g] = out.scale32[g / 2];
+        out.less16[g] = -out.scale32[g / 2] * sums[g] as f32;
+    }
+    for g in 0..8 {
+        let sum = sums[2 * g] + sums[2 * g + 1];
+        out.sums32[g] = sum as i16;
+        out.less32[g] = -out.scale32[g] * sum as f32;
+    }
+}
+
+/// The sum of every sixteen codes.
+#[inline(always)]
+unsafe fn sums_of_sixteen<S: Simd>(codes: *const u8) -> [i32; 16] {
+    let mut sums = [0; 16];
+    let quads = const { S::LANES / 4 };
+    for first in (0..16).step_by(4 * quads) {
+        let mut v = [S::zero(); 4];
+        for j in 0..4 {
+            // Sums of four, with ones for weights.
+            let four = S::load_i32(codes.add(16 * (first + j * quads)));
+            v[j] = S::as_f32(S::dot4::<true>(S::splat_i32(0), four, S::splat_i32(0x0101_0101)));
+        }
+        let ab = add_swapped::<S, 1>(v[0], v[1]);
+        let cd = add_swapped::<S, 1>(v[2], v[3]);
+        let mut turned = [0_i32; MAX_LANES];
+        S::store_i32(turned.as_mut_ptr().cast(), S::as_i32(add_swapped::<S, 2>(ab, cd)));
+        // Quad `q` has a sum of each of the four vectors.
+        for j in 0..4 {
+            for q in 0..quads {
+                sums[first + j * quads + q] = turned[4 * q + j];
             }
         }
     }
+    sums
 }
 
-/// What a code of `n` values is worth, and its inverse.
+/// One step of adding up the lanes of two vectors of whole numbers.
 #[inline(always)]
-unsafe fn scale_of<S: Simd>(x: *const f32, n: usize) -> (f32, f32) {
-    // `probe` is zero as long as all values are finite.
-    let (mut most, mut probe) = (S::zero(), S::zero());
+unsafe fn add_swapped<S: Simd, const L: usize>(a: S::V, b: S::V) -> S::V {
+    let (a, b) = S::swap::<L>(a, b);
+    S::as_f32(S::add_i32(S::as_i32(a), S::as_i32(b)))
+}
+
+/// The greatest magnitude of `n` values lane by lane; infinite if one is no number.
+#[inline(always)]
+unsafe fn magnitude<S: Simd>(x: *const f32, n: usize) -> S::V {
+    // Without their signs floats are ordered as whole numbers are, infinity and then what is no number last.
+    let mask = S::splat_i32(i32::MAX);
+    let mut most = S::splat_i32(0);
     for i in (0..n).step_by(S::LANES) {
-        let v = S::load(x.add(i));
-        most = S::max(most, S::max(v, S::sub(S::zero(), v)));
-        probe = S::fma(v, S::zero(), probe);
+        most = S::max_i32(most, S::and_i32(S::as_i32(S::load(x.add(i))), mask));
     }
-    let (most, probe) = (S::greatest(most), S::sum(probe));
-    let (scale, inverse) = if most < LEAST { (0.0, 0.0) } else { (most / 127.0, 127.0 / most) };
-    (scale + probe, inverse)
+    S::as_f32(S::min_i32(most, S::splat_i32(f32::INFINITY.to_bits() as i32)))
 }
 
-/// Rounds values `32 g..32 g + 32` of the chunk at `x`.
+/// The greatest lane of each of the first `n` vectors, a power of two up to `LANES`, in the first lanes of `v[0]`.
 #[inline(always)]
-unsafe fn round_group<S: Simd>(x: *const f32, g: usize, scale: f32, inverse: f32, out: &mut Rounded) {
-    let codes = out.codes.as_mut_ptr().add(32 * g).cast::<u8>();
-    for i in (0..32).step_by(S::LANES) {
-        let v = S::mul(S::load(x.add(32 * g + i)), S::splat(inverse));
-        S::store_i8(codes.add(i), v);
-    }
-    S::store32(out.biased.as_mut_ptr().add(32 * g), S::xor(S::load32(codes), S::splat_byte(128)));
-    let sum = |from: usize| out.codes[from..from + 16].iter().map(|c| i16::from(*c)).sum::<i16>();
-    let sums = [sum(32 * g), sum(32 * g + 16)];
-    out.scale32[g] = scale;
-    out.sums32[g] = sums[0] + sums[1];
-    out.less32[g] = -scale * f32::from(sums[0] + sums[1]);
-    for (half, sum) in sums.into_iter().enumerate() {
-        out.scale16[2 * g + half] = scale;
-        out.sums16[2 * g + half] = sum;
-        out.less16[2 * g + half] = -scale * f32::from(sum);
-    }
+unsafe fn greatest<S: Simd>(v: &mut [S::V; MAX_LANES], n: usize) {
+    fold_lanes::<S>(v, n, |a, b| S::max(a, b));
+}
+
+/// What a code is worth where these are the greatest magnitudes (not a number if those are infinite), and its inverse.
+#[inline(always)]
+unsafe fn scales<S: Simd>(most: S::V) -> (S::V, S::V) {
+    let (whole, least) = (S::splat(127.0), S::splat(LEAST));
+    let scale = S::fma(most, S::zero(), S::div(most, whole));
+    (S::zero_if_less(most, least, scale), S::zero_if_less(most, least, S::div(whole, most)))
 }

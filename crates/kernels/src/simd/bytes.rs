@@ -216,6 +216,8 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     unsafe fn add_i32(a: Self::I, b: Self::I) -> Self::I;
     /// The lower half of `a * b`.
     unsafe fn mul_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn max_i32(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn min_i32(a: Self::I, b: Self::I) -> Self::I;
     /// Each lane shifted left by `n` below 32, zeros from below.
     unsafe fn shl_i32(v: Self::I, n: i32) -> Self::I;
     /// Each lane shifted right by `n` below 32, zeros from above.

@@ -122,9 +122,11 @@ pub(crate) trait Simd: Bytes {
     unsafe fn from_i32(v: Self::I) -> Self::V;
     /// The same bits.
     unsafe fn as_i32(v: Self::V) -> Self::I;
-    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes;
-    /// any, if they do not fit.
-    unsafe fn store_i8(p: *mut u8, v: Self::V);
+    /// The same bits.
+    unsafe fn as_f32(v: Self::I) -> Self::V;
+    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes, at `biased` with 128
+    /// added; any, if they do not fit.
+    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -163,6 +165,12 @@ pub(crate) trait Simd: Bytes {
         let mut buffer = [0.0; MAX_LANES];
         Self::store(buffer.as_mut_ptr(), v);
         std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+    }
+
+    /// Stores the first `n` values, up to `LANES`.
+    #[inline(always)]
+    unsafe fn store_part_or_all(p: *mut f32, v: Self::V, n: usize) {
+        if n == Self::LANES { Self::store(p, v) } else { Self::store_part(p, v, n) }
     }
 
     /// The sum of all lanes.
@@ -231,24 +239,41 @@ pub(crate) unsafe fn transpose<S: Simd>(v: &mut [S::V; MAX_LANES]) {
 /// As for [`Simd`].
 #[inline(always)]
 pub(crate) unsafe fn reduce<S: Simd>(v: &mut [S::V; MAX_LANES], n: usize) {
+    fold_lanes::<S>(v, n, |a, b| S::add(a, b));
+}
+
+/// As [`reduce`], with another way to join two vectors.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn fold_lanes<S: Simd>(
+    v: &mut [S::V; MAX_LANES],
+    n: usize,
+    join: impl Fn(S::V, S::V) -> S::V + Copy,
+) {
     #[inline(always)]
-    unsafe fn step<S: Simd, const L: usize>(v: &mut [S::V; MAX_LANES], n: usize) {
+    unsafe fn step<S: Simd, const L: usize>(
+        v: &mut [S::V; MAX_LANES],
+        n: usize,
+        join: impl Fn(S::V, S::V) -> S::V,
+    ) {
         if L < S::LANES {
             let pairs = n / (2 * L);
             if pairs == 0 {
                 let (a, b) = S::swap::<L>(v[0], v[0]);
-                v[0] = S::add(a, b);
+                v[0] = join(a, b);
             }
             for i in 0..pairs {
                 let (a, b) = S::swap::<L>(v[2 * i], v[2 * i + 1]);
-                v[i] = S::add(a, b);
+                v[i] = join(a, b);
             }
         }
     }
-    step::<S, 1>(v, n);
-    step::<S, 2>(v, n);
-    step::<S, 4>(v, n);
-    step::<S, 8>(v, n);
+    step::<S, 1>(v, n, join);
+    step::<S, 2>(v, n, join);
+    step::<S, 4>(v, n, join);
+    step::<S, 8>(v, n, join);
 }
 
 /// Defines `unsafe fn name<S>(args) -> R { .. }` as a kernel: the body is compiled once per

@@ -192,6 +192,14 @@ impl Bytes for Neon {
         vmulq_s32(a, b)
     }
     #[inline(always)]
+    unsafe fn max_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vmaxq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn min_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vminq_s32(a, b)
+    }
+    #[inline(always)]
     unsafe fn shl_i32(v: int32x4_t, n: i32) -> int32x4_t {
         vshlq_s32(v, vdupq_n_s32(n))
     }

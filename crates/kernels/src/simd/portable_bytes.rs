@@ -173,6 +173,14 @@ impl Bytes for Portable {
         std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
     }
     #[inline(always)]
+    unsafe fn max_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i].max(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn min_i32(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| a[i].min(b[i]))
+    }
+    #[inline(always)]
     unsafe fn shl_i32(v: [i32; N], n: i32) -> [i32; N] {
         v.map(|v| v << n)
     }

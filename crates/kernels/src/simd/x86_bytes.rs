@@ -233,6 +233,14 @@ impl Bytes for Avx512 {
         _mm512_mullo_epi32(a, b)
     }
     #[inline(always)]
+    unsafe fn max_i32(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_max_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn min_i32(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_min_epi32(a, b)
+    }
+    #[inline(always)]
     unsafe fn shl_i32(v: __m512i, n: i32) -> __m512i {
         _mm512_sllv_epi32(v, _mm512_set1_epi32(n))
     }
@@ -343,6 +351,14 @@ impl Bytes for Avx2 {
     #[inline(always)]
     unsafe fn mul_i32(a: __m256i, b: __m256i) -> __m256i {
         _mm256_mullo_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn max_i32(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_max_epi32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn min_i32(a: __m256i, b: __m256i) -> __m256i {
+        _mm256_min_epi32(a, b)
     }
     #[inline(always)]
     unsafe fn shl_i32(v: __m256i, n: i32) -> __m256i {
