@@ -116,6 +116,14 @@ fn specifications_say_what_the_configurations_say() {
     assert_eq!((shared.intermediate_size, shared.gated), (32, true));
     assert!(spec.layers[1].attn.qkv_bias && !spec.layers[1].attn.o_bias);
     assert!(!open("llama").spec().is_moe());
+
+    // DeepSeek's first model follows its configuration, the second does not.
+    for (name, norm) in [("deepseek_moe", true), ("deepseek_v2_lite", false)] {
+        let copy = Copy::of(name);
+        assert!(!Checkpoint::open(copy.path()).unwrap().spec().moe(1).unwrap().router.norm_topk_prob, "{name}");
+        let copy = copy.set("norm_topk_prob", json!(true));
+        assert_eq!(Checkpoint::open(copy.path()).unwrap().spec().moe(1).unwrap().router.norm_topk_prob, norm, "{name}");
+    }
 }
 
 #[test]
