@@ -16,7 +16,7 @@ use support::{
 };
 use tempfile::TempDir;
 
-const FIXTURES: [&str; 25] = [
+const FIXTURES: [&str; 28] = [
     "deepseek_v2",
     "deepseek_v2_greedy",
     "deepseek_v2_lite",
