@@ -60,7 +60,8 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// All families that have an architecture in GGUF; those with experts first.
-const FAMILIES: [&str; 25] = [
+const FAMILIES: [&str; 27] = [
+    "deepseek_moe",
     "deepseek_v2_greedy",
     "deepseek_v2_lite",
     "deepseek_v3",
@@ -80,6 +81,7 @@ const FAMILIES: [&str; 25] = [
     "qwen3_moe",
     "qwen3_next",
     "gemma3_text",
+    "gemma2",
     "gpt2",
     "llama",
     "olmo2",

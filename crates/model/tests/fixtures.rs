@@ -38,9 +38,9 @@ macro_rules! agree_with_transformers {
 agree_with_transformers! {
     olmoe olmoe_256 olmoe_norm_clip qwen3_moe qwen3_moe_nonorm qwen2_moe qwen2_moe_mixed mixtral mixtral_swa_bf16
     llama mistral qwen2 qwen3
-    deepseek_v2 deepseek_v2_greedy deepseek_v2_lite deepseek_v3 deepseek_v3_flat_mtp deepseek_v3_fp8 ernie4_5_moe gemma3_text
-    gemma3_text_softcap glm4_moe gpt2 gpt_oss gpt_oss_mxfp4 granitemoe granitemoeshared hunyuan_v1_moe
-    llama4_nested llama4_text olmo2 phi3_long phi3_short_partial phimoe phimoe_long qwen3_next
+    deepseek_moe deepseek_v2 deepseek_v2_greedy deepseek_v2_lite deepseek_v3 deepseek_v3_flat_mtp deepseek_v3_fp8 ernie4_5_moe
+    gemma2 gemma3_text gemma3_text_softcap glm4_moe gpt2 gpt_oss gpt_oss_mxfp4 granitemoe granitemoeshared hunyuan_v1_moe
+    llama4_nested llama4_text olmo2 pangu_pro_moe phi3_long phi3_short_partial phimoe phimoe_long qwen3_next qwen3_5_moe
 }
 
 /// The same weights as GGUF, converted by llama.cpp: the test of the folder with the file's weights.
@@ -61,7 +61,7 @@ agree_from_gguf! {
     olmoe "f16 bf16" mixtral "f16" llama "f16" qwen2 "f16" qwen3 "f16" qwen2_moe "f16" qwen3_moe "f16" olmo2 "f16" gpt2 "f16"
     gemma3_text "f16" granitemoe "f16" glm4_moe "f16" ernie4_5_moe "f16" gpt_oss "f16" deepseek_v2_greedy "f16"
     deepseek_v3 "f16" deepseek_v2_lite "f32" deepseek_v3_flat_mtp "f32" granitemoeshared "f32" phi3_long "f32"
-    phi3_short_partial "f32" qwen3_next "f32"
+    phi3_short_partial "f32" qwen3_next "f32" gemma2 "f32" qwen3_5_moe "f32" deepseek_moe "f32"
 }
 
 struct Fixture {
@@ -179,9 +179,10 @@ impl Fixture {
         assert_eq!(found_pairs.0, expected.0, "{name}, {place}: the first wrong tensor is {ids}");
         self.compare(way, i, &gates, &found_pairs.1, &expected.1);
         let descending = |row: &[f32]| row.windows(2).all(|pair| pair[0] >= pair[1]);
-        // A bias on the choice, or a softmax for each choice, ranks otherwise than gates do.
+        // A bias on the choice, a factor on the gate, or a softmax for each choice, ranks otherwise than gates do.
         let router = &self.model.spec().moe(l).unwrap().router;
-        let by_gate = !router.extra.selection_bias && router.score != RouterScore::SparseMixer;
+        let learned = router.extra.selection_bias || router.extra.expert_scale;
+        let by_gate = !learned && router.score != RouterScore::SparseMixer;
         assert!(!by_gate || found.values.chunks(k).all(descending), "{name}, {place}: slots are not in rank order");
     }
 

@@ -16,7 +16,7 @@ use support::{
 };
 use tempfile::TempDir;
 
-const FIXTURES: [&str; 25] = [
+const FIXTURES: [&str; 28] = [
     "deepseek_v2",
     "deepseek_v2_greedy",
     "deepseek_v2_lite",
@@ -42,6 +42,9 @@ const FIXTURES: [&str; 25] = [
     "qwen3_moe",
     "qwen3_moe_nonorm",
     "qwen3_next",
+    "qwen3_5_moe",
+    "deepseek_moe",
+    "pangu_pro_moe",
 ];
 
 fn groups(model: &Model) -> Option<GroupSpec> {

@@ -324,6 +324,8 @@ fn plans_fit_to_the_byte() {
 #[test]
 fn sizes_from_shapes_are_the_sizes_of_the_files() {
     let others = ["deepseek_v2", "deepseek_v3", "qwen3_next", "granitemoeshared", "gpt_oss", "ernie4_5_moe", "phimoe"];
+    let others =
+        others.into_iter().chain(["qwen3_5_moe", "deepseek_moe", "pangu_pro_moe", "gemma2"]).collect::<Vec<_>>();
     for name in FIXTURES.iter().chain(&others) {
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
         let spec = Outline::open(&fixture(name)).unwrap().spec;

@@ -26,7 +26,10 @@ const DEFAULTS: Defaults = Defaults { rope_theta: 10_000.0, norm_eps: 1e-6 };
 pub static V1: Family = Family {
     name: "deepseek",
     model_types: &["deepseek"],
-    spec: |config| spec(config, "deepseek", attention(config, &DEFAULTS)?),
+    spec: |config| {
+        let bias = config.flag("attention_bias", false)?;
+        spec(config, "deepseek", AttnSpec { qkv_bias: bias, o_bias: bias, ..attention(config, &DEFAULTS)? })
+    },
     names: NAMES,
     expert_count_keys: COUNT_KEYS,
     fused: None,
@@ -106,8 +109,9 @@ pub fn experts(config: &Config) -> Result<MoeSpec> {
         // GLM-4.5 does not say; its models are sigmoid routers, and so are V3's.
         None => matches!(config.opt_text("model_type")?, Some("deepseek_v3" | "glm4_moe" | "kimi_k2")),
     };
-    // V2 never renormalises, whatever its configuration says.
-    let norm = sigmoid && config.flag("norm_topk_prob", true)?;
+    // V2 never renormalises, whatever its configuration says; the first one's code does.
+    let first = config.opt_text("model_type")? == Some("deepseek");
+    let norm = (sigmoid || first) && config.flag("norm_topk_prob", sigmoid)?;
     let groups = match config.opt_text("topk_method")? {
         Some("greedy") => None,
         _ => groups(config, n_experts, sigmoid)?,

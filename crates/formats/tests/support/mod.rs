@@ -22,6 +22,7 @@ pub const FIXTURES: &[&str] = &[
     "qwen3",
     "qwen2_moe",
     "qwen2_moe_mixed",
+    "deepseek_moe",
     "deepseek_v2",
     "deepseek_v2_greedy",
     "deepseek_v2_lite",
@@ -29,6 +30,7 @@ pub const FIXTURES: &[&str] = &[
     "deepseek_v3_flat_mtp",
     "deepseek_v3_fp8",
     "ernie4_5_moe",
+    "gemma2",
     "gemma3_text",
     "gemma3_text_softcap",
     "glm4_moe",
@@ -41,11 +43,13 @@ pub const FIXTURES: &[&str] = &[
     "llama4_nested",
     "llama4_text",
     "olmo2",
+    "pangu_pro_moe",
     "phi3_long",
     "phi3_short_partial",
     "phimoe",
     "phimoe_long",
     "qwen3_next",
+    "qwen3_5_moe",
 ];
 
 pub fn fixture(name: &str) -> PathBuf {
