@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quorate_formats::Preset;
 use quorate_lens::{LensError, Library};
 use quorate_model::text::Tokenizer;
-use quorate_model::{KeptExperts, Model, OpenOptions, RoutingMode};
+use quorate_model::{KeptExperts, KvType, Model, OpenOptions, RoutingMode};
 use quorate_residency::StreamOptions;
 use serde::Serialize;
 
@@ -41,6 +41,9 @@ pub struct Common {
     /// Compute threads; left out, all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
+    /// Numbers of the KV cache; left out, f16 for models with weights in blocks (most GGUF files), f32 for others
+    #[arg(long, global = true, value_enum, value_name = "TYPE")]
+    pub kv_type: Option<KvTypeArg>,
     /// Pattern library file; left out, library.sqlite in the home folder
     #[arg(long, global = true, value_name = "FILE")]
     pub library: Option<PathBuf>,
@@ -53,6 +56,15 @@ pub struct Common {
     /// No progress, no notes
     #[arg(short, long, global = true)]
     pub quiet: bool,
+}
+
+/// [`KvType`] on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KvTypeArg {
+    /// As they were computed
+    F32,
+    /// Half the memory, rounded to 11 bits
+    F16,
 }
 
 impl Common {
@@ -99,7 +111,12 @@ impl Common {
     /// Opens the model without its experts.
     pub fn open_model(&self, memory_limit: Option<u64>) -> Result<Model> {
         let mut bar = self.progress("loading", 0, "bytes");
-        let options = OpenOptions { threads: self.thread_count()?, memory_limit, tokenizer: self.tokenizer.as_deref() };
+        let (threads, tokenizer) = (self.thread_count()?, self.tokenizer.as_deref());
+        let kv_type = self.kv_type.map(|kv_type| match kv_type {
+            KvTypeArg::F32 => KvType::F32,
+            KvTypeArg::F16 => KvType::F16,
+        });
+        let options = OpenOptions { threads, memory_limit, tokenizer, kv_type };
         let model = Model::open_with(&self.model_path()?, &options, &mut loading(&mut bar))?;
         note_base(&model);
         bar.finish();

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use quorate_formats::spec::ModelSpec;
 use quorate_lens::{Choice, Interventions, Keep, KeyMetric, Library, Plan, Scope, read_experts};
 use quorate_methods::DEFAULT_METRIC;
-use quorate_model::{CacheLayout, Model, RoutingMode};
+use quorate_model::{Model, RoutingMode};
 
 use crate::common::{Common, parse_bytes};
 use crate::stream::{CacheArg, Favourites, SLACK_BYTES, overhead_bytes, stream};
@@ -163,7 +163,7 @@ impl ExpertArgs {
             _ if self.share.is_some() => self.share.map(Keep::Share),
             (Some(k), _) => Some(Keep::per_layer(model.spec(), scope, k)?),
             (None, Some(bytes)) => {
-                let kv = CacheLayout::own(model.spec()).bytes(beside.cache_tokens);
+                let kv = model.cache_layout().bytes(beside.cache_tokens);
                 let overhead = overhead_bytes(model, beside);
                 let plan = |overhead| model.weights().memory_plan(bytes, kv, overhead);
                 // What an error suggests should be enough the next time too, when a little more is measured.

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 use quorate_lens::{ExpertMap, Pattern};
-use quorate_model::{CacheLayout, KeptExperts, Model, PREFILL_CHUNK, buffer_bytes};
+use quorate_model::{KeptExperts, Model, PREFILL_CHUNK, buffer_bytes};
 use quorate_residency::{
     CachePolicy, READERS, ResidencyError, StreamOptions, StreamStats, least_stream_bytes, most_stream_bytes,
 };
@@ -123,7 +123,7 @@ pub fn stream(
         (None, None) => most,
         (None, Some(memory)) => {
             let skeleton = model.weights().resident_bytes();
-            let kv = CacheLayout::own(model.spec()).bytes(beside.cache_tokens);
+            let kv = model.cache_layout().bytes(beside.cache_tokens);
             let fixed = skeleton + kv + overhead_bytes(model, beside) + gathered_bytes(model);
             let least = least_stream_bytes(&checkpoint)?;
             if memory < fixed + least {

@@ -1,7 +1,7 @@
 //! Answering task items and scoring the answers, many at a time.
 
 use quorate_lens::LensError;
-use quorate_model::{GenerateOptions, KvCache, Lens, Model, ModelError, ops};
+use quorate_model::{GenerateOptions, Lens, Model, ModelError, ops};
 
 use crate::answer::exact_match;
 use crate::encode::{EncodedItem, batches, encode_text, is_language_modelling};
@@ -159,7 +159,7 @@ fn score_texts(
 /// # Errors
 /// As [`Model::forward`].
 pub fn teacher_forced(model: &Model, items: &[EncodedItem], lens: &mut dyn Lens) -> Result<Vec<ItemScore>, ModelError> {
-    let mut cache = KvCache::new(model.spec(), items.len());
+    let mut cache = model.new_cache(items.len());
     let segments: Vec<_> = items.iter().enumerate().map(|(slot, item)| item.segment(slot)).collect();
     let forward = model.forward(&segments, &mut cache, lens)?;
     let Some(logits) = forward.logits else {

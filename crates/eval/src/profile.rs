@@ -62,7 +62,7 @@ impl<'a> ProfileRun<'a> {
         let shift = |r: std::ops::Range<usize>| r.start + train.len()..r.end + train.len();
         runs.extend(batches(&held, BATCH_TOKENS, BATCH_ITEMS).into_iter().map(shift));
         all.extend(held);
-        let (cache, key_layer) = (KvCache::new(model.spec(), BATCH_ITEMS), split.key_layer);
+        let (cache, key_layer) = (model.new_cache(BATCH_ITEMS), split.key_layer);
         ProfileRun { model, cache, items: all, runs, first_heldout, key_layer, profile }
     }
 

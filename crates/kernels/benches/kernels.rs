@@ -183,14 +183,20 @@ impl Bench {
             let shape = AttnShape { n_heads, n_kv_heads, head_dim, scale, window: None };
             for (len, pos0) in [(512, 0), (1, 128), (1, 2048)] {
                 let (width, cache) = (n_heads * head_dim, (pos0 + len) * n_kv_heads * head_dim);
-                let (q, k, v) = (noise(len * width), noise(cache), noise(cache));
+                let q = noise(len * width);
                 let mut z = vec![0.0; len * width];
                 let pairs = (1..=len).map(|i| pos0 + i).sum::<usize>() * width;
-                let name = format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}");
-                self.case(&name, 4.0 * pairs as f64, 8.0 * cache as f64, |pool| {
-                    let segment = AttnSegment { row0: 0, len, pos0, k: &k, v: &v };
-                    attention(pool, &shape, &q, &[segment], &mut z);
-                });
+                for dtype in [DType::F32, DType::F16] {
+                    let data = matrix(dtype, pos0 + len, n_kv_heads * head_dim);
+                    let k = MatRef::new(dtype, pos0 + len, n_kv_heads * head_dim, &data).expect("a matrix");
+                    let name =
+                        format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}, {}", dtype.name());
+                    let bytes = 2 * cache * dtype.block_bytes();
+                    self.case(&name, 4.0 * pairs as f64, bytes as f64, |pool| {
+                        let segment = AttnSegment { row0: 0, len, pos0, k, v: k };
+                        attention(pool, &shape, &q, &[segment], &mut z);
+                    });
+                }
             }
         }
     }

@@ -4,14 +4,17 @@
 //! form rows. A block of rows meets the keys in blocks of [`KEYS`], keeping a running maximum and
 //! sum for the softmax, so that the scores of a block are all that is ever held.
 
+#![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
+
 use std::ops::Range;
 
-use crate::DType;
+use crate::MatRef;
 use crate::math::exp;
 use crate::pool::{Pool, SendPtr, Share};
 use crate::scratch;
-use crate::simd::{Isa, kernel};
+use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
+use crate::weight::{Weight, widen, with_weight};
 
 /// Rows of queries in a block.
 const QUERIES: usize = 64;
@@ -49,10 +52,10 @@ pub struct AttnSegment<'a> {
     pub len: usize,
     /// Position of its first row.
     pub pos0: usize,
-    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`.
-    pub k: &'a [f32],
+    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`, of a type without blocks.
+    pub k: MatRef<'a>,
     /// Values, likewise.
-    pub v: &'a [f32],
+    pub v: MatRef<'a>,
 }
 
 /// `z = softmax(scale q k) v` for each row and head: a row at position `p` sees the keys
@@ -101,8 +104,10 @@ fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) 
     assert_eq!(q.len(), z.len(), "lengths of queries and results");
     for (i, s) in segments.iter().enumerate() {
         assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
-        let cache = (s.pos0 + s.len) * n_kv_heads * head_dim;
-        assert_eq!((s.k.len(), s.v.len()), (cache, cache), "cache of segment {i}");
+        for m in [&s.k, &s.v] {
+            assert_eq!((m.rows, m.cols), (s.pos0 + s.len, n_kv_heads * head_dim), "cache of segment {i}");
+            assert!(!m.dtype.is_quantized() && m.rows * m.row_bytes() == m.data.len(), "cache of segment {i}");
+        }
         let apart = |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
         assert!(segments[..i].iter().all(apart), "segment {i} overlaps another");
     }
@@ -172,7 +177,14 @@ impl Block<'_> {
                     let at = (kv_head - self.kv_heads.start) * n;
                     let sums = &mut sums[at * padded..];
                     self.soften(isa, &keys, scores, &mut state[at..], sums, padded);
-                    let b = self.values(kv_head, &keys, padded, values);
+                    if n < PACK_FROM {
+                        let v = self.rows_of(&self.segment.v, kv_head, &keys);
+                        for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
+                            mix(isa, &v, weights, sums.as_mut_ptr().add(i * DOT_TOKENS * padded), padded);
+                        }
+                        continue;
+                    }
+                    let b = self.values(isa, kv_head, &keys, padded, values);
                     for c in (0..padded).step_by(tile) {
                         let b = Columns { data: b.data.add(c), ..b };
                         multiply(isa, &b, &weights[..n], sums.as_mut_ptr().add(c), padded, true);
@@ -220,9 +232,7 @@ impl Block<'_> {
         scores: &mut [f32],
     ) {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
-        let data = self.segment.k.as_ptr().add(self.cached(kv_head, keys.start)).cast();
-        let stride = 4 * self.shape.n_kv_heads * d;
-        let k = Rows { dtype: DType::F32, data, stride, rows: keys.len(), cols: d };
+        let k = self.rows_of(&self.segment.k, kv_head, keys);
         for first in (0..keys.len()).step_by(tile) {
             let out = scores.as_mut_ptr().add(first);
             if queries.len() >= PACK_FROM {
@@ -240,18 +250,113 @@ impl Block<'_> {
     }
 
     /// A copy of the values of some keys, side by side, as columns of whole tiles.
-    unsafe fn values(&self, kv_head: usize, keys: &Range<usize>, padded: usize, copy: &mut [f32]) -> Columns {
-        let d = self.shape.head_dim;
-        for (copy, key) in copy.chunks_exact_mut(padded).zip(keys.clone()) {
-            copy[..d].copy_from_slice(&self.segment.v[self.cached(kv_head, key)..][..d]);
+    unsafe fn values(&self, isa: Isa, kv_head: usize, keys: &Range<usize>, padded: usize, copy: &mut [f32]) -> Columns {
+        let (d, v) = (self.shape.head_dim, self.rows_of(&self.segment.v, kv_head, keys));
+        for (i, copy) in copy.chunks_exact_mut(padded).take(keys.len()).enumerate() {
+            widen(isa, v.dtype, v.row(i), &mut copy[..d]);
             copy[d..].fill(0.0);
         }
         Columns { data: copy.as_ptr(), stride: padded, k: keys.len() }
     }
 
-    /// Where the key and value of a position lie.
-    fn cached(&self, kv_head: usize, position: usize) -> usize {
-        (position * self.shape.n_kv_heads + kv_head) * self.shape.head_dim
+    /// What a key head has of some positions.
+    unsafe fn rows_of(&self, cache: &MatRef<'_>, kv_head: usize, keys: &Range<usize>) -> Rows {
+        let (d, stride) = (self.shape.head_dim, cache.row_bytes());
+        let data = cache.data.as_ptr().add(keys.start * stride + kv_head * d * cache.dtype.block_bytes());
+        Rows { dtype: cache.dtype, data, stride, rows: keys.len(), cols: d }
+    }
+}
+
+/// How many rows ahead values are asked for: those of one head lie too far apart for the processor to guess.
+const AHEAD: usize = 8;
+
+kernel! {
+    /// `out[t * width + c] += sum over j of weights[t][j] * v[j][c]`, for up to [`DOT_TOKENS`] rows of weights.
+    ///
+    /// # Safety
+    /// `v` must be valid, each of `weights` have a value for each of its rows, and `out` a row of `width` for each, which is
+    /// a multiple of the vector and no less than `cols`.
+    unsafe fn mix<S>(v: &Rows, weights: &[*const f32], out: *mut f32, width: usize) {
+        let many = S::ISA.registers() == 32;
+        with_weight!(v.dtype, W => match weights.len() {
+            1 => mix_rows::<S, W, 8, 1>(v, weights, out, width),
+            2 => mix_rows::<S, W, 4, 2>(v, weights, out, width),
+            3 if many => mix_rows::<S, W, 4, 3>(v, weights, out, width),
+            4 if many => mix_rows::<S, W, 4, 4>(v, weights, out, width),
+            3 => mix_rows::<S, W, 2, 3>(v, weights, out, width),
+            4 => mix_rows::<S, W, 2, 4>(v, weights, out, width),
+            _ => {}
+        });
+    }
+}
+
+/// [`mix`] for `T` rows of weights, `C` vectors of columns at a time.
+#[inline(always)]
+unsafe fn mix_rows<S: Simd, W: Weight, const C: usize, const T: usize>(
+    v: &Rows,
+    weights: &[*const f32],
+    out: *mut f32,
+    width: usize,
+) {
+    let mut rows = [std::ptr::null(); T];
+    rows.copy_from_slice(weights);
+    let mut c = 0;
+    while c + C * S::LANES <= v.cols {
+        mix_columns::<S, W, C, T>(v, c, &rows, out.add(c), width);
+        c += C * S::LANES;
+    }
+    while c + S::LANES <= v.cols {
+        mix_columns::<S, W, 1, T>(v, c, &rows, out.add(c), width);
+        c += S::LANES;
+    }
+    if c < v.cols {
+        for t in 0..T {
+            let mut sum = S::load(out.add(t * width + c));
+            for j in 0..v.rows {
+                let value = W::load_part::<S>(v.row(j), c, v.cols - c);
+                sum = S::fma(S::splat(*rows[t].add(j)), value, sum);
+            }
+            S::store(out.add(t * width + c), sum);
+        }
+    }
+}
+
+/// Some whole vectors of columns.
+#[inline(always)]
+unsafe fn mix_columns<S: Simd, W: Weight, const C: usize, const T: usize>(
+    v: &Rows,
+    first: usize,
+    weights: &[*const f32; T],
+    out: *mut f32,
+    width: usize,
+) {
+    let mut sums = [[S::zero(); C]; T];
+    for t in 0..T {
+        for i in 0..C {
+            sums[t][i] = S::load(out.add(t * width + i * S::LANES));
+        }
+    }
+    for j in 0..v.rows {
+        let row = v.data.add(j * v.stride);
+        let ahead = row.wrapping_add(AHEAD * v.stride + first * W::DTYPE.block_bytes());
+        for line in (0..C * S::LANES * W::DTYPE.block_bytes()).step_by(64) {
+            S::prefetch(ahead.wrapping_add(line));
+        }
+        let mut value = [S::zero(); C];
+        for i in 0..C {
+            value[i] = W::load::<S>(row, first + i * S::LANES);
+        }
+        for t in 0..T {
+            let weight = S::splat(*weights[t].add(j));
+            for i in 0..C {
+                sums[t][i] = S::fma(weight, value[i], sums[t][i]);
+            }
+        }
+    }
+    for t in 0..T {
+        for i in 0..C {
+            S::store(out.add(t * width + i * S::LANES), sums[t][i]);
+        }
     }
 }
 

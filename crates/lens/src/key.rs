@@ -8,7 +8,7 @@
 use candle_core::Tensor;
 use quorate_formats::spec::ModelSpec;
 use quorate_kernels::{dot, norm_sq};
-use quorate_model::{At, Flow, KvCache, Lens, LogitRows, Model, ModelError, RoutingMode, Segment, Site, SiteSet, ops};
+use quorate_model::{At, Flow, Lens, LogitRows, Model, ModelError, RoutingMode, Segment, Site, SiteSet, ops};
 use serde::{Deserialize, Serialize};
 
 use crate::LensError;
@@ -201,7 +201,7 @@ pub fn prompt_keys(model: &mut Model, prompts: &[&[u32]], moe_layer: usize) -> R
     }
     let mut keys = Vec::with_capacity(prompts.len());
     for chunk in prompts.chunks(16) {
-        let mut cache = KvCache::new(model.spec(), chunk.len());
+        let mut cache = model.new_cache(chunk.len());
         let segments: Vec<Segment> = (chunk.iter().enumerate())
             .map(|(slot, prompt)| Segment { logits: LogitRows::None, ..Segment::prompt(slot, prompt.to_vec()) })
             .collect();

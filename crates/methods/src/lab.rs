@@ -8,7 +8,7 @@ use quorate_eval::evaluate::{EvalOptions, ItemScore, evaluate, teacher_forced};
 use quorate_eval::tasks::{Task, TaskItem};
 use quorate_formats::Role;
 use quorate_lens::{ExpertMap, Intervention, Interventions, LensError, Plan, RoutingTrace, TraceRecorder};
-use quorate_model::{KvCache, Lens, LogitRows, Model, Overlay};
+use quorate_model::{Lens, LogitRows, Model, Overlay};
 use quorate_train::{AnswerLoss, Example, Form, Hooks, Objective, StepReport, TrainError, TrainOptions, Trainer};
 
 use crate::MethodError;
@@ -141,7 +141,7 @@ impl<'a> Lab<'a> {
         lens: &mut L,
         mut begin: impl FnMut(&mut L, usize),
     ) -> Result<(), MethodError> {
-        let mut cache = KvCache::new(self.model.spec(), BATCH_ITEMS);
+        let mut cache = self.model.new_cache(BATCH_ITEMS);
         for run in batches(items, BATCH_TOKENS, BATCH_ITEMS) {
             self.progress(stage, run.start, items.len())?;
             begin(lens, run.start);

@@ -1,6 +1,7 @@
 //! Causal attention over the KV cache: at once by the kernel, or step by step where a lens wants its scores or pattern; and
 //! the way of the gradient through both.
 
+use std::borrow::Cow;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
@@ -75,9 +76,10 @@ impl Attention<'_> {
         let shape = self.shape();
         let mut scores = vec![f32::NEG_INFINITY; rows.len() * heads * longest];
         let query = values(q)?;
+        let caches = self.cached();
         for (row, head_scores) in scores.chunks_exact_mut(longest).enumerate() {
             let (n, h) = (row / heads, row % heads);
-            let (keys, _) = self.cache.layer(rows.spans[rows.segment[n]].slot, self.layer);
+            let (keys, _) = &caches[rows.segment[n]];
             for key in visible(&shape, rows.position[n]) {
                 let k = &keys[at(&shape, key, h)];
                 head_scores[key] = self.spec.scale * kernels::dot(&query[row * dim..(row + 1) * dim], k);
@@ -131,9 +133,10 @@ impl Attention<'_> {
         let (longest, shape) = (self.longest(), self.shape());
         let mut z = vec![0.0; rows.len() * heads * dim];
         let p = values(pattern)?;
+        let caches = self.cached();
         for (row, z) in z.chunks_exact_mut(dim).enumerate() {
             let (n, h) = (row / heads, row % heads);
-            let (_, v) = self.cache.layer(rows.spans[rows.segment[n]].slot, self.layer);
+            let (_, v) = &caches[rows.segment[n]];
             for key in visible(&shape, rows.position[n]) {
                 let p = p[row * longest + key];
                 z.iter_mut().zip(&v[value_at(&shape, key, h)]).for_each(|(z, v)| *z += p * v);
@@ -145,11 +148,16 @@ impl Attention<'_> {
         })
     }
 
+    /// Keys and values of each span's sequence.
+    fn cached(&self) -> Vec<(Cow<'_, [f32]>, Cow<'_, [f32]>)> {
+        self.rows.spans.iter().map(|span| self.cache.layer_values(span.slot, self.layer)).collect()
+    }
+
     /// What the way back needs: keys and values as they are in the cache now.
     fn back(&self) -> Back {
         let rows = |span: &Span| {
-            let (k, v) = self.cache.layer(span.slot, self.layer);
-            Sequence { span: *span, k: k.to_vec(), v: v.to_vec() }
+            let (k, v) = self.cache.layer_values(span.slot, self.layer);
+            Sequence { span: *span, k: k.into_owned(), v: v.into_owned() }
         };
         Back { shape: self.shape(), longest: self.longest(), sequences: self.rows.spans.iter().map(rows).collect() }
     }

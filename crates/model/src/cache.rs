@@ -4,11 +4,35 @@
 //! follow: 576 numbers a token and layer of DeepSeek-V3 in place of 40,960. Where a lens has changed keys or
 //! values, or a gradient goes through them, they are kept in full.
 
-use quorate_formats::spec::{LayerSpec, ModelSpec};
+use std::borrow::Cow;
 
-/// Keys and values of a set of sequences, each in its own slot. Values are f32.
+use quorate_formats::spec::{LayerSpec, ModelSpec};
+use quorate_kernels::{DType, MatRef, dequantize, quantize};
+
+/// Type of the numbers of a [`KvCache`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// As they were computed.
+    #[default]
+    F32,
+    /// Rounded to 11 bits: half the memory, and half the reading for every further token.
+    F16,
+}
+
+impl KvType {
+    /// Bytes of a number.
+    pub fn bytes(self) -> u64 {
+        match self {
+            KvType::F32 => 4,
+            KvType::F16 => 2,
+        }
+    }
+}
+
+/// Keys and values of a set of sequences, each in its own slot.
 #[derive(Clone, Debug)]
 pub struct KvCache {
+    kv_type: KvType,
     widths: Vec<Widths>,
     /// Whether some layer has a state that cannot be taken back.
     recurrent: bool,
@@ -24,13 +48,74 @@ struct Slot {
 #[derive(Clone, Debug, Default)]
 struct LayerCache {
     /// Keys; or, unless `full`, latent vectors and shared keys.
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Numbers,
+    v: Numbers,
     /// Whether a layer with latent attention has keys and values all the same.
     full: bool,
     state: State,
     /// The state after the pass under way.
     next: Option<State>,
+}
+
+/// Rows of numbers of one type.
+#[derive(Clone, Debug)]
+enum Numbers {
+    F32(Vec<f32>),
+    /// Halves, as bytes.
+    F16(Vec<u8>),
+}
+
+impl Default for Numbers {
+    fn default() -> Self {
+        Numbers::F32(Vec::new())
+    }
+}
+
+impl Numbers {
+    fn new(kv_type: KvType) -> Self {
+        match kv_type {
+            KvType::F32 => Numbers::F32(Vec::new()),
+            KvType::F16 => Numbers::F16(Vec::new()),
+        }
+    }
+
+    fn truncate(&mut self, len: usize) {
+        match self {
+            Numbers::F32(values) => values.truncate(len),
+            Numbers::F16(bytes) => bytes.truncate(2 * len),
+        }
+    }
+
+    fn extend(&mut self, new: &[f32]) {
+        match self {
+            Numbers::F32(values) => values.extend_from_slice(new),
+            Numbers::F16(bytes) => {
+                let start = bytes.len();
+                bytes.resize(start + 2 * new.len(), 0);
+                quantize(DType::F16, new, &mut bytes[start..]);
+            }
+        }
+    }
+
+    /// As rows of `width` numbers.
+    fn rows(&self, width: usize) -> MatRef<'_> {
+        let rows = |len: usize| len.checked_div(width).unwrap_or(0);
+        match self {
+            Numbers::F32(values) => MatRef::of_f32(rows(values.len()), width, values),
+            Numbers::F16(data) => MatRef { dtype: DType::F16, rows: rows(data.len() / 2), cols: width, data },
+        }
+    }
+
+    fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            Numbers::F32(values) => Cow::Borrowed(values),
+            Numbers::F16(bytes) => {
+                let mut values = vec![0.0; bytes.len() / 2];
+                dequantize(DType::F16, bytes, &mut values);
+                Cow::Owned(values)
+            }
+        }
+    }
 }
 
 /// State of a layer with linear attention.
@@ -72,12 +157,18 @@ impl Widths {
 }
 
 impl KvCache {
-    /// An empty cache with `slots` sequences.
+    /// An empty cache with `slots` sequences, of f32.
     pub fn new(spec: &ModelSpec, slots: usize) -> KvCache {
+        KvCache::of_type(spec, slots, KvType::F32)
+    }
+
+    /// An empty cache with `slots` sequences. Recurrent states are f32 in any case.
+    pub fn of_type(spec: &ModelSpec, slots: usize, kv_type: KvType) -> KvCache {
         let widths: Vec<Widths> = spec.layers.iter().map(Widths::new).collect();
         let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
-        let slot = Slot { tokens: Vec::new(), layers: vec![LayerCache::default(); widths.len()] };
-        KvCache { widths, recurrent, slots: vec![slot; slots] }
+        let layer = LayerCache { k: Numbers::new(kv_type), v: Numbers::new(kv_type), ..LayerCache::default() };
+        let slot = Slot { tokens: Vec::new(), layers: vec![layer; widths.len()] };
+        KvCache { kv_type, widths, recurrent, slots: vec![slot; slots] }
     }
 
     /// Number of slots.
@@ -130,15 +221,24 @@ impl KvCache {
         let kept = self.widths[layer].of(cache).map(|width| slot.tokens.len() * width);
         cache.k.truncate(kept[0]);
         cache.v.truncate(kept[1]);
-        cache.k.extend_from_slice(k);
-        cache.v.extend_from_slice(v);
+        cache.k.extend(k);
+        cache.v.extend(v);
     }
 
     /// Keys `[tokens, n_kv_heads * head_dim]` and values `[tokens, n_kv_heads * v_head_dim]` of one layer of a slot; of one
     /// that is latent twice the same rows, which are keys and values at once.
-    pub(crate) fn layer(&self, slot: usize, layer: usize) -> (&[f32], &[f32]) {
+    pub(crate) fn layer(&self, slot: usize, layer: usize) -> (MatRef<'_>, MatRef<'_>) {
         let cache = &self.slots[slot].layers[layer];
-        (&cache.k, if self.is_latent(slot, layer) { &cache.k } else { &cache.v })
+        let [k, v] = self.widths[layer].of(cache);
+        let keys = cache.k.rows(k);
+        (keys, if self.is_latent(slot, layer) { keys } else { cache.v.rows(v) })
+    }
+
+    /// The same as plain values.
+    pub(crate) fn layer_values(&self, slot: usize, layer: usize) -> (Cow<'_, [f32]>, Cow<'_, [f32]>) {
+        let cache = &self.slots[slot].layers[layer];
+        let latent = self.is_latent(slot, layer);
+        (cache.k.values(), if latent { cache.k.values() } else { cache.v.values() })
     }
 
     /// Whether latent vectors are kept of this layer.
@@ -147,9 +247,11 @@ impl KvCache {
     }
 
     /// Replaces the latent rows of a slot's tokens by their keys and values.
-    pub(crate) fn keep_in_full(&mut self, slot: usize, layer: usize, k: Vec<f32>, v: Vec<f32>) {
+    pub(crate) fn keep_in_full(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let cache = &mut self.slots[slot].layers[layer];
-        (cache.k, cache.v, cache.full) = (k, v, true);
+        (cache.k, cache.v, cache.full) = (Numbers::new(self.kv_type), Numbers::new(self.kv_type), true);
+        cache.k.extend(k);
+        cache.v.extend(v);
     }
 
     /// The recurrent state of one layer of a slot.

@@ -2,6 +2,7 @@
 
 use quorate_formats::spec::{LayerSpec, ModelSpec};
 
+use crate::KvType;
 use crate::cache::Widths;
 
 /// How a context is kept, layer by layer.
@@ -20,10 +21,10 @@ struct LayerLayout {
 }
 
 impl CacheLayout {
-    /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: f32, all positions, of multi-head
+    /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: all positions, of multi-head
     /// latent attention the latent vector and the rotated key.
-    pub fn own(spec: &ModelSpec) -> CacheLayout {
-        CacheLayout::of(spec, 4, |_| None)
+    pub fn own(spec: &ModelSpec, kv_type: KvType) -> CacheLayout {
+        CacheLayout::of(spec, kv_type.bytes(), |_| None)
     }
 
     /// The least that computes the same with numbers of 16 bits: of sliding windows and chunks just the positions that can
@@ -83,7 +84,7 @@ mod tests {
         // 61 layers of 512 + 64 numbers.
         let r1 = preset("deepseek-r1");
         assert_eq!(CacheLayout::compact(&r1).bytes_per_token(), 61 * 576 * 2);
-        assert_eq!(CacheLayout::own(&r1).bytes_per_token(), 61 * 576 * 4);
+        assert_eq!(CacheLayout::own(&r1, KvType::F32).bytes_per_token(), 61 * 576 * 4);
         // Every second layer sees 128 positions.
         let oss = CacheLayout::compact(&preset("gpt-oss-20b"));
         let token = 2 * 8 * 64 * 2;

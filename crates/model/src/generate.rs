@@ -315,7 +315,7 @@ impl Model {
         lens: &mut dyn Lens,
         on_done: &mut dyn FnMut(usize, Generation) -> bool,
     ) -> Result<(), ModelError> {
-        let mut cache = KvCache::new(self.spec(), parallel.max(1));
+        let mut cache = self.new_cache(parallel.max(1));
         let mut free: Vec<usize> = (0..cache.slots()).rev().collect();
         let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
         let mut running: Vec<(usize, usize, Stream)> = Vec::new(); // (prompt, slot, state)

@@ -109,16 +109,16 @@ impl<'a> Pass<'a> {
         let width = mla.kv_lora_rank + attn.rope.dim;
         for span in self.rows.spans.iter().filter(|span| cache.is_latent(span.slot, l)).copied().collect::<Vec<_>>() {
             // Shared keys in the cache are rotated already.
-            let held = cache.layer(span.slot, l).0[..span.pos0 * width].to_vec();
+            let held = cache.layer_values(span.slot, l).0[..span.pos0 * width].to_vec();
             if span.pos0 == 0 {
-                cache.keep_in_full(span.slot, l, Vec::new(), Vec::new());
+                cache.keep_in_full(span.slot, l, &[], &[]);
                 continue;
             }
             let rows = tensor(held, &[span.pos0, width])?;
             let c = rows.narrow(1, 0, mla.kv_lora_rank)?.contiguous()?;
             let shared = rows.narrow(1, mla.kv_lora_rank, attn.rope.dim)?.contiguous()?;
             let (k, v) = self.unfolded(l, attn, mla, &c, &shared.reshape((span.pos0, 1, attn.rope.dim))?)?;
-            cache.keep_in_full(span.slot, l, values(&k)?.to_vec(), values(&v)?.to_vec());
+            cache.keep_in_full(span.slot, l, &values(&k)?, &values(&v)?);
         }
         Ok(())
     }

@@ -28,7 +28,7 @@ mod taps;
 pub mod text;
 
 pub use batch::{LogitRows, Phase, Rows, Segment, Span};
-pub use cache::KvCache;
+pub use cache::{KvCache, KvType};
 pub use cache_layout::CacheLayout;
 pub use error::ModelError;
 pub use forward::{Forward, buffer_bytes};

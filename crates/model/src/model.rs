@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use quorate_formats::spec::ModelSpec;
-use quorate_formats::{Checkpoint, Role};
+use quorate_formats::{Checkpoint, Role, StoredDType};
 use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
 use quorate_residency::{Expert, StreamOptions, Weights};
@@ -12,7 +12,7 @@ use quorate_residency::{Expert, StreamOptions, Weights};
 use crate::ffn::{Gated, is_clamped};
 use crate::overlay::{Installed, Linear, Overlay, Vector};
 use crate::text::Tokenizer;
-use crate::{ModelError, RoutingMode};
+use crate::{CacheLayout, KvCache, KvType, ModelError, RoutingMode};
 
 /// A model, open for use.
 ///
@@ -25,17 +25,21 @@ pub struct Model {
     kept: Vec<Option<Vec<bool>>>,
     mode: RoutingMode,
     overlay: Installed,
+    kv_type: KvType,
 }
 
 /// How a model is opened.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct OpenOptions<'a> {
-    /// Compute threads.
+    /// Compute threads, at least one.
     pub threads: usize,
     /// Bytes of weights in memory at most.
     pub memory_limit: Option<u64>,
     /// Folder whose tokenizer is used in place of the model's own.
     pub tokenizer: Option<&'a Path>,
+    /// Type of the KV cache; left out, F16 for a model that has weights in blocks, whose activations are rounded more than
+    /// that, and F32 for others.
+    pub kv_type: Option<KvType>,
 }
 
 /// Kept experts of one MoE layer: `None` keeps all.
@@ -50,7 +54,7 @@ impl Model {
     /// Whatever is wrong with the folder: missing or broken files, an unknown family, weights that are not numbers, or
     /// non-expert weights above the limit.
     pub fn open(path: &Path, threads: usize, memory_limit: Option<u64>) -> Result<Model, ModelError> {
-        Model::open_with(path, &OpenOptions { threads, memory_limit, tokenizer: None }, &mut |_, _| true)
+        Model::open_with(path, &OpenOptions { threads, memory_limit, ..OpenOptions::default() }, &mut |_, _| true)
     }
 
     /// [`Model::open`] with a progress in bytes, `(done, total)`, that returns false to cancel.
@@ -62,7 +66,7 @@ impl Model {
         options: &OpenOptions<'_>,
         progress: &mut LoadProgress<'_>,
     ) -> Result<Model, ModelError> {
-        let OpenOptions { threads, memory_limit, tokenizer } = *options;
+        let OpenOptions { threads, memory_limit, tokenizer, kv_type } = *options;
         let checkpoint = Arc::new(Checkpoint::open(path)?);
         let tokenizer = match (tokenizer, checkpoint.gguf()) {
             (Some(folder), _) => Tokenizer::open(folder)?,
@@ -73,7 +77,21 @@ impl Model {
         weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];
         let (pool, overlay) = (Arc::new(Pool::new(threads)), Installed::default());
-        Ok(Model { checkpoint, weights, tokenizer, pool, kept, mode: RoutingMode::Mask, overlay })
+        let rounded = checkpoint
+            .roles()
+            .any(|role| checkpoint.tensor(role).is_ok_and(|t| matches!(t.dtype, StoredDType::Blocks(_))));
+        let kv_type = kv_type.unwrap_or(if rounded { KvType::F16 } else { KvType::F32 });
+        Ok(Model { checkpoint, weights, tokenizer, pool, kept, mode: RoutingMode::Mask, overlay, kv_type })
+    }
+
+    /// An empty KV cache for `slots` sequences, of this model's type.
+    pub fn new_cache(&self, slots: usize) -> KvCache {
+        KvCache::of_type(self.spec(), slots, self.kv_type)
+    }
+
+    /// What contexts take in caches that [`Model::new_cache`] makes.
+    pub fn cache_layout(&self) -> CacheLayout {
+        CacheLayout::own(self.spec(), self.kv_type)
     }
 
     /// Loads exactly these experts, given per MoE layer by global id, and frees all others. Tokens are routed by `mode`.

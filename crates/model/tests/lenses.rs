@@ -417,7 +417,7 @@ fn latent_attention_unfolds_keys_and_values_for_a_lens() {
         let attn = &model.spec().layers[0].attn;
         assert_eq!(seen.get(0, Site::AttnV).values.len(), text.len() * attn.n_heads * attn.v_head_dim());
 
-        let (width, vocab) = (CacheLayout::own(model.spec()).bytes_per_token(), model.spec().vocab_size);
+        let (width, vocab) = (model.cache_layout().bytes_per_token(), model.spec().vocab_size);
         let full = attn.n_heads * (attn.head_dim + attn.v_head_dim()) * 4 * model.spec().layers.len();
         assert!(2 * width < full as u64, "{width} of {full} bytes a token");
         // Latent, then with a lens, then without.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use quorate_model::text::Message;
-use quorate_model::{KvCache, ModelError, NoLens};
+use quorate_model::{ModelError, NoLens};
 use serde_json::json;
 
 use super::run::{SamplingArgs, Shown, Timing, announce, chat_prompt, choose_task};
@@ -46,7 +46,7 @@ impl Chat {
         let mut messages: Vec<Message> = self.system.iter().map(|s| Message::new("system", s.clone())).collect();
         let begin = messages.len();
         let context = model.spec().max_position_embeddings;
-        let mut cache = KvCache::new(model.spec(), 1);
+        let mut cache = model.new_cache(1);
         let mut held: Vec<u32> = Vec::new(); // tokens whose keys and values the cache holds
         let mut task: Option<Option<String>> = None;
         let options = self.sampling.options();

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use quorate_formats::spec::{AttnSpec, FfnSpec, ModelSpec, MoeSpec, QkNorm};
 use quorate_formats::{Checkpoint, FormatError, Outline, Preset, QUANTISATIONS, Quantisation, shape};
-use quorate_model::{CacheLayout, buffer_bytes};
+use quorate_model::{CacheLayout, KvType, buffer_bytes};
 use quorate_residency::WeightSizes;
 use serde_json::{Value, json};
 
@@ -43,7 +43,7 @@ pub struct Inspect {
 /// How keys and values are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
-    /// As this program keeps them: f32, all positions
+    /// As this program keeps them: all positions, f32 (where weights are in blocks it keeps f16, half as much)
     Own,
     /// The least that computes the same: 16 bits, only positions that can still be seen
     Compact,
@@ -144,7 +144,7 @@ impl Inspect {
         };
         let context = self.ctx.unwrap_or(spec.max_position_embeddings.min(4096));
         let cache = match self.kv {
-            Cache::Own => CacheLayout::own(spec),
+            Cache::Own => CacheLayout::own(spec, KvType::F32),
             Cache::Compact => CacheLayout::compact(spec),
         };
         let fits = fits(&sizes, cache.bytes(context), BASE_BYTES + buffer_bytes(spec, 1));
@@ -203,7 +203,7 @@ fn architecture(spec: &ModelSpec) -> Value {
     let counts = shape::parameter_counts(spec);
     let moe = first_moe(spec);
     let attn = spec.layers.iter().find(|l| l.delta.is_none()).or(spec.layers.first()).map(|l| &l.attn);
-    let (own, compact) = (CacheLayout::own(spec), CacheLayout::compact(spec));
+    let (own, compact) = (CacheLayout::own(spec, KvType::F32), CacheLayout::compact(spec));
     json!({
         "path": null, "family": null, "fingerprint": null,
         "parameters": counts.total, "active_parameters": counts.active,

@@ -7,7 +7,7 @@ use clap::Args;
 use quorate_eval::encode::encode_text;
 use quorate_formats::{StoredDType, TensorOut, check_output, write_safetensors};
 use quorate_lens::{Indices, Interventions, Recorder};
-use quorate_model::{Chain, KvCache, LogitRows, ModelError, Segment, Site};
+use quorate_model::{Chain, LogitRows, ModelError, Segment, Site};
 use serde_json::json;
 
 use crate::common::{Common, say};
@@ -75,7 +75,7 @@ impl Record {
         }
         let mut recorder = Recorder::new(&sites, layers.list());
         let segment = Segment { logits: LogitRows::All, ..Segment::prompt(0, tokens.clone()) };
-        let mut cache = KvCache::new(model.spec(), 1);
+        let mut cache = model.new_cache(1);
         model.forward(&[segment], &mut cache, &mut Chain(vec![&mut interventions, &mut recorder]))?;
 
         let floats = recorder.floats().iter().map(|(name, v)| TensorOut::f32(name, &v.shape, v.values.as_slice()));

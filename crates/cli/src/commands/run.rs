@@ -11,7 +11,7 @@ use quorate_lens::{Interventions, Library, Nearest, retrieve};
 use quorate_methods::experts::rerouting::{FitOptions, Rerouter, Rerouting};
 use quorate_model::sampling::SamplingParams;
 use quorate_model::text::Message;
-use quorate_model::{Event, GenerateOptions, KvCache, Model};
+use quorate_model::{Event, GenerateOptions, Model};
 use serde_json::json;
 
 use crate::common::{Common, as_text, human_bytes, interrupted, peak_rss_bytes, say, wait_for};
@@ -132,7 +132,7 @@ impl Run {
         if self.reroute && model.weights().stream().is_some() {
             bail!("--reroute needs gradients, which do not go through streamed experts; help: leave --on-miss out");
         }
-        let mut cache = KvCache::new(model.spec(), 1);
+        let mut cache = model.new_cache(1);
         let before = stream::stats(&model);
         let mut timing = Timing::new(start, prompt.len());
         let mut rerouter = match self.reroute {

@@ -1,7 +1,7 @@
 //! Products of rows of blocks with a few tokens, straight from the blocks: each code is unpacked
 //! once, into a register. What this costs is reading the weights.
 
-use super::{CHUNK, GROUPS, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
+use super::{CHUNK, GROUPS, Levels, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::Rows;
 
@@ -38,7 +38,12 @@ kernel! {
         w: &Rows, first: usize, count: usize, x: [*const Rounded; 4], out: *mut f32, width: usize,
     ) {
         for r in 0..count {
-            let sums = row::<S, Q, T>(w.row(first + r), w.cols, x);
+            let row = w.row(first + r);
+            let sums = if Q::LEVELS {
+                row_of_levels::<S, Q, T>(row, w.cols, x)
+            } else {
+                row_of_scales::<S, Q, T>(row, w.cols, x)
+            };
             for t in 0..T {
                 *out.add(t * width + r) = S::sum8(sums[t]);
             }
@@ -48,15 +53,17 @@ kernel! {
 
 /// The products of a row with `T` tokens, in eight parts each.
 #[inline(always)]
-unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [*const Rounded; 4]) -> [S::F; T] {
+unsafe fn row_of_scales<S: Simd, Q: Quant, const T: usize>(
+    w: *const u8,
+    cols: usize,
+    x: [*const Rounded; 4],
+) -> [S::F; T] {
     let halves = const { CHUNK / Q::GROUP / 8 };
     let mut sums = [S::splat8(0.0); T];
     let (mut s, mut m) = ([0.0; GROUPS], [0.0; GROUPS]);
     for c in 0..cols.div_ceil(CHUNK) {
         let p = w.add(c * chunk_bytes::<Q>());
-        for line in (0..const { chunk_bytes::<Q>() }).step_by(64) {
-            S::prefetch(p.wrapping_add(AHEAD + line));
-        }
+        prefetch::<S, Q>(p);
         let n = blocks_of::<Q>((cols - c * CHUNK).min(CHUNK));
         Q::scales::<S>(p, n, &mut s, &mut m);
         let mut dot = Dot::<S, Q, T> {
@@ -96,6 +103,90 @@ unsafe fn row<S: Simd, Q: Quant, const T: usize>(w: *const u8, cols: usize, x: [
         }
     }
     sums
+}
+
+/// The same with whole scales and one scale for all activations of a chunk, so that a chunk's sums are whole numbers.
+#[inline(always)]
+unsafe fn row_of_levels<S: Simd, Q: Quant, const T: usize>(
+    w: *const u8,
+    cols: usize,
+    x: [*const Rounded; 4],
+) -> [S::F; T] {
+    let groups = const { CHUNK / Q::GROUP };
+    let mut sums = [S::splat8(0.0); T];
+    for c in 0..cols / CHUNK {
+        let p = w.add(c * chunk_bytes::<Q>());
+        prefetch::<S, Q>(p);
+        let Levels { scales, mins, d, dmin } = Q::levels(p);
+        let levels = S::widen_levels(scales);
+        let mut dot = WholeDot::<S, Q, T> {
+            x: [std::ptr::null(); T],
+            levels,
+            even: S::splat_byte(0),
+            sums: [S::zero_whole(); T],
+            of: std::marker::PhantomData,
+        };
+        for t in 0..T {
+            dot.x[t] = Rounded::codes(x[t].add(c));
+        }
+        Q::codes::<S>(p, 1, &mut dot);
+        let splat = |half: u16| S::widen_f16([u64::from(half) * 0x1_0001_0001_0001; 2]);
+        let (d, mins, dmin) = (splat(d), S::widen_levels(mins), splat(dmin));
+        for t in 0..T {
+            let x = x[t].add(c);
+            let (worth, of_groups) = (S::splat8(Rounded::scale(x)), Rounded::sums(x, Q::GROUP));
+            let mut sum = S::sum_whole(dot.sums[t]);
+            if Q::OFFSET > 0 {
+                let less = S::dot_levels(levels, of_groups, groups);
+                sum = S::fma8(S::splat8(-f32::from(Q::OFFSET)), less, sum);
+            }
+            sum = S::mul8(d, sum);
+            if Q::MINS {
+                let less = S::dot_levels(mins, of_groups, groups);
+                sum = S::fma8(S::mul8(dmin, S::splat8(-1.0)), less, sum);
+            }
+            sums[t] = S::fma8(worth, sum, sums[t]);
+        }
+    }
+    sums
+}
+
+/// Asks for the chunk that lies [`AHEAD`].
+#[inline(always)]
+unsafe fn prefetch<S: Simd, Q: Quant>(chunk: *const u8) {
+    for line in (0..const { chunk_bytes::<Q>() }).step_by(64) {
+        S::prefetch(chunk.wrapping_add(AHEAD + line));
+    }
+}
+
+/// Multiplies codes with `T` tokens, and sums with the levels of their groups.
+struct WholeDot<S: Simd, Q, const T: usize> {
+    x: [*const u8; T],
+    levels: S::H,
+    /// The last codes of an even number.
+    even: S::B,
+    sums: [S::W; T],
+    of: std::marker::PhantomData<Q>,
+}
+
+impl<S: Simd, Q: Quant, const T: usize> Sink<S> for WholeDot<S, Q, T> {
+    #[inline(always)]
+    unsafe fn take(&mut self, i: usize, codes: S::B) {
+        if i.is_multiple_of(2) {
+            self.even = codes;
+            return;
+        }
+        let (even, levels, pair) = (self.even, self.levels, i / 2);
+        for t in 0..T {
+            let (sum, x) = (self.sums[t], self.x[t].add(64 * pair));
+            self.sums[t] = match (Q::SIGNED, Q::GROUP == 16) {
+                (false, false) => S::add_pair::<false, false>(sum, even, codes, x, levels, pair),
+                (false, true) => S::add_pair::<false, true>(sum, even, codes, x, levels, pair),
+                (true, false) => S::add_pair::<true, false>(sum, even, codes, x, levels, pair),
+                (true, true) => S::add_pair::<true, true>(sum, even, codes, x, levels, pair),
+            };
+        }
+    }
 }
 
 /// Multiplies codes with `T` tokens.

@@ -21,9 +21,9 @@ mod tiles;
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
 pub(crate) use dots::rounded_dots;
+pub(crate) use pack::packed_len;
 pub(crate) use rounded::{Extent, Rounded, round_row};
 pub(crate) use super_blocks::*;
-pub(crate) use pack::packed_len;
 pub(crate) use tiles::multiply_rounded;
 
 use crate::DType;

@@ -76,10 +76,16 @@ impl Rounded {
         }
     }
 
-    /// The sums of the codes of each `group` values, two in halves of each number.
+    /// The sums of the codes of each `group` values.
+    #[inline(always)]
+    pub(super) const unsafe fn sums(p: *const Self, group: usize) -> *const i16 {
+        if group == 32 { (&raw const (*p).sums32).cast() } else { (&raw const (*p).sums16).cast() }
+    }
+
+    /// The same, two in halves of each number.
     #[inline(always)]
     pub(super) const unsafe fn sum_pairs(p: *const Self, group: usize) -> *const i32 {
-        if group == 32 { (&raw const (*p).sums32).cast() } else { (&raw const (*p).sums16).cast() }
+        Self::sums(p, group).cast()
     }
 }
 

@@ -96,7 +96,6 @@ impl Quant for Q2_K {
         let (scales, mins) = ([a & LOW4, b & LOW4], [a >> 4 & LOW4, b >> 4 & LOW4]);
         Levels { scales, mins, d: half(p.add(80)), dmin: half(p.add(82)) }
     }
-
 }
 
 impl Q2_K {
@@ -127,7 +126,6 @@ impl Quant for Q3_K {
         let second = low >> 4 & LOW4 | (join(top >> 4, top >> 6) & LOW2) << 4;
         Levels { scales: [less_32(first), less_32(second)], mins: [0; 2], d: half(p.add(108)), dmin: 0 }
     }
-
 }
 
 impl Q3_K {
@@ -156,7 +154,6 @@ impl Quant for Q4_K {
     unsafe fn levels(p: *const u8) -> Levels {
         six_bit_pairs(p)
     }
-
 }
 
 impl Q4_K {
@@ -181,7 +178,6 @@ impl Quant for Q5_K {
     unsafe fn levels(p: *const u8) -> Levels {
         six_bit_pairs(p)
     }
-
 }
 
 impl Q5_K {
@@ -210,7 +206,6 @@ impl Quant for Q6_K {
     unsafe fn levels(p: *const u8) -> Levels {
         Levels { scales: [word(p.add(192)), word(p.add(200))], mins: [0; 2], d: half(p.add(208)), dmin: 0 }
     }
-
 }
 
 impl Q6_K {
@@ -245,7 +240,6 @@ impl Quant for IQ4_XS {
         }
         Levels { scales: [less_32(scales), 0], mins: [0; 2], d: half(p), dmin: 0 }
     }
-
 }
 
 impl IQ4_XS {

@@ -157,6 +157,10 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     type F: Copy;
     /// 16 values of `f32`, in which the products of two `B` are gathered.
     type P: Copy;
+    /// 16 halves, signed.
+    type H: Copy;
+    /// Some values of `i32`, in which whole products are gathered.
+    type W: Copy;
     /// `LANES` values of `i32`.
     type I: Copy;
     /// Whether [`Bytes::dot4`] of signed codes wants activations with 128 added.
@@ -189,6 +193,24 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
         scales: *const f32,
     ) -> Self::P;
     unsafe fn sum_pair(acc: Self::P) -> Self::F;
+
+    /// Sixteen signed bytes, widened.
+    unsafe fn widen_levels(bytes: [u64; 2]) -> Self::H;
+    /// The products of the first `n` of 16 halves (8 or 16) with those at `x`, in eight sums.
+    unsafe fn dot_levels(levels: Self::H, x: *const i16, n: usize) -> Self::F;
+    unsafe fn zero_whole() -> Self::W;
+    /// Adds the products of pair `pair` of 64 codes as [`Bytes::fma_pair`] does, but each times the level of its group: the
+    /// `2 pair + i`-th of groups of 32, the `4 pair + i`-th of groups of 16.
+    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+        acc: Self::W,
+        a: Self::B,
+        b: Self::B,
+        x: *const u8,
+        levels: Self::H,
+        pair: usize,
+    ) -> Self::W;
+    /// The sums as eight values.
+    unsafe fn sum_whole(acc: Self::W) -> Self::F;
 
     unsafe fn load8(p: *const f32) -> Self::F;
     unsafe fn store8(p: *mut f32, v: Self::F);
@@ -238,6 +260,13 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     unsafe fn dot4<const SIGNED: bool>(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Adds to each lane the products of its two halves, signed.
     unsafe fn dot2(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
+}
+
+/// Sixteen signed bytes as halves.
+#[cfg_attr(target_arch = "x86_64", allow(dead_code, reason = "x86 has instructions for it"))]
+#[inline(always)]
+pub(super) fn widened(bytes: [u64; 2]) -> [i16; 16] {
+    std::array::from_fn(|i| i16::from((bytes[i / 8] >> (8 * (i % 8))) as i8))
 }
 
 /// [`Bytes::P`] as two `F`, each with its own `B`.

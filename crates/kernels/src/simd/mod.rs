@@ -253,11 +253,7 @@ pub(crate) unsafe fn fold_lanes<S: Simd>(
     join: impl Fn(S::V, S::V) -> S::V + Copy,
 ) {
     #[inline(always)]
-    unsafe fn step<S: Simd, const L: usize>(
-        v: &mut [S::V; MAX_LANES],
-        n: usize,
-        join: impl Fn(S::V, S::V) -> S::V,
-    ) {
+    unsafe fn step<S: Simd, const L: usize>(v: &mut [S::V; MAX_LANES], n: usize, join: impl Fn(S::V, S::V) -> S::V) {
         if L < S::LANES {
             let pairs = n / (2 * L);
             if pairs == 0 {

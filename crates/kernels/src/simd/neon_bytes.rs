@@ -81,6 +81,46 @@ impl Bytes for Neon {
     type I = int32x4_t;
     const BIASED: bool = false;
     pair_of_halves!();
+    type H = [i16; 16];
+    type W = int32x4_t;
+
+    #[inline(always)]
+    unsafe fn widen_levels(bytes: [u64; 2]) -> [i16; 16] {
+        super::bytes::widened(bytes)
+    }
+    #[inline(always)]
+    unsafe fn dot_levels(levels: [i16; 16], x: *const i16, n: usize) -> Self::F {
+        let product = |i: usize| {
+            let (a, b) = (vld1q_s16(levels.as_ptr().add(8 * i)), vld1q_s16(x.add(8 * i)));
+            vcvtq_f32_s32(vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)))
+        };
+        float32x4x2_t(product(0), if n == 8 { vdupq_n_f32(0.0) } else { product(1) })
+    }
+    #[inline(always)]
+    unsafe fn zero_whole() -> int32x4_t {
+        vdupq_n_s32(0)
+    }
+    #[inline(always)]
+    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+        mut acc: int32x4_t,
+        a: Self::B,
+        b: Self::B,
+        x: *const u8,
+        levels: [i16; 16],
+        pair: usize,
+    ) -> int32x4_t {
+        let quarters = [a.0, a.1, b.0, b.1];
+        for i in 0..4 {
+            let dot = dot_128(vreinterpretq_s8_u8(quarters[i]), vld1q_s8(x.add(16 * i).cast()));
+            let level = levels[if SMALL { 4 * pair + i } else { 2 * pair + i / 2 }];
+            acc = vmlaq_n_s32(acc, dot, i32::from(level));
+        }
+        acc
+    }
+    #[inline(always)]
+    unsafe fn sum_whole(acc: int32x4_t) -> Self::F {
+        float32x4x2_t(vcvtq_f32_s32(acc), vdupq_n_f32(0.0))
+    }
 
     #[inline(always)]
     unsafe fn store32(p: *mut u8, v: Self::B) {

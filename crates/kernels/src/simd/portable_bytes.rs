@@ -68,6 +68,50 @@ impl Bytes for Portable {
     type I = [i32; N];
     const BIASED: bool = false;
     pair_of_halves!();
+    type H = [i16; 16];
+    type W = [i32; 8];
+
+    #[inline(always)]
+    unsafe fn widen_levels(bytes: [u64; 2]) -> [i16; 16] {
+        super::bytes::widened(bytes)
+    }
+    #[inline(always)]
+    unsafe fn dot_levels(levels: [i16; 16], x: *const i16, n: usize) -> [f32; 8] {
+        let mut sums = [0; 8];
+        for (i, level) in levels.into_iter().enumerate().take(n) {
+            sums[i % 8] += i32::from(level) * i32::from(x.add(i).read_unaligned());
+        }
+        sums.map(|sum| sum as f32)
+    }
+    #[inline(always)]
+    unsafe fn zero_whole() -> [i32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+        mut acc: [i32; 8],
+        a: [u8; 32],
+        b: [u8; 32],
+        x: *const u8,
+        levels: [i16; 16],
+        pair: usize,
+    ) -> [i32; 8] {
+        for (half, codes) in [a, b].into_iter().enumerate() {
+            let x = x.add(32 * half).cast::<[u8; 32]>().read_unaligned();
+            for quarter in 0..2 {
+                let level = levels[if SMALL { 4 * pair + 2 * half + quarter } else { 2 * pair + half }];
+                for i in 0..16 {
+                    let at = 16 * quarter + i;
+                    acc[i % 8] += i32::from(level) * i32::from(i16::from(codes[at] as i8) * i16::from(x[at] as i8));
+                }
+            }
+        }
+        acc
+    }
+    #[inline(always)]
+    unsafe fn sum_whole(acc: [i32; 8]) -> [f32; 8] {
+        acc.map(|sum| sum as f32)
+    }
 
     #[inline(always)]
     unsafe fn store32(p: *mut u8, v: [u8; 32]) {

@@ -158,9 +158,24 @@ impl Codes for Avx512 {
     codes!();
 }
 
+/// Which of 16 halves each half of 64 codes' products is multiplied with, for the four pairs of a chunk; groups of 32, of 16.
+static LEVELS: [[[i16; 32]; 4]; 2] = {
+    let mut all = [[[0; 32]; 4]; 2];
+    let mut i = 0;
+    while i < 128 {
+        let (pair, lane) = (i / 32, i % 32);
+        all[0][pair][lane] = (2 * pair + lane / 16) as i16;
+        all[1][pair][lane] = (4 * pair + lane / 8) as i16;
+        i += 1;
+    }
+    all
+};
+
 impl Bytes for Avx512 {
     shared!();
     type P = __m512;
+    type H = __m256i;
+    type W = __m512i;
     type I = __m512i;
     const BIASED: bool = true;
 
@@ -194,6 +209,45 @@ impl Bytes for Avx512 {
     #[inline(always)]
     unsafe fn sum_pair(acc: __m512) -> __m256 {
         _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps::<1>(acc))
+    }
+    #[inline(always)]
+    unsafe fn widen_levels(bytes: [u64; 2]) -> __m256i {
+        _mm256_cvtepi8_epi16(_mm_set_epi64x(bytes[1] as i64, bytes[0] as i64))
+    }
+    #[inline(always)]
+    unsafe fn dot_levels(levels: __m256i, x: *const i16, n: usize) -> __m256 {
+        if n == 8 {
+            let four = _mm_madd_epi16(_mm256_castsi256_si128(levels), _mm_loadu_si128(x.cast()));
+            return _mm256_zextps128_ps256(_mm_cvtepi32_ps(four));
+        }
+        _mm256_cvtepi32_ps(_mm256_madd_epi16(levels, _mm256_loadu_si256(x.cast())))
+    }
+    #[inline(always)]
+    unsafe fn zero_whole() -> __m512i {
+        _mm512_setzero_si512()
+    }
+    #[inline(always)]
+    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+        acc: __m512i,
+        a: __m256i,
+        b: __m256i,
+        x: *const u8,
+        levels: __m256i,
+        pair: usize,
+    ) -> __m512i {
+        let (mut codes, mut x) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_loadu_si512(x.cast()));
+        if SIGNED {
+            x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
+            codes = _mm512_abs_epi8(codes);
+        }
+        let which = _mm512_loadu_si512((&raw const LEVELS[SMALL as usize][pair]).cast());
+        let level = _mm512_permutexvar_epi16(which, _mm512_castsi256_si512(levels));
+        // Two products fit 16 bits: codes are at most 127.
+        _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(codes, x), level)
+    }
+    #[inline(always)]
+    unsafe fn sum_whole(acc: __m512i) -> __m256 {
+        _mm256_cvtepi32_ps(_mm256_add_epi32(_mm512_castsi512_si256(acc), _mm512_extracti64x4_epi64::<1>(acc)))
     }
 
     #[inline(always)]
@@ -310,6 +364,60 @@ impl Codes for Avx2 {
 impl Bytes for Avx2 {
     shared!();
     pair_of_halves!();
+    type H = [i16; 16];
+    type W = [__m256i; 2];
+
+    #[inline(always)]
+    unsafe fn widen_levels(bytes: [u64; 2]) -> [i16; 16] {
+        let mut halves = [0; 16];
+        let wide = _mm256_cvtepi8_epi16(_mm_set_epi64x(bytes[1] as i64, bytes[0] as i64));
+        _mm256_storeu_si256(halves.as_mut_ptr().cast(), wide);
+        halves
+    }
+    #[inline(always)]
+    unsafe fn dot_levels(levels: [i16; 16], x: *const i16, n: usize) -> __m256 {
+        let p = levels.as_ptr();
+        if n == 8 {
+            let four = _mm_madd_epi16(_mm_loadu_si128(p.cast()), _mm_loadu_si128(x.cast()));
+            return _mm256_zextps128_ps256(_mm_cvtepi32_ps(four));
+        }
+        _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(x.cast())))
+    }
+    #[inline(always)]
+    unsafe fn zero_whole() -> [__m256i; 2] {
+        [_mm256_setzero_si256(); 2]
+    }
+    #[inline(always)]
+    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+        mut acc: [__m256i; 2],
+        a: __m256i,
+        b: __m256i,
+        x: *const u8,
+        levels: [i16; 16],
+        pair: usize,
+    ) -> [__m256i; 2] {
+        let both = [a, b];
+        for i in 0..2 {
+            let (mut codes, mut x) = (both[i], _mm256_loadu_si256(x.add(32 * i).cast()));
+            if SIGNED {
+                x = _mm256_sign_epi8(x, codes);
+                codes = _mm256_abs_epi8(codes);
+            }
+            let level = if SMALL {
+                let two = [0, 1].map(|j| levels[4 * pair + 2 * i + j]);
+                _mm256_set_m128i(_mm_set1_epi16(two[1]), _mm_set1_epi16(two[0]))
+            } else {
+                _mm256_set1_epi16(levels[2 * pair + i])
+            };
+            // Two products fit 16 bits: codes are at most 127.
+            acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), level));
+        }
+        acc
+    }
+    #[inline(always)]
+    unsafe fn sum_whole(acc: [__m256i; 2]) -> __m256 {
+        _mm256_cvtepi32_ps(_mm256_add_epi32(acc[0], acc[1]))
+    }
     type I = __m256i;
     const BIASED: bool = false;
 

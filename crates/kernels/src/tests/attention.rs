@@ -7,9 +7,9 @@ fn attend(shape: &AttnShape, s: &AttnSegment<'_>, row: usize, head: usize, q: &[
     let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
     let cached = |j: usize| (j * n_kv_heads + head / (n_heads / n_kv_heads)) * d;
     let q = &q[((s.row0 + row) * n_heads + head) * d..][..d];
+    let (k, v) = (widen(s.k.dtype, s.k.data), widen(s.v.dtype, s.v.data));
     let score = |j: usize| {
-        let k = &s.k[cached(j)..][..d];
-        let sum: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+        let sum: f64 = q.iter().zip(&k[cached(j)..]).map(|(q, k)| f64::from(*q) * k).sum();
         sum * f64::from(scale)
     };
     let scores: Vec<f64> = (first..=position).map(score).collect();
@@ -18,8 +18,8 @@ fn attend(shape: &AttnShape, s: &AttnSegment<'_>, row: usize, head: usize, q: &[
     let sum: f64 = weights.iter().sum();
     let mut z = vec![0.0; d];
     for (j, weight) in (first..=position).zip(weights) {
-        for (z, v) in z.iter_mut().zip(&s.v[cached(j)..]) {
-            *z += weight / sum * f64::from(*v);
+        for (z, v) in z.iter_mut().zip(&v[cached(j)..]) {
+            *z += weight / sum * v;
         }
     }
     z
@@ -30,11 +30,12 @@ fn check(shape: AttnShape, lens: &[(usize, usize)], size: f32, seed: u64, pools:
     let mut random = Random(seed);
     let d = shape.head_dim;
     let mut values = |n: usize| random.values(n).iter().map(|x| x * size).collect::<Vec<f32>>();
-    let caches: Vec<_> =
-        lens.iter().map(|(len, pos0)| (pos0 + len) * shape.n_kv_heads * d).map(|n| (values(n), values(n))).collect();
+    let width = shape.n_kv_heads * d;
+    let mut cache = |rows: usize| Weights::new(TYPES[seed as usize % 3], rows, width, &values(rows * width));
+    let caches: Vec<_> = lens.iter().map(|(len, pos0)| (cache(pos0 + len), cache(pos0 + len))).collect();
     let (mut segments, mut row0) = (Vec::new(), 0);
     for (&(len, pos0), (k, v)) in lens.iter().zip(&caches) {
-        segments.push(AttnSegment { row0, len, pos0, k, v });
+        segments.push(AttnSegment { row0, len, pos0, k: k.get(), v: v.get() });
         row0 += len + 1;
     }
     let q = values(row0 * shape.n_heads * d);
@@ -103,8 +104,11 @@ fn threads_do_not_change_attention() {
     let q = random.values(301 * 96);
     let run = |threads: usize| {
         let mut z = vec![0.0; q.len()];
-        let many = AttnSegment { row0: 0, len: 300, pos0: 0, k: &k[..300 * 48], v: &v[..300 * 48] };
-        let one = AttnSegment { row0: 300, len: 1, pos0: 300, k: &k, v: &v };
+        fn of(rows: usize, x: &[f32]) -> MatRef<'_> {
+            MatRef::of_f32(rows, 48, &x[..rows * 48])
+        }
+        let many = AttnSegment { row0: 0, len: 300, pos0: 0, k: of(300, &k), v: of(300, &v) };
+        let one = AttnSegment { row0: 300, len: 1, pos0: 300, k: of(301, &k), v: of(301, &v) };
         attention(&Pool::new(threads), &shape, &q, &[many, one], &mut z);
         z
     };
@@ -115,7 +119,8 @@ fn threads_do_not_change_attention() {
 #[should_panic(expected = "segment 1 overlaps another")]
 fn attention_refuses_overlapping_segments() {
     let (k, q, mut z) = ([0.0; 16], [0.0; 24], [0.0; 24]);
-    let segment = AttnSegment { row0: 0, len: 2, pos0: 0, k: &k, v: &k };
+    let k = MatRef::of_f32(2, 8, &k);
+    let segment = AttnSegment { row0: 0, len: 2, pos0: 0, k, v: k };
     let other = AttnSegment { row0: 1, ..segment };
     attention(&Pool::new(1), &shape(1, 1, 8), &q, &[segment, other], &mut z);
 }

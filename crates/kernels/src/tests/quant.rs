@@ -242,7 +242,9 @@ fn gated_hidden_of_two_types() {
     let types: Vec<_> = block_types().collect();
     let find = |dtype| types.iter().find(|(t, _)| *t == dtype).expect("a type of the fixture");
     let (rows, cols) = (45, 256);
-    for (a, b) in [(DType::Q4_K, DType::Q6_K), (DType::Q5_K, DType::Q4_0), (DType::Q8_0, DType::F32), (DType::BF16, DType::MXFP4)] {
+    for (a, b) in
+        [(DType::Q4_K, DType::Q6_K), (DType::Q5_K, DType::Q4_0), (DType::Q8_0, DType::F32), (DType::BF16, DType::MXFP4)]
+    {
         let mut matrix = |dtype: DType| {
             if dtype.is_quantized() {
                 let (_, blocks) = find(dtype);

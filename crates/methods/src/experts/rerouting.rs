@@ -21,7 +21,7 @@ use quorate_eval::evaluate::{ItemScore, teacher_forced};
 use quorate_eval::statistics::mean;
 use quorate_eval::tasks::Task;
 use quorate_lens::ExpertMap;
-use quorate_model::{GenerateOptions, KvCache, Lens, Model, ModelError, NoLens};
+use quorate_model::{GenerateOptions, Lens, Model, ModelError, NoLens};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -177,7 +177,7 @@ impl RerouteTasks {
     fn answer(&self, model: &Model, sample: &Sample, rerouting: Rerouting) -> Result<String, ModelError> {
         let prompt = [sample.context.as_slice(), &sample.text.prompt].concat();
         let options = GenerateOptions { max_tokens: self.max_tokens, keep_special: true, ..GenerateOptions::default() };
-        let mut cache = KvCache::new(model.spec(), 1);
+        let mut cache = model.new_cache(1);
         let mut rerouter = Rerouter::new(model, rerouting)?;
         Ok(model.generate_guided(&prompt, 0, &mut cache, &options, &mut rerouter, &mut |_| true)?.text)
     }

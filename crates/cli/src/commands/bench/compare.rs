@@ -108,7 +108,8 @@ fn document(mut command: Command) -> Result<Value> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
     if !output.status.success() {
         let tail = String::from_utf8_lossy(&output.stderr);
-        let tail: String = tail.lines().rev().take(5).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
+        let tail: String =
+            tail.lines().rev().take(5).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
         bail!("{command:?} failed ({}): {tail}", output.status);
     }
     serde_json::from_slice(&output.stdout).with_context(|| format!("what {command:?} printed is no JSON"))
@@ -118,7 +119,10 @@ fn document(mut command: Command) -> Result<Value> {
 pub fn compare(common: &Common, setting: &Setting, own: &[String]) -> Result<()> {
     let model = common.model_path()?;
     if !model.is_file() {
-        bail!("{} is no GGUF file, which is what llama.cpp reads; help: `quorate quantize` writes one", model.display());
+        bail!(
+            "{} is no GGUF file, which is what llama.cpp reads; help: `quorate quantize` writes one",
+            model.display()
+        );
     }
     let peer = Peer::find()?;
     let program = std::env::current_exe().context("cannot find this program's file")?;
@@ -159,7 +163,13 @@ pub fn compare(common: &Common, setting: &Setting, own: &[String]) -> Result<()>
         setting.decode,
         setting.repeat
     )?;
-    say!("{:8} {:>9} {:>17} {:>20}   ratio to its better mode: median (least to most)", "", "quorate", "llama.cpp", "llama.cpp repacked")?;
+    say!(
+        "{:8} {:>9} {:>17} {:>20}   ratio to its better mode: median (least to most)",
+        "",
+        "quorate",
+        "llama.cpp",
+        "llama.cpp repacked"
+    )?;
     for row in &rows {
         let n = |name: &str| row[name].as_f64().unwrap_or(f64::NAN);
         say!(

@@ -142,7 +142,8 @@ impl Bench {
         let peak_rss = peak_rss_bytes();
         // What the model may not take, the measurement must not take either.
         let room = self.experts.memory.map_or(u64::MAX, |limit| limit.saturating_sub(rss_bytes().unwrap_or(limit)));
-        let (prefill, decode) = (median(first.iter().map(|r| r.prefill).collect()), median(first.iter().map(|r| r.decode).collect()));
+        let (prefill, decode) =
+            (median(first.iter().map(|r| r.prefill).collect()), median(first.iter().map(|r| r.decode).collect()));
         let bandwidth = roofline::read_bandwidth(model.pool(), room.min(available_bytes().unwrap_or(u64::MAX)));
         let need = Need::of(&model);
         let machine = need.report(&model, prefill, decode, self.prefill + self.decode / 2, bandwidth);
@@ -210,7 +211,12 @@ impl Bench {
                 say!("{part}:")?;
                 for row in rows.as_array().into_iter().flatten() {
                     let (s, share) = (row["s"].as_f64().unwrap_or(0.0), row["share"].as_f64().unwrap_or(0.0));
-                    say!("  {:30} {:>9.2} ms {:>5.1} %", row["stage"].as_str().unwrap_or_default(), 1e3 * s, 100.0 * share)?;
+                    say!(
+                        "  {:30} {:>9.2} ms {:>5.1} %",
+                        row["stage"].as_str().unwrap_or_default(),
+                        1e3 * s,
+                        100.0 * share
+                    )?;
                 }
             }
         }
@@ -254,7 +260,7 @@ impl Bench {
     fn staged(&self, model: &Model) -> Result<Value> {
         let streamed = model.weights().stream().is_some();
         let (mut prompt, mut decode) = (StageClock::new(streamed), StageClock::new(streamed));
-        let (mut token, mut cache) = (tokens_of(model), KvCache::new(model.spec(), 1));
+        let (mut token, mut cache) = (tokens_of(model), model.new_cache(1));
         prompt.start();
         self.prompt(model, &mut cache, &mut token, &mut prompt)?;
         for _ in 0..self.decode {
@@ -303,7 +309,7 @@ impl Bench {
             LensArg::Intervene => &mut Interventions::prepare(&[scale], model.spec(), std::path::Path::new("."))?,
             LensArg::Profile => &mut Profiler::new(RouterStats::new(map)),
         };
-        let (mut token, mut cache) = (tokens_of(model), KvCache::new(model.spec(), 1));
+        let (mut token, mut cache) = (tokens_of(model), model.new_cache(1));
         let before = stream::stats(model);
         let start = Instant::now();
         self.prompt(model, &mut cache, &mut token, chosen)?;

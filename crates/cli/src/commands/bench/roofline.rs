@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use quorate_formats::Role;
 use quorate_kernels::{Pool, split};
-use quorate_model::{CacheLayout, Model};
+use quorate_model::Model;
 use quorate_residency::{Bytes, skeleton_bytes};
 use serde_json::{Value, json};
 
@@ -69,7 +69,7 @@ impl Need {
     /// What speeds (tokens a second) are in bytes and operations a second, and as shares of what the memory gives.
     /// `context` is the mean number of positions that a decoded token sees.
     pub fn report(&self, model: &Model, prefill: f64, decode: f64, context: usize, bandwidth: Option<f64>) -> Value {
-        let kv = CacheLayout::own(model.spec()).bytes(context);
+        let kv = model.cache_layout().bytes(context);
         let read = (self.token_bytes + kv) as f64 * decode;
         json!({
             "read_bandwidth_bytes_per_s": bandwidth,
