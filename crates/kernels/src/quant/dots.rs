@@ -39,7 +39,8 @@ kernel! {
     ) {
         for r in 0..count {
             let row = w.row(first + r);
-            let sums = if Q::LEVELS {
+            // Signed codes would need more work for whole sums than it saves.
+            let sums = if Q::LEVELS && !Q::SIGNED {
                 row_of_levels::<S, Q, T>(row, w.cols, x)
             } else {
                 row_of_scales::<S, Q, T>(row, w.cols, x)
@@ -179,11 +180,10 @@ impl<S: Simd, Q: Quant, const T: usize> Sink<S> for WholeDot<S, Q, T> {
         let (even, levels, pair) = (self.even, self.levels, i / 2);
         for t in 0..T {
             let (sum, x) = (self.sums[t], self.x[t].add(64 * pair));
-            self.sums[t] = match (Q::SIGNED, Q::GROUP == 16) {
-                (false, false) => S::add_pair::<false, false>(sum, even, codes, x, levels, pair),
-                (false, true) => S::add_pair::<false, true>(sum, even, codes, x, levels, pair),
-                (true, false) => S::add_pair::<true, false>(sum, even, codes, x, levels, pair),
-                (true, true) => S::add_pair::<true, true>(sum, even, codes, x, levels, pair),
+            self.sums[t] = if Q::GROUP == 16 {
+                S::add_pair::<true>(sum, even, codes, x, levels, pair)
+            } else {
+                S::add_pair::<false>(sum, even, codes, x, levels, pair)
             };
         }
     }

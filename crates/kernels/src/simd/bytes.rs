@@ -200,8 +200,8 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     unsafe fn dot_levels(levels: Self::H, x: *const i16, n: usize) -> Self::F;
     unsafe fn zero_whole() -> Self::W;
     /// Adds the products of pair `pair` of 64 codes as [`Bytes::fma_pair`] does, but each times the level of its group: the
-    /// `2 pair + i`-th of groups of 32, the `4 pair + i`-th of groups of 16.
-    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+    /// `2 pair + i`-th of groups of 32, the `4 pair + i`-th of groups of 16. Codes are unsigned, up to 127.
+    unsafe fn add_pair<const SMALL: bool>(
         acc: Self::W,
         a: Self::B,
         b: Self::B,

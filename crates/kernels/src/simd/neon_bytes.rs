@@ -101,7 +101,7 @@ impl Bytes for Neon {
         vdupq_n_s32(0)
     }
     #[inline(always)]
-    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+    unsafe fn add_pair<const SMALL: bool>(
         mut acc: int32x4_t,
         a: Self::B,
         b: Self::B,

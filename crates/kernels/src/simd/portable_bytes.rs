@@ -88,7 +88,7 @@ impl Bytes for Portable {
         [0; 8]
     }
     #[inline(always)]
-    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+    unsafe fn add_pair<const SMALL: bool>(
         mut acc: [i32; 8],
         a: [u8; 32],
         b: [u8; 32],

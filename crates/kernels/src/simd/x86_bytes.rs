@@ -227,7 +227,7 @@ impl Bytes for Avx512 {
         _mm512_setzero_si512()
     }
     #[inline(always)]
-    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+    unsafe fn add_pair<const SMALL: bool>(
         acc: __m512i,
         a: __m256i,
         b: __m256i,
@@ -235,11 +235,7 @@ impl Bytes for Avx512 {
         levels: __m256i,
         pair: usize,
     ) -> __m512i {
-        let (mut codes, mut x) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_loadu_si512(x.cast()));
-        if SIGNED {
-            x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
-            codes = _mm512_abs_epi8(codes);
-        }
+        let (codes, x) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_loadu_si512(x.cast()));
         let which = _mm512_loadu_si512((&raw const LEVELS[SMALL as usize][pair]).cast());
         let level = _mm512_permutexvar_epi16(which, _mm512_castsi256_si512(levels));
         // Two products fit 16 bits: codes are at most 127.
@@ -388,7 +384,7 @@ impl Bytes for Avx2 {
         [_mm256_setzero_si256(); 2]
     }
     #[inline(always)]
-    unsafe fn add_pair<const SIGNED: bool, const SMALL: bool>(
+    unsafe fn add_pair<const SMALL: bool>(
         mut acc: [__m256i; 2],
         a: __m256i,
         b: __m256i,
@@ -398,11 +394,7 @@ impl Bytes for Avx2 {
     ) -> [__m256i; 2] {
         let both = [a, b];
         for i in 0..2 {
-            let (mut codes, mut x) = (both[i], _mm256_loadu_si256(x.add(32 * i).cast()));
-            if SIGNED {
-                x = _mm256_sign_epi8(x, codes);
-                codes = _mm256_abs_epi8(codes);
-            }
+            let x = _mm256_loadu_si256(x.add(32 * i).cast());
             let level = if SMALL {
                 let two = [0, 1].map(|j| levels[4 * pair + 2 * i + j]);
                 _mm256_set_m128i(_mm_set1_epi16(two[1]), _mm_set1_epi16(two[0]))
@@ -410,7 +402,7 @@ impl Bytes for Avx2 {
                 _mm256_set1_epi16(levels[2 * pair + i])
             };
             // Two products fit 16 bits: codes are at most 127.
-            acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), level));
+            acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(both[i], x), level));
         }
         acc
     }
