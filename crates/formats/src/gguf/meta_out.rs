@@ -39,8 +39,8 @@ pub fn metadata_for_gguf(checkpoint: &Checkpoint, arch: &Arch) -> Result<Vec<(St
         out.number("ssm.group_count", delta.n_key_heads);
         out.number("ssm.time_step_rank", delta.n_value_heads);
         out.number("ssm.inner_size", delta.n_value_heads * delta.value_dim);
-        let recurrent = spec.layers.iter().map(|layer| GgufValue::Bool(layer.delta.is_some())).collect();
-        out.push("attention.recurrent_layers", GgufValue::Array(recurrent));
+        let recurrent = spec.layers.iter().map(|layer| GgufValue::Bool(layer.delta.is_some()));
+        out.push("attention.recurrent_layers", GgufValue::list(recurrent));
         out.number("full_attention_interval", config.opt_index("full_attention_interval", 1 << 12)?.unwrap_or(4));
     }
     Ok(out.pairs)

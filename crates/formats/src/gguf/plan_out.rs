@@ -82,8 +82,8 @@ impl GgufPlan {
         self.metadata.retain(|(key, _)| *key != format!("{arch}.nextn_predict_layers"));
         self.set("quorate.source_fingerprint", GgufValue::Text(checkpoint.fingerprint().to_owned()));
         for (layer, ids) in self.spec.moe_layers().into_iter().zip(kept) {
-            let ids = ids.iter().map(|&e| number(e)).collect();
-            self.set(&format!("quorate.kept_experts.{layer}"), GgufValue::Array(ids));
+            let ids = GgufValue::list(ids.iter().map(|&e| number(e)));
+            self.set(&format!("quorate.kept_experts.{layer}"), ids);
         }
     }
 }
