@@ -239,6 +239,22 @@ enum Weights {
     Gguf(PathBuf),
 }
 
+/// The GGUF file (of several parts, the first) that a model at `path` is opened from; `None` if it is opened from safetensors, or
+/// if there are no weights. What belongs to a model, such as its tokenizer, is in that file.
+///
+/// # Errors
+/// The folder holds several models in GGUF, or cannot be read.
+pub fn gguf_of(path: &Path) -> Result<Option<PathBuf>> {
+    if path.is_dir() && !has_safetensors(path) {
+        return gguf::in_folder(path);
+    }
+    Ok(Some(path.to_owned()).filter(|path| path.is_file() && path.extension().is_some_and(|e| e == "gguf")))
+}
+
+fn has_safetensors(folder: &Path) -> bool {
+    folder.join(SINGLE).is_file() || folder.join(INDEX).is_file()
+}
+
 /// The folder, and the file that leads to the weights.
 fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
     let metadata = fs::metadata(path).map_err(|e| FormatError::io("open", path, e))?;
@@ -258,7 +274,7 @@ fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
         Ok((path.to_owned(), Weights::File(single)))
     } else if index.is_file() {
         Ok((path.to_owned(), Weights::Index(index)))
-    } else if let Some(file) = gguf::in_folder(path)? {
+    } else if let Some(file) = gguf_of(path)? {
         Ok((path.to_owned(), Weights::Gguf(file)))
     } else {
         no_model(

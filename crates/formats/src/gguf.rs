@@ -4,6 +4,7 @@
 //! offset is checked against the file before anything is read or allocated by it.
 
 mod arch;
+mod elsewhere;
 mod ends;
 mod files;
 mod header;
@@ -21,7 +22,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub use arch::{ARCHS, Arch, COMMON_KEYS};
+pub use elsewhere::elsewhere;
 pub use files::in_folder;
+pub(crate) use layout::single_expert;
 pub use meta_out::{difference, metadata_for_gguf};
 pub(crate) use model::{GgufModel, open as open_model};
 pub use names::GGUF_NAMES;

@@ -25,7 +25,7 @@ pub mod source;
 pub mod spec;
 pub mod writer;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, gguf_of};
 pub use config::Config;
 pub use datafile::{DataFile, UNCACHED_ALIGNMENT, uncached_len};
 pub use error::{FormatError, Result};
