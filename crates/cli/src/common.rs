@@ -95,8 +95,10 @@ impl Common {
 
     /// Opens the tokenizer alone.
     pub fn open_tokenizer(&self) -> Result<Tokenizer> {
-        let path = self.tokenizer.clone().map_or_else(|| self.model_path(), Ok)?;
-        Ok(Tokenizer::open(&path)?)
+        Ok(match &self.tokenizer {
+            Some(folder) => Tokenizer::open(folder)?,
+            None => Tokenizer::of_model(&self.model_path()?)?,
+        })
     }
 
     /// Number of compute threads.

@@ -93,7 +93,7 @@ impl Words<'_> {
     }
 
     fn list<T>(&mut self, key: &str, values: impl IntoIterator<Item = T>, value: impl Fn(T) -> GgufValue) {
-        self.set(key, GgufValue::Array(values.into_iter().map(value).collect()));
+        self.set(key, GgufValue::list(values.into_iter().map(value)));
     }
 
     fn added(&self) -> Vec<Added> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use quorate_formats::gguf::{Change, Content, GgufMade, GgufOut, check_written, plan_gguf, write_gguf};
+use quorate_formats::gguf::{Change, Content, GgufMade, GgufOut, check_written, elsewhere, plan_gguf, write_gguf};
 use quorate_formats::{Checkpoint, FormatError, GgmlType, GgufValue, Recipe, Role, Sink};
 use quorate_kernels::{DType, Pool, dequantize, encode};
 use quorate_residency::read_stored;
@@ -45,6 +45,8 @@ pub struct Summary {
     pub types: BTreeMap<&'static str, (usize, u64)>,
     /// Matrices without importance, where an importance matrix was given.
     pub without_importance: Vec<String>,
+    /// What llama.cpp will compute otherwise than this program and the model's authors, in spite of the file.
+    pub elsewhere: Vec<&'static str>,
 }
 
 /// Called with bytes done and bytes in all; `false` cancels.
@@ -72,7 +74,7 @@ pub fn write_model(
     }
     plan.set("general.quantization_version", GgufValue::Unsigned(2));
     let jobs = jobs(checkpoint, options, &plan.tensors)?;
-    let mut summary = Summary::default();
+    let mut summary = Summary { elsewhere: elsewhere(&plan.spec), ..Summary::default() };
     for job in &jobs {
         let entry = summary.types.entry(job.dtype.name()).or_default();
         *entry = (entry.0 + 1, entry.1 + job.bytes()?);
@@ -360,7 +362,7 @@ impl Writing<'_, '_> {
             return Ok(());
         }
         let order: Vec<usize> = match change {
-            Change::Rows(order) => order.clone(),
+            Change::Rows(order) | Change::MinusExp(order) => order.clone(),
             _ => (0..rows).collect(),
         };
         let at_once = if shape.len() == 1 { order.len() } else { (CHUNK / cols.max(1)).max(1) };
@@ -368,7 +370,10 @@ impl Writing<'_, '_> {
             let mut values = values_of(&mut chunk.iter().copied());
             match change {
                 Change::PlusOne => values.iter_mut().for_each(|v| *v += 1.0),
-                Change::MinusExp => values.iter_mut().for_each(|v| *v = -v.exp()),
+                Change::MinusExp(_) => values.iter_mut().for_each(|v| *v = -v.exp()),
+                Change::Columns(order) => {
+                    values = values.chunks_exact(cols).flat_map(|row| order.iter().map(|&c| row[c])).collect();
+                }
                 _ => {}
             }
             self.encode(job, matrix, &values, sink)?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use quorate_convert::{ConvertError, Importance, Mix, Options, write_model};
-use quorate_formats::{Checkpoint, FormatError, GgufFile, GgufValue, SafetensorsFile};
+use quorate_formats::{Checkpoint, FormatError, GgufFile, GgufValue, SafetensorsFile, gguf_bytes};
 use quorate_kernels::{DType, Pool, dequantize};
 use quorate_model::{Forward, KvCache, LogitRows, Model, NoLens, RoutingMode, Segment, ops};
 use tempfile::TempDir;
@@ -60,7 +60,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// All families that have an architecture in GGUF; those with experts first.
-const FAMILIES: [&str; 27] = [
+const FAMILIES: [&str; 28] = [
     "deepseek_moe",
     "deepseek_v2_greedy",
     "deepseek_v2_lite",
@@ -78,6 +78,7 @@ const FAMILIES: [&str; 27] = [
     "olmoe",
     "olmoe_norm_clip",
     "qwen2_moe",
+    "qwen3_5_moe",
     "qwen3_moe",
     "qwen3_next",
     "gemma3_text",
@@ -187,12 +188,14 @@ fn the_converters_files_byte_for_byte() {
         "qwen2",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_moe",
         "qwen3_moe",
     ];
     for name in names {
-        let ours = written(&fixture(name), &options("F16"), &dir, name);
+        let kind = if name == "qwen3_5_moe" { "f32" } else { "f16" };
+        let ours = written(&fixture(name), &options(&kind.to_uppercase()), &dir, name);
         let ours = GgufFile::open(&ours).unwrap();
-        let theirs = GgufFile::open(&fixture(name).join(format!("gguf/{name}-f16.gguf"))).unwrap();
+        let theirs = GgufFile::open(&fixture(name).join(format!("gguf/{name}-{kind}.gguf"))).unwrap();
         for (key, value) in theirs.metadata() {
             let further = name == "glm4_moe" && (key.ends_with("block_count") || key.ends_with("predict_layers"));
             if CONVERTERS_OWN.contains(&key.as_str()) || key == "general.name" || further {
@@ -362,6 +365,35 @@ fn pruning_a_quantised_file_copies_blocks() {
         assert!(read(&ours, found.offset, found.len) == expected, "{}", tensor.name);
     }
     assert_eq!(ours.metadata()["tokenizer.ggml.tokens"], theirs.metadata()["tokenizer.ggml.tokens"]);
+}
+
+/// Old files have a tensor for each expert; those of kept ones get other numbers.
+#[test]
+fn old_files_are_pruned_as_they_are_laid_out() {
+    let dir = TempDir::new().unwrap();
+    let whole = GgufFile::open(&written(&fixture("mixtral"), &options("F32"), &dir, "whole")).unwrap();
+    let of = |t: &quorate_formats::GgufTensor| {
+        let values = whole.read_f32(&t.name).unwrap();
+        let Some(stem) = t.name.strip_suffix("_exps.weight") else {
+            return vec![(t.name.clone(), t.shape.clone(), values)];
+        };
+        let each = values.chunks(values.len() / t.shape[2] as usize).enumerate();
+        each.map(|(e, part)| (format!("{stem}.{e}.weight"), t.shape[..2].to_vec(), part.to_vec())).collect()
+    };
+    let tensors: Vec<_> = whole.tensors().flat_map(of).collect();
+    let metadata: Vec<_> = whole.metadata().clone().into_iter().collect();
+    let old = dir.path().join("old.gguf");
+    fs::write(&old, gguf_bytes(&metadata, &tensors)).unwrap();
+
+    let (mut model, (prompts, _)) = (open(&old), reference("mixtral"));
+    let kept = half(&model);
+    model.mask_experts(&kept.iter().cloned().map(Some).collect::<Vec<_>>(), RoutingMode::Mask).unwrap();
+    let out = written(&old, &Options { kept: Some(&kept), ..Options::default() }, &dir, "pruned");
+    assert_eq!(logits(&open(&out), &prompts), logits(&model, &prompts));
+    let pruned = GgufFile::open(&out).unwrap();
+    let (last, next) = (kept[0].len() - 1, kept[0].len());
+    assert!(pruned.tensor(&format!("blk.0.ffn_gate.{last}.weight")).is_ok());
+    assert!(pruned.tensor(&format!("blk.0.ffn_gate.{next}.weight")).is_err());
 }
 
 #[test]

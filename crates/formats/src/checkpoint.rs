@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::bind::{Bound, Naming, bind};
-use crate::config::read_json;
+use crate::config::{HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, WIDTH_MAX, read_json};
 use crate::families::{self, Family};
 use crate::gguf::{self, GgufModel, GgufValue};
 use crate::role::Role;
@@ -69,6 +69,7 @@ impl Checkpoint {
         };
         let config = Config::read(&folder)?;
         let family = families::find(&config)?;
+        check_layers(&config, &files, &tensors)?;
         let spec = (family.spec)(&config)?;
         let fused = |role| family.fused.and_then(|fused| fused(&spec, role));
         let naming = Naming { names: &family.names, fused: &fused, scheme: packed::scheme(&config)? };
@@ -206,10 +207,52 @@ impl Checkpoint {
     }
 }
 
+/// Layers that are specified whatever the files hold: few enough to cost nothing.
+const LAYERS_FREE: usize = 64;
+/// Bytes of frequencies that all layers may have whatever the files hold.
+const FREQUENCIES_FREE: u64 = 1 << 18;
+
+/// Before layers are specified one by one: a layer has tensors of its own, and more bytes in them than its specification has
+/// in its list of frequencies, which is half as long as a head is wide. No model falls short of this.
+pub(crate) fn check_layers(config: &Config, files: &[DataFile], tensors: &[TensorLoc]) -> Result<()> {
+    let bytes: u64 = files.iter().map(DataFile::size).sum();
+    // What is no number, or too large, is refused by the family, in its own words.
+    let number = |key: &str, max: usize| config.opt_count(key, max).ok().flatten();
+    let share = || Some(number("hidden_size", WIDTH_MAX)? / number("num_attention_heads", HEADS_MAX)?);
+    let own = || number("head_dim", HEAD_DIM_MAX).or_else(share);
+    let width = number("qk_rope_head_dim", HEAD_DIM_MAX).or_else(own).unwrap_or(0);
+    for key in ["num_hidden_layers", "n_layer"] {
+        let Some(layers) = number(key, LAYERS_MAX) else { continue };
+        if layers > tensors.len().max(LAYERS_FREE) {
+            return Err(config.refuse(key, format!("there are only {} tensors", tensors.len())));
+        }
+        if 2 * (layers * width) as u64 > bytes.max(FREQUENCIES_FREE) {
+            return Err(config.refuse(key, format!("that many with heads of {width} cannot lie in {bytes} bytes")));
+        }
+    }
+    Ok(())
+}
+
 enum Weights {
     File(PathBuf),
     Index(PathBuf),
     Gguf(PathBuf),
+}
+
+/// The GGUF file (of several parts, the first) that a model at `path` is opened from; `None` if it is opened from safetensors, or
+/// if there are no weights. What belongs to a model, such as its tokenizer, is in that file.
+///
+/// # Errors
+/// The folder holds several models in GGUF, or cannot be read.
+pub fn gguf_of(path: &Path) -> Result<Option<PathBuf>> {
+    if path.is_dir() && !has_safetensors(path) {
+        return gguf::in_folder(path);
+    }
+    Ok(Some(path.to_owned()).filter(|path| path.is_file() && path.extension().is_some_and(|e| e == "gguf")))
+}
+
+fn has_safetensors(folder: &Path) -> bool {
+    folder.join(SINGLE).is_file() || folder.join(INDEX).is_file()
 }
 
 /// The folder, and the file that leads to the weights.
@@ -231,7 +274,7 @@ fn locate(path: &Path) -> Result<(PathBuf, Weights)> {
         Ok((path.to_owned(), Weights::File(single)))
     } else if index.is_file() {
         Ok((path.to_owned(), Weights::Index(index)))
-    } else if let Some(file) = gguf::in_folder(path)? {
+    } else if let Some(file) = gguf_of(path)? {
         Ok((path.to_owned(), Weights::Gguf(file)))
     } else {
         no_model(

@@ -264,6 +264,15 @@ fn advise_random(file: &File) {
 #[cfg(not(target_os = "linux"))]
 fn advise_random(_file: &File) {}
 
+/// Adds to a list that is as long as a file says, in which no count is believed. It grows by a quarter, not to the double: so
+/// lists of what a header describes stay below twice the header.
+pub(crate) fn push_sparingly<T>(list: &mut Vec<T>, item: T) {
+    if list.len() == list.capacity() {
+        list.reserve_exact(list.len() / 4 + 16);
+    }
+    list.push(item);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

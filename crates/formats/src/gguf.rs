@@ -4,6 +4,7 @@
 //! offset is checked against the file before anything is read or allocated by it.
 
 mod arch;
+mod elsewhere;
 mod ends;
 mod files;
 mod header;
@@ -14,22 +15,26 @@ mod names;
 mod plan_out;
 mod tensors_out;
 mod types;
+mod value;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub use arch::{ARCHS, Arch, COMMON_KEYS};
+pub use elsewhere::elsewhere;
 pub use files::in_folder;
-pub use header::GgufValue;
+pub(crate) use layout::single_expert;
 pub use meta_out::{difference, metadata_for_gguf};
 pub(crate) use model::{GgufModel, open as open_model};
 pub use names::GGUF_NAMES;
 pub use plan_out::{GgufPlan, check_written, plan_gguf};
 pub use tensors_out::{Change, Content, GgufMade, tensors_for_gguf};
 pub use types::GgmlType;
+pub use value::{GgufArray, GgufValue};
 pub use writer::{GgufOut, gguf_bytes, write_gguf};
 
+use crate::datafile::push_sparingly;
 use crate::{DataFile, FormatError, Result, StoredDType, TensorLoc};
 use header::Cursor;
 
@@ -39,6 +44,8 @@ pub const GGUF_MAGIC: [u8; 4] = *b"GGUF";
 pub const GGUF_HEADER_BYTES_MAX: u64 = 1 << 28;
 /// Dimensions of a tensor at most.
 const DIMS_MAX: u32 = 4;
+/// Key-value pairs at most; models have some dozens, pruned ones another for each layer.
+const PAIRS_MAX: u64 = 1 << 14;
 /// Alignment of tensors unless `general.alignment` says otherwise.
 const ALIGNMENT: u64 = 32;
 
@@ -177,6 +184,9 @@ impl GgufFile {
 fn read_metadata(cursor: &mut Cursor<'_>, pairs: u64) -> Result<BTreeMap<String, GgufValue>> {
     // A key's length, a type and a value take at least 13 bytes.
     cursor.check_count(pairs, 13, "key-value pairs")?;
+    if pairs > PAIRS_MAX {
+        return Err(cursor.bad(format!("it has {pairs} key-value pairs, at most {PAIRS_MAX} are allowed")));
+    }
     let mut metadata = BTreeMap::new();
     for _ in 0..pairs {
         let key = cursor.string()?;
@@ -208,11 +218,14 @@ fn read_infos(cursor: &mut Cursor<'_>, tensors: u64) -> Result<Vec<GgufTensor>> 
         let len = dtype
             .bytes_of(&shape)
             .ok_or_else(|| cursor.bad(format!("tensor {name}: shape {shape:?} of {} has no size", dtype.name())))?;
+        if len == 0 {
+            return Err(cursor.bad(format!("tensor {name} has no elements")));
+        }
         let offset = cursor.u64()?;
         if !names.insert(name.clone()) {
             return Err(cursor.bad(format!("tensor {name} occurs twice")));
         }
-        infos.push(GgufTensor { name, shape, dtype, offset, len });
+        push_sparingly(&mut infos, GgufTensor { name, shape, dtype, offset, len });
     }
     Ok(infos)
 }

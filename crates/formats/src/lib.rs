@@ -25,12 +25,12 @@ pub mod source;
 pub mod spec;
 pub mod writer;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, gguf_of};
 pub use config::Config;
 pub use datafile::{DataFile, UNCACHED_ALIGNMENT, uncached_len};
 pub use error::{FormatError, Result};
 pub use families::{FAMILIES, Family};
-pub use gguf::{Arch, GGUF_NAMES, GgmlType, GgufFile, GgufTensor, GgufValue, gguf_bytes};
+pub use gguf::{Arch, GGUF_NAMES, GgmlType, GgufArray, GgufFile, GgufTensor, GgufValue, gguf_bytes};
 pub use hf_writer::{write_edited_hf, write_pruned_hf};
 pub use outline::Outline;
 pub use presets::{PRESETS, Preset};

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::gguf::single_expert;
 use crate::role::Role;
 use crate::spec::{FfnSpec, GroupRule, GroupSpec, ModelSpec, MoeSpec};
 use crate::{Checkpoint, FormatError, Result, TensorLoc};
@@ -32,15 +33,20 @@ pub(crate) fn cuts(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> HashMap<Stri
         let (Some(ids), Some(moe), Ok(loc)) = (kept_of.get(&l), spec.moe(l), checkpoint.tensor(role)) else { continue };
         let stored = checkpoint.recipe(role).map_or(vec![loc], |recipe| recipe.stored());
         let names = stored.into_iter().map(|loc| loc.name.clone());
-        let old = checkpoint.name_of(role);
+        let name_of = |role| match checkpoint.gguf() {
+            Some(_) => single_expert(role).unwrap_or_default(),
+            None => checkpoint.name_of(role),
+        };
+        let old = name_of(role);
         for name in names {
-            let cut = match of_experts.and_then(|e| Some((e, name.strip_prefix(stem(&old))?))) {
-                None => Cut::Experts { of: moe.n_experts, ids: ids.to_vec() },
-                Some((expert, rest)) => match ids.binary_search(&expert) {
-                    Err(_) => Cut::Gone,
-                    Ok(new) => Cut::Renamed(format!("{}{rest}", stem(&checkpoint.name_of(role.renumbered(new))))),
-                },
-            };
+            let cut =
+                match of_experts.and_then(|e| Some((e, name.strip_prefix(stem(&old)).filter(|_| !old.is_empty())?))) {
+                    None => Cut::Experts { of: moe.n_experts, ids: ids.to_vec() },
+                    Some((expert, rest)) => match ids.binary_search(&expert) {
+                        Err(_) => Cut::Gone,
+                        Ok(new) => Cut::Renamed(format!("{}{rest}", stem(&name_of(role.renumbered(new))))),
+                    },
+                };
             cuts.insert(name, cut);
         }
     }

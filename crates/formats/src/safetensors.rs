@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 
+use crate::datafile::push_sparingly;
 use crate::{DataFile, FormatError, GgmlType, Result};
 
 /// Longest header that is read.
@@ -271,7 +272,7 @@ struct RawHeader {
 
 #[derive(serde::Deserialize)]
 struct RawTensor {
-    dtype: String,
+    dtype: Box<str>,
     shape: Vec<usize>,
     data_offsets: (u64, u64),
 }
@@ -300,7 +301,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
             } else {
                 let tensor = map.next_value();
                 let tensor = tensor.map_err(|e| de::Error::custom(format!("tensor {name}: {e}")))?;
-                header.tensors.push((name, tensor));
+                push_sparingly(&mut header.tensors, (name, tensor));
             }
         }
         Ok(header)

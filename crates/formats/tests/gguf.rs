@@ -13,9 +13,8 @@ fn sample() -> Vec<u8> {
         ("small", GgufValue::Signed(-3)),
         ("half", GgufValue::Float(0.5)),
         ("yes", GgufValue::Bool(true)),
-        ("texts", GgufValue::Array(vec![GgufValue::Text("a".into()), GgufValue::Text("bc".into())])),
-        ("mixed", GgufValue::Array(vec![GgufValue::Unsigned(1), GgufValue::Unsigned(1 << 40)])),
-        ("deep", GgufValue::Array(vec![GgufValue::Array(vec![GgufValue::Bool(false)])])),
+        ("texts", GgufValue::list([GgufValue::Text("a".into()), GgufValue::Text("bc".into())])),
+        ("wide", GgufValue::list([1, 1 << 40].map(GgufValue::Unsigned))),
     ]
     .map(|(k, v)| (k.to_string(), v));
     let tensors =
@@ -37,8 +36,9 @@ fn what_is_written_is_read() {
     assert_eq!(file.metadata()["general.type"].as_str(), Some("imatrix"));
     assert_eq!(file.metadata()["big"].as_u64(), Some(1 << 40));
     assert_eq!(file.metadata()["small"], GgufValue::Signed(-3));
-    assert_eq!(file.metadata()["mixed"], GgufValue::Array([1, 1 << 40].map(GgufValue::Unsigned).to_vec()));
-    assert_eq!(file.metadata()["deep"], GgufValue::Array(vec![GgufValue::Array(vec![GgufValue::Bool(false)])]));
+    assert_eq!(file.metadata()["wide"], GgufValue::list([1, 1 << 40].map(GgufValue::Unsigned)));
+    let GgufValue::Array(texts) = &file.metadata()["texts"] else { panic!("a list of texts") };
+    assert_eq!(texts.texts().unwrap(), ["a", "bc"]);
     assert_eq!(file.read_f32("a").unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     assert_eq!((file.tensor("a").unwrap().shape.as_slice(), file.read_f32("b").unwrap()), (&[3, 2][..], vec![7.0]));
     assert_eq!(file.tensors().count(), 2);
@@ -109,14 +109,17 @@ fn lies_are_named() {
         (head(3, u64::MAX, 0), "cannot lie"),
         (head(3, 0, u64::MAX), "cannot lie"),
         (with(head(3, 0, 1), &[pair("k", 9, &long(u64::MAX / 4))]), "cannot lie"),
-        (with(head(3, 0, 1), &[pair("k", 9, &nest(40))]), "too deeply"),
+        (with(head(3, 0, 1), &[pair("k", 9, &nest(40))]), "arrays in an array"),
         (with(head(3, 0, 1), &[pair("k", 13, &[])]), "type 13"),
+        (with(head(3, 0, 1), &[pair("k", 9, &[&13u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat())]), "type 13"),
+        (with(head(3, 0, 1 << 15), &vec![pair("k", 0, &[2]); 1 << 15]), "at most 16384"),
         (with(head(3, 0, 1), &[pair("k", 7, &[2])]), "truth value 2"),
         (with(head(3, 0, 2), &[pair("k", 0, &[2]), pair("k", 0, &[2])]), "twice"),
         (with(head(3, 0, 1), &[pair("general.alignment", 4, &[3, 0, 0, 0])]), "power of two"),
         (with(head(3, 1, 0), &[tensor("t", &[1; 5], 0, 0)]), "5 dimensions"),
         (with(head(3, 1, 0), &[tensor("t", &[1], 99, 0)]), "type 99"),
         (with(head(3, 1, 0), &[tensor("t", &[u64::MAX, 2], 0, 0)]), "no size"),
+        (with(head(3, 1, 0), &[tensor("t", &[2, 0], 0, 0)]), "no elements"),
         (with(head(3, 1, 0), &[tensor("t", &[31], GgmlType::Q4_0.id(), 0)]), "no size"),
         (with(head(3, 1, 0), &[tensor("t", &[1], 0, 1)]), "aligned"),
         (with(head(3, 1, 0), &[tensor("t", &[1], 0, u64::MAX - 31)]), "truncated"),

@@ -68,6 +68,7 @@ impl Model {
     ) -> Result<Model, ModelError> {
         let OpenOptions { threads, memory_limit, tokenizer, kv_type } = *options;
         let checkpoint = Arc::new(Checkpoint::open(path)?);
+        // As `Tokenizer::of_model` has it, but a file's metadata are read already.
         let tokenizer = match (tokenizer, checkpoint.gguf()) {
             (Some(folder), _) => Tokenizer::open(folder)?,
             (None, Some(metadata)) => Tokenizer::from_gguf(metadata, path)?,

@@ -34,10 +34,20 @@ pub(crate) fn unpack(checkpoint: &Checkpoint, recipe: &Recipe, out: &mut [u8]) -
             }
         }
         Recipe::KeysValues { keys, values } => {
-            let (k, v) = (widened(keys, &read(keys)?), widened(values, &read(values)?));
+            let (k, v) = (read(keys)?, read(values)?);
             let [heads, rank, nope] = [0, 1, 2].map(|axis| keys.shape[axis]);
-            let joined = keys_values(&k, &v, [heads, rank, nope, values.shape[1]]);
-            quantize(computable(recipe.dtype()), &joined, out);
+            let sizes = [rank, nope, values.shape[1]];
+            // A head at a time: widened, all of them would take several times what they are kept in.
+            let each = |bytes: &[u8]| (bytes.len() / heads.max(1)).max(1);
+            let (of_heads, size) = (k.chunks_exact(each(&k)).zip(v.chunks_exact(each(&v))), each(out));
+            for (out, (k, v)) in out.chunks_exact_mut(size).zip(of_heads) {
+                let [k, v] = [(keys, k), (values, v)].map(|(loc, bytes)| {
+                    let mut numbers = vec![0.0; loc.shape[1] * loc.shape[2]];
+                    dequantize(computable(loc.dtype), bytes, &mut numbers);
+                    numbers
+                });
+                quantize(computable(recipe.dtype()), &keys_values(&k, &v, sizes), out);
+            }
         }
         Recipe::LogOfNegative { vector } => {
             let logs: Vec<f32> = widened(vector, &read(vector)?).iter().map(|x| (-x).ln()).collect();
@@ -80,14 +90,11 @@ fn widened(loc: &TensorLoc, bytes: &[u8]) -> Vec<f32> {
     values
 }
 
-/// Per head: the `nope` columns of its keys' matrix `[rank, nope]` as rows, then the rows of its values' `[width, rank]`.
-fn keys_values(keys: &[f32], values: &[f32], [heads, rank, nope, width]: [usize; 4]) -> Vec<f32> {
-    let mut joined = Vec::with_capacity(heads * (nope + width) * rank);
-    for h in 0..heads {
-        let of_head = &keys[h * rank * nope..][..rank * nope];
-        joined.extend((0..nope * rank).map(|i| of_head[i % rank * nope + i / rank]));
-        joined.extend_from_slice(&values[h * width * rank..][..width * rank]);
-    }
+/// Of a head: the `nope` columns of its keys' matrix `[rank, nope]` as rows, then the rows of its values' `[width, rank]`.
+fn keys_values(keys: &[f32], values: &[f32], [rank, nope, width]: [usize; 3]) -> Vec<f32> {
+    let mut joined = Vec::with_capacity((nope + width) * rank);
+    joined.extend((0..nope * rank).map(|i| keys[i % rank * nope + i / rank]));
+    joined.extend_from_slice(&values[..width * rank]);
     joined
 }
 
@@ -175,8 +182,8 @@ mod tests {
 
     #[test]
     fn keys_are_turned_and_values_follow() {
-        // One head, rank 2, two key rows and one of values.
-        assert_eq!(keys_values(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0], [1, 2, 2, 1]), [1.0, 3.0, 2.0, 4.0, 5.0, 6.0]);
+        // Rank 2, two key rows and one of values.
+        assert_eq!(keys_values(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0], [2, 2, 1]), [1.0, 3.0, 2.0, 4.0, 5.0, 6.0]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use quorate_model::{Model, RoutingMode};
 use serde_json::json;
 
 use super::profile::patterns_of;
-use super::quantize::mix;
+use super::quantize::{mix, note_elsewhere};
 use crate::common::{Common, human_bytes, interrupted, parse_bytes, say};
 use crate::experts::{Beside, ExpertArgs, ModeArg, ScopeArg, need_experts, open};
 
@@ -224,12 +224,13 @@ impl Prune {
                 let options = Options { kept: Some(&kept.experts), mix: self.mix, ..Options::default() };
                 let pool = Pool::new(common.thread_count()?);
                 let mut progress = common.progress("writing", model.weights().model_bytes(), "bytes");
-                write_model(model.checkpoint(), &options, &self.output, &pool, &mut |done, _| {
+                let written = write_model(model.checkpoint(), &options, &self.output, &pool, &mut |done, _| {
                     progress.set(done);
                     !interrupted()
                 })
                 .with_context(|| format!("cannot write {}", self.output.display()))?;
                 progress.finish();
+                note_elsewhere(common, &written);
             }
         }
         Ok(())

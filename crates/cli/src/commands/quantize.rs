@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use quorate_convert::{Importance, MIXES, Mix, Options, write_model};
+use quorate_convert::{Importance, MIXES, Mix, Options, Summary, write_model};
 use quorate_formats::{Checkpoint, check_output};
 use quorate_kernels::{DType, Pool};
 use quorate_lens::interchange::Imatrix;
@@ -61,6 +61,13 @@ fn dtype(name: &str) -> Result<DType, String> {
     })
 }
 
+/// Says what llama.cpp will make of a file that was written, where that is something else.
+pub(super) fn note_elsewhere(common: &Common, written: &Summary) {
+    if !written.elsewhere.is_empty() {
+        common.note(&format!("llama.cpp computes this model otherwise: {}", written.elsewhere.join("; ")));
+    }
+}
+
 impl Quantize {
     pub fn run(&self, common: &Common) -> Result<()> {
         check_output(&self.output)?;
@@ -88,12 +95,13 @@ impl Quantize {
             let n = summary.without_importance.len();
             common.note(&format!("the importance matrix has nothing of {n} matrices, {first} among them"));
         }
+        note_elsewhere(common, &summary);
         if common.json {
             let types = summary.types.iter().map(|(t, (n, bytes))| json!({"type": t, "tensors": n, "bytes": bytes}));
             return common.print_json(&json!({
                 "output": self.output, "type": self.mix.name, "bytes": summary.bytes,
                 "source_bytes": checkpoint.total_bytes(), "seconds": start.elapsed().as_secs_f64(),
-                "types": types.collect::<Vec<_>>(), "without_importance": summary.without_importance,
+                "types": types.collect::<Vec<_>>(), "without_importance": summary.without_importance, "llama_cpp_differs": summary.elsewhere,
             }));
         }
         let types = summary.types.iter().map(|(t, (n, bytes))| format!("{n} {t} ({})", human_bytes(*bytes)));

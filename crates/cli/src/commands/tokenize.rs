@@ -13,6 +13,7 @@ use crate::common::{Common, read_text_file, say};
 #[derive(Args)]
 #[command(after_help = "\
 One line a token: its id, the characters of the text that it stands for, the token as the vocabulary writes it.
+The tokenizer is the one that `run` uses: of a folder with a GGUF file and no safetensors, the file's; --tokenizer takes another.
 
 Examples:
   quorate tokenize \"78+95=\"

@@ -205,7 +205,10 @@ fn files_for_llama_cpp_answer_as_the_model_does() {
     quorate![prune[0], prune[1], prune[2], prune[3], prune[4], prune[5], &plan, "--scope", "local", "--mode", "mask"]
         .ok();
     let json = quorate!["quantize", "-o", &whole, "--type", "q8_0", "--experts", "q4_0", "--json"].json();
-    has_fields(&json, &["output", "type", "bytes", "source_bytes", "seconds", "types", "without_importance"]);
+    has_fields(
+        &json,
+        &["output", "type", "bytes", "source_bytes", "seconds", "types", "without_importance", "llama_cpp_differs"],
+    );
     assert!(json["bytes"].as_u64() < json["source_bytes"].as_u64().map(|n| n / 2), "{json}");
     assert_eq!(quorate!["inspect", "-m", &small, "--json"].json()["experts"], json!(10));
     for prompt in ["78+95=", "What is the capital of Oman?"] {
@@ -215,6 +218,12 @@ fn files_for_llama_cpp_answer_as_the_model_does() {
     }
     let answer = quorate!["run", "78+95=", "-m", &whole, "--task", "none", "--json"].json();
     assert_eq!(answer["tokens"], quorate!["run", "78+95=", "--task", "none", "--json"].json()["tokens"]);
+    // What llama.cpp will make of a file is said where it is known to be something else.
+    let (phimoe, copy) = (fixture("phimoe/gguf/phimoe-f32.gguf"), folder.path().join("whole.gguf"));
+    let noted = quorate!["quantize", "-m", phimoe, "-o", &copy, "--type", "f16"];
+    assert!(noted.err.contains("llama.cpp computes this model otherwise: it weights the two experts"), "{}", noted.err);
+    let quiet = quorate!["quantize", "-m", fixture("qwen3_moe"), "-o", &copy, "--type", "f16"];
+    assert!(!quiet.err.contains("llama.cpp") && quiet.code == Some(0), "{}", quiet.err);
     quorate!["quantize", "-o", &whole, "--type", "Q9_K"].fails(2, &["`Q9_K` is no type", "Q4_K_M"]);
     quorate!["prune", "--task", "bios", "-o", &plan, "--type", "Q8_0"].fails(3, &["--type is of a gguf file", "help:"]);
     assert_eq!(names_in(folder.path()), ["plan.toml", "small.gguf", "whole.gguf"]);
@@ -502,6 +511,14 @@ fn tokenize_shows_tokens_and_takes_ids() {
     assert_eq!(numbers(&taken["ids"])[0], 500);
     let without = quorate!["tokenize", "-m", other, "a 12", "--no-special", "--json"].json();
     assert_eq!(numbers(&without["ids"]), numbers(&taken["ids"])[1..]);
+    // In a folder with both, the file's counts, as when the model runs; --tokenizer takes the other.
+    let both = tempdir();
+    fs::copy(file, both.path().join("model.gguf")).unwrap();
+    fs::copy(other.join("tokenizer.json"), both.path().join("tokenizer.json")).unwrap();
+    assert_eq!(own, quorate!["tokenize", "-m", both.path(), "a 12<|im_end|>", "--json"].json());
+    assert_eq!(taken, quorate!["tokenize", "-m", both.path(), "--tokenizer", both.path(), "a 12", "--json"].json());
+    let prompt = quorate!["run", "-m", both.path(), "--raw", "a 12<|im_end|>", "--max-tokens", "1", "--json"].json();
+    assert_eq!(prompt["prompt_tokens"], own["n"], "{prompt}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::GgufValue;
+use super::{GgufArray, GgufValue};
 
 /// Keys that name tokens which end a text, a turn or a message.
 const KEYS: [&str; 3] = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
@@ -42,13 +42,14 @@ const TEXTS: [&str; 23] = [
 pub(super) fn tokens(metadata: &BTreeMap<String, GgufValue>) -> (Option<u32>, Vec<u32>) {
     let id = |key: &str| metadata.get(key).and_then(GgufValue::as_u64).and_then(|id| u32::try_from(id).ok());
     let list = |key: &str| match metadata.get(key) {
-        Some(GgufValue::Array(values)) => values.as_slice(),
-        _ => &[],
+        Some(GgufValue::Array(values)) => Some(values),
+        _ => None,
     };
     let named: Vec<u32> = KEYS.iter().filter_map(|key| id(key)).collect();
-    let (tokens, types) = (list("tokenizer.ggml.tokens"), list("tokenizer.ggml.token_type"));
-    let control = tokens.iter().zip(types).zip(0..).filter(|((_, kind), _)| kind.as_u64() == Some(CONTROL));
-    let known = control.filter_map(|((token, _), id)| Some((token.as_str()?, id)));
+    let tokens = list("tokenizer.ggml.tokens").and_then(GgufArray::texts).unwrap_or_default();
+    let types = list("tokenizer.ggml.token_type").into_iter().flat_map(GgufArray::iter);
+    let control = tokens.into_iter().zip(types).zip(0..).filter(|((_, kind), _)| kind.as_u64() == Some(CONTROL));
+    let known = control.map(|((token, _), id)| (token, id));
     let mut known: Vec<(&str, u32)> = known.filter(|(token, _)| TEXTS.contains(token)).collect();
     // In the format Harmony `<|end|>` ends a message, of which an answer may have several.
     let has = |token: &str| known.iter().any(|(text, _)| *text == token);
@@ -72,8 +73,8 @@ mod tests {
         let text = |text: &str| GgufValue::Text(text.to_owned());
         let mut metadata = BTreeMap::new();
         let mut set = |key: &str, value| metadata.insert(format!("tokenizer.ggml.{key}"), value);
-        set("tokens", GgufValue::Array(["a", "<|return|>", "<|call|>", "<|end|>", "</s>", "x"].map(text).to_vec()));
-        set("token_type", GgufValue::Array([1, 3, 3, 3, 4, 1].map(GgufValue::Unsigned).to_vec()));
+        set("tokens", GgufValue::list(["a", "<|return|>", "<|call|>", "<|end|>", "</s>", "x"].map(text)));
+        set("token_type", GgufValue::list([1, 3, 3, 3, 4, 1].map(GgufValue::Unsigned)));
         // `<|end|>` ends a message only, and `</s>` is a piece of HTML here.
         assert_eq!(tokens(&metadata), (None, vec![1, 2]));
         let mut set = |key: &str, value| metadata.insert(format!("tokenizer.ggml.{key}"), value);

@@ -1,52 +1,13 @@
 //! Reading a GGUF header piece by piece.
 
+use super::value::{GgufArray, GgufValue, number, width};
 use crate::{DataFile, FormatError, Result};
 
 /// Values in all arrays of a header at most; the largest vocabularies have a quarter of a million tokens and twice as many
-/// merges. In memory a value takes 24 bytes, in the file as little as one.
+/// merges.
 const VALUES_MAX: u64 = 1 << 22;
-/// Of these in an array of single bytes.
-const BYTES_MAX: u64 = 1 << 20;
-/// Arrays in arrays at most.
-const DEPTH_MAX: usize = 4;
 /// Bytes read at once.
 const CHUNK: u64 = 1 << 16;
-
-/// A value of GGUF metadata.
-#[derive(Clone, Debug, PartialEq)]
-pub enum GgufValue {
-    /// An unsigned integer of any width.
-    Unsigned(u64),
-    /// A signed integer of any width.
-    Signed(i64),
-    /// A 32- or 64-bit float.
-    Float(f64),
-    /// A truth value.
-    Bool(bool),
-    /// A text.
-    Text(String),
-    /// Values of one type.
-    Array(Vec<GgufValue>),
-}
-
-impl GgufValue {
-    /// An integer that is not negative.
-    pub fn as_u64(&self) -> Option<u64> {
-        match self {
-            GgufValue::Unsigned(v) => Some(*v),
-            GgufValue::Signed(v) => u64::try_from(*v).ok(),
-            _ => None,
-        }
-    }
-
-    /// A text.
-    pub fn as_str(&self) -> Option<&str> {
-        match self {
-            GgufValue::Text(text) => Some(text),
-            _ => None,
-        }
-    }
-}
 
 /// A place in a header.
 pub(super) struct Cursor<'a> {
@@ -90,8 +51,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The next `len` bytes; there are so many.
-    fn take(&mut self, len: u64) -> Result<Vec<u8>> {
+    /// So many bytes must be left in the header.
+    fn check_left(&self, len: u64) -> Result<()> {
         if len > self.end - self.at {
             let end = self.at.saturating_add(len);
             if end <= self.size() {
@@ -99,6 +60,12 @@ impl<'a> Cursor<'a> {
             }
             return Err(self.truncated("the header".to_owned(), end));
         }
+        Ok(())
+    }
+
+    /// The next `len` bytes; there are so many.
+    fn take(&mut self, len: u64) -> Result<Vec<u8>> {
+        self.check_left(len)?;
         let mut bytes = vec![0; usize::try_from(len).expect("at most the longest header")];
         let inside = self.at >= self.chunk_at && self.at + len <= self.chunk_at + self.chunk.len() as u64;
         if !inside && len < CHUNK {
@@ -139,55 +106,51 @@ impl<'a> Cursor<'a> {
 
     /// The value of a key.
     pub fn value(&mut self, kind: u32, key: &str) -> Result<GgufValue> {
-        self.nested(kind, key, 0)
-    }
-
-    fn nested(&mut self, kind: u32, key: &str, depth: usize) -> Result<GgufValue> {
-        Ok(match kind {
-            0 => GgufValue::Unsigned(u64::from(self.array::<1>()?[0])),
-            1 => GgufValue::Signed(i64::from(i8::from_le_bytes(self.array()?))),
-            2 => GgufValue::Unsigned(u64::from(u16::from_le_bytes(self.array()?))),
-            3 => GgufValue::Signed(i64::from(i16::from_le_bytes(self.array()?))),
-            4 => GgufValue::Unsigned(u64::from(self.u32()?)),
-            5 => GgufValue::Signed(i64::from(i32::from_le_bytes(self.array()?))),
-            6 => GgufValue::Float(f64::from(f32::from_le_bytes(self.array()?))),
-            7 => match self.array::<1>()?[0] {
-                0 => GgufValue::Bool(false),
-                1 => GgufValue::Bool(true),
-                other => return Err(self.bad(format!("key `{key}` has the truth value {other}"))),
+        match (kind, width(kind)) {
+            (7, _) => match self.array::<1>()?[0] {
+                flag @ (0 | 1) => Ok(GgufValue::Bool(flag == 1)),
+                other => Err(self.bad(format!("key `{key}` has the truth value {other}"))),
             },
-            8 => GgufValue::Text(self.string()?),
-            9 if depth == DEPTH_MAX => return Err(self.bad(format!("key `{key}` nests arrays too deeply"))),
-            9 => {
-                let kind = self.u32()?;
-                let count = self.u64()?;
-                self.check_count(count, least_bytes(kind), &format!("values of key `{key}`"))?;
-                let most = if least_bytes(kind) == 1 { self.values_left.min(BYTES_MAX) } else { self.values_left };
-                if count > most {
-                    return Err(self.bad(format!("key `{key}` has {count} values, at most {most} are allowed here")));
-                }
-                self.values_left -= count;
-                let mut values = Vec::new();
-                for _ in 0..count {
-                    values.push(self.nested(kind, key, depth + 1)?);
-                }
-                GgufValue::Array(values)
-            }
-            10 => GgufValue::Unsigned(self.u64()?),
-            11 => GgufValue::Signed(i64::from_le_bytes(self.array()?)),
-            12 => GgufValue::Float(f64::from_le_bytes(self.array()?)),
-            _ => return Err(self.bad(format!("key `{key}` has the type {kind}, which is unknown"))),
-        })
+            (_, Some(width)) => Ok(number(kind, &self.take(width as u64)?)),
+            (8, None) => Ok(GgufValue::Text(self.string()?)),
+            (9, None) => self.values(key).map(GgufValue::Array),
+            _ => Err(self.bad(format!("key `{key}` has the type {kind}, which is unknown"))),
+        }
     }
-}
 
-/// Bytes that a value of a type takes at least; 1 for a type that is refused when its first value is read.
-fn least_bytes(kind: u32) -> u64 {
-    match kind {
-        2 | 3 => 2,
-        4..=6 => 4,
-        8 | 10..=12 => 8,
-        9 => 12,
-        _ => 1,
+    /// The values of an array.
+    fn values(&mut self, key: &str) -> Result<GgufArray> {
+        let kind = self.u32()?;
+        let count = self.u64()?;
+        let least = match (kind, width(kind)) {
+            (_, Some(width)) => width as u64,
+            (8, None) => 8,
+            (9, None) => return Err(self.bad(format!("key `{key}` has arrays in an array, which are not read"))),
+            _ => return Err(self.bad(format!("key `{key}` has the type {kind}, which is unknown"))),
+        };
+        self.check_count(count, least, &format!("values of key `{key}`"))?;
+        if count > self.values_left {
+            let most = self.values_left;
+            return Err(self.bad(format!("key `{key}` has {count} values, at most {most} are allowed here")));
+        }
+        self.values_left -= count;
+        let bytes = match kind {
+            8 => self.texts(count)?,
+            _ => self.take(count * least)?,
+        };
+        let len = usize::try_from(count).expect("so many values are in the header");
+        GgufArray::checked(kind, len, bytes).map_err(|problem| self.bad(format!("key `{key}` has {problem}")))
+    }
+
+    /// Texts as they lie there. Their lengths are looked at first, so that the memory for them is exact.
+    fn texts(&mut self, count: u64) -> Result<Vec<u8>> {
+        let start = self.at;
+        for _ in 0..count {
+            let len = self.u64()?;
+            self.check_left(len)?;
+            self.at += len;
+        }
+        let end = std::mem::replace(&mut self.at, start);
+        self.take(end - start)
     }
 }

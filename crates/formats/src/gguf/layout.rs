@@ -71,8 +71,7 @@ impl Layout<'_> {
             return rows(both, vec![n, 2 * i, d], e * 2 * i + if name == "up" { i } else { 0 }, i);
         }
         let stack = GGUF_NAMES.of(role);
-        let single = format!("blk.{l}.ffn_{name}.{e}.weight");
-        if !self.has(&stack) && self.has(&single) {
+        if let Some(single) = single_expert(role).filter(|single| !self.has(&stack) && self.has(single)) {
             return renamed(single, vec![out, inner]);
         }
         rows(stack, vec![n, out, inner], e * out, out)
@@ -138,6 +137,17 @@ impl Layout<'_> {
             _ => None,
         }
     }
+}
+
+/// The tensor of one matrix of an expert in old files, which have one for each.
+pub(crate) fn single_expert(role: Role) -> Option<String> {
+    let (l, e, name) = match role {
+        Role::ExpertGate(l, e) => (l, e, "gate"),
+        Role::ExpertUp(l, e) => (l, e, "up"),
+        Role::ExpertDown(l, e) => (l, e, "down"),
+        _ => return None,
+    };
+    Some(format!("blk.{l}.ffn_{name}.{e}.weight"))
 }
 
 /// A whole tensor under another name.

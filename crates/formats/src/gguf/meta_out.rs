@@ -39,8 +39,8 @@ pub fn metadata_for_gguf(checkpoint: &Checkpoint, arch: &Arch) -> Result<Vec<(St
         out.number("ssm.group_count", delta.n_key_heads);
         out.number("ssm.time_step_rank", delta.n_value_heads);
         out.number("ssm.inner_size", delta.n_value_heads * delta.value_dim);
-        let recurrent = spec.layers.iter().map(|layer| GgufValue::Bool(layer.delta.is_some())).collect();
-        out.push("attention.recurrent_layers", GgufValue::Array(recurrent));
+        let recurrent = spec.layers.iter().map(|layer| GgufValue::Bool(layer.delta.is_some()));
+        out.push("attention.recurrent_layers", GgufValue::list(recurrent));
         out.number("full_attention_interval", config.opt_index("full_attention_interval", 1 << 12)?.unwrap_or(4));
     }
     Ok(out.pairs)
@@ -181,6 +181,16 @@ fn rotation(out: &mut Out<'_>, checkpoint: &Checkpoint) -> Result<()> {
     let Some(rope) = spec.layers.iter().map(|l| &l.attn.rope).find(|r| r.dim > 0) else { return Ok(()) };
     let mut base = theta(checkpoint)?;
     out.number("rope.dimension_count", rope.dim);
+    if out.arch.name == "qwen35moe" {
+        // Pairs for time, height and width of an image, and none; of text all three count the same.
+        let named = match rope::section(config)? {
+            Some(section) => section.opt_indices("mrope_section")?,
+            None => None,
+        };
+        let mut sections = named.unwrap_or_else(|| vec![rope.dim / 2]);
+        sections.resize(4, 0);
+        out.push("rope.dimension_sections", GgufValue::list(sections.iter().map(|&n| GgufValue::Signed(n as i64))));
+    }
     if let Some(section) = rope::section(config)? {
         match rope_type(&section)? {
             "linear" => {
@@ -266,7 +276,7 @@ fn experts(out: &mut Out<'_>, spec: &ModelSpec, config: &Section, moe: &MoeSpec)
         out.number("expert_feed_forward_length", moe.intermediate_size);
     }
     if let Some(shared) = &moe.shared {
-        if matches!(arch, "qwen2moe" | "qwen3next" | "granitemoe" | "hunyuan-moe" | "ernie4_5-moe") {
+        if matches!(arch, "qwen2moe" | "qwen3next" | "qwen35moe" | "granitemoe" | "hunyuan-moe" | "ernie4_5-moe") {
             out.number("expert_shared_feed_forward_length", shared.intermediate_size);
         }
         if matches!(arch, "deepseek" | "deepseek2" | "glm4moe" | "hunyuan-moe" | "ernie4_5-moe") {
@@ -291,7 +301,7 @@ fn experts(out: &mut Out<'_>, spec: &ModelSpec, config: &Section, moe: &MoeSpec)
     let usual = match arch {
         "deepseek2" | "glm4moe" => None,
         "olmoe" | "qwen2moe" => Some(false),
-        "qwen3moe" | "qwen3next" => Some(true),
+        "qwen3moe" | "qwen3next" | "qwen35moe" => Some(true),
         _ => Some(router.norm_topk_prob),
     };
     if usual != Some(router.norm_topk_prob) {
@@ -315,9 +325,9 @@ pub fn difference(source: &ModelSpec, written: &ModelSpec) -> Option<String> {
     if source.norm == NormKind::RmsPlusOne {
         source.norm = NormKind::Rms;
     }
-    for delta in source.layers.iter_mut().filter_map(|layer| layer.delta.as_mut()) {
-        delta.layout = DeltaLayout::Split;
-    }
+    // The weights are laid out as the architecture has it.
+    let layout = if source.family == "qwen3_5_moe" { DeltaLayout::Tiled } else { DeltaLayout::Split };
+    source.layers.iter_mut().filter_map(|layer| layer.delta.as_mut()).for_each(|delta| delta.layout = layout);
     // One architecture may be of several families, which differ in what the rest says.
     source.family.clone_from(&written.family);
     source.eos_token_ids.clone_from(&written.eos_token_ids);

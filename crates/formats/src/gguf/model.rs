@@ -12,6 +12,7 @@ use super::layout::Layout;
 use super::names::GGUF_NAMES;
 use super::{GgufFile, GgufValue};
 use crate::bind::{Bound, Naming, bind};
+use crate::checkpoint::check_layers;
 use crate::config::{HEAD_DIM_MAX, HEADS_MAX, LAYERS_MAX, POSITIONS_MAX, Section};
 use crate::families::{self, Family};
 use crate::packed::Scheme;
@@ -47,6 +48,9 @@ pub(crate) fn open(path: &Path, whole: bool) -> Result<GgufModel> {
     let reader = Reader { path, arch, meta: section(path, arch, &metadata)?, layout, files: &files };
     let config = reader.config(&metadata)?;
     let family = families::find(&config)?;
+    if whole {
+        check_layers(&config, &files, &tensors)?;
+    }
     let spec = reader.spec(&config, family)?;
     let naming = Naming { names: &GGUF_NAMES, fused: &|role| reader.layout.fused(&spec, role), scheme: Scheme::Plain };
     let bound = bind(path, &spec, &naming, &files, &tensors)?;
@@ -78,11 +82,11 @@ fn json_of(value: &GgufValue) -> Option<Value> {
         GgufValue::Float(x) => Value::Number(Number::from_f64(*x)?),
         GgufValue::Bool(b) => Value::from(*b),
         GgufValue::Text(text) => Value::from(text.as_str()),
-        GgufValue::Array(values) => match values.as_slice() {
-            [first @ (GgufValue::Unsigned(_) | GgufValue::Signed(_)), rest @ ..] if rest.iter().all(|v| v == first) => {
-                json_of(first)?
+        GgufValue::Array(values) => match values.iter().next() {
+            Some(first @ (GgufValue::Unsigned(_) | GgufValue::Signed(_))) if values.iter().all(|v| v == first) => {
+                json_of(&first)?
             }
-            _ => Value::Array(values.iter().map(json_of).collect::<Option<_>>()?),
+            _ => Value::Array(values.iter().map(|v| json_of(&v)).collect::<Option<_>>()?),
         },
     })
 }

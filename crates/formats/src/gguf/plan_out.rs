@@ -82,8 +82,8 @@ impl GgufPlan {
         self.metadata.retain(|(key, _)| *key != format!("{arch}.nextn_predict_layers"));
         self.set("quorate.source_fingerprint", GgufValue::Text(checkpoint.fingerprint().to_owned()));
         for (layer, ids) in self.spec.moe_layers().into_iter().zip(kept) {
-            let ids = ids.iter().map(|&e| number(e)).collect();
-            self.set(&format!("quorate.kept_experts.{layer}"), GgufValue::Array(ids));
+            let ids = GgufValue::list(ids.iter().map(|&e| number(e)));
+            self.set(&format!("quorate.kept_experts.{layer}"), ids);
         }
     }
 }
@@ -96,14 +96,20 @@ fn stored(checkpoint: &Checkpoint, kept: Option<&[Vec<usize>]>) -> Result<Vec<Gg
         let (ranges, shape) = match cuts.get(&loc.name) {
             None => (vec![(loc.offset, loc.len)], loc.shape.clone()),
             Some(Cut::Experts { of, ids }) if loc.shape.contains(of) => slices(loc, *of, ids),
-            Some(Cut::Experts { .. } | Cut::Renamed(_)) => {
-                let problem = format!("{} is of a single expert, in the manner of old files", loc.name);
+            // A tensor for each expert, in the manner of old files.
+            Some(Cut::Renamed(_)) => (vec![(loc.offset, loc.len)], loc.shape.clone()),
+            Some(Cut::Experts { .. }) => {
+                let problem = format!("{} has no part for each of its layer's experts", loc.name);
                 return Err(FormatError::NotInGguf { problem });
             }
             Some(Cut::Gone) => continue,
         };
+        let name = match cuts.get(&loc.name) {
+            Some(Cut::Renamed(name)) => name.clone(),
+            _ => loc.name.clone(),
+        };
         let content = Content::Stored { file: loc.file, ranges, dtype: loc.dtype };
-        made.push(GgufMade { name: loc.name.clone(), shape, content });
+        made.push(GgufMade { name, shape, content });
     }
     Ok(made)
 }

@@ -46,8 +46,10 @@ pub enum Change {
     Rows(Vec<usize>),
     /// 1 is added.
     PlusOne,
-    /// `-exp(x)`.
-    MinusExp,
+    /// These columns of each row, in this order.
+    Columns(Vec<usize>),
+    /// `-exp(x)` of these elements of a vector, in this order.
+    MinusExp(Vec<usize>),
     /// Of latent attention's up projection, each head's rows of keys as columns: `[heads, rank, keys]`.
     Keys {
         /// Heads.
@@ -127,7 +129,7 @@ impl Maker<'_> {
             }
             Role::DenseUp(_) if self.arch.name == "phi3" => {}
             Role::K(_) | Role::V(_) | Role::KBias(_) | Role::VBias(_) if merged => {}
-            Role::DeltaQkv(l) | Role::DeltaBa(l) => {
+            Role::DeltaQkv(l) | Role::DeltaBa(l) if !self.tiles() => {
                 let delta = self.spec.layers[l].delta.as_ref().filter(|d| d.layout == DeltaLayout::Grouped);
                 let delta = delta.ok_or_else(|| self.cannot(role))?;
                 if matches!(role, Role::DeltaBa(_)) {
@@ -177,14 +179,41 @@ impl Maker<'_> {
     }
 
     fn change(&self, role: Role) -> Change {
+        let of_delta = role.layer().and_then(|l| self.of_delta(role, self.spec.layers.get(l)?.delta.as_ref()?));
+        if let Some(change) = of_delta {
+            return change;
+        }
         match role {
             Role::Q(l) | Role::QBias(l) if self.arch.permuted => self.interleaved(l, |attn| attn.n_heads),
             Role::K(l) | Role::KBias(l) if self.arch.permuted => self.interleaved(l, |attn| attn.n_kv_heads),
-            Role::DeltaALog(_) => Change::MinusExp,
             _ if self.spec.norm == NormKind::RmsPlusOne && role.is_plain_norm() => Change::PlusOne,
             _ if role.of_experts() == Some(None) && self.kept.is_some() => Change::Rows(self.kept_of(role)),
             _ => Change::None,
         }
+    }
+
+    /// Whether value heads of delta layers are put into tiles (Qwen3.5): each in turn of all key heads.
+    fn tiles(&self) -> bool {
+        self.arch.name == "qwen35moe"
+    }
+
+    /// The change of a delta layer's weight, if there is one.
+    fn of_delta(&self, role: Role, delta: &DeltaSpec) -> Option<Change> {
+        if !self.tiles() {
+            let order = || (0..delta.n_value_heads).collect();
+            return matches!(role, Role::DeltaALog(_)).then(|| Change::MinusExp(order()));
+        }
+        let keys = 2 * delta.n_key_heads * delta.key_dim;
+        Some(match role {
+            Role::DeltaQkv(_) | Role::DeltaConv(_) => {
+                Change::Rows((0..keys).chain(tiled(delta, delta.value_dim).into_iter().map(|row| keys + row)).collect())
+            }
+            Role::DeltaZ(_) => Change::Rows(tiled(delta, delta.value_dim)),
+            Role::DeltaBa(_) | Role::DeltaA(_) | Role::DeltaDtBias(_) => Change::Rows(tiled(delta, 1)),
+            Role::DeltaALog(_) => Change::MinusExp(tiled(delta, 1)),
+            Role::DeltaOut(_) => Change::Columns(tiled(delta, delta.value_dim)),
+            _ => return None,
+        })
     }
 
     /// Rows such that interleaved rotation does what rotation of halves did.
@@ -204,6 +233,13 @@ fn latent(l: usize, attn: &AttnSpec, mla: &MlaSpec) -> [(String, Vec<usize>, Cha
         (format!("blk.{l}.attn_k_b.weight"), vec![heads, mla.kv_lora_rank, keys], Change::Keys { heads, keys, rows }),
         (format!("blk.{l}.attn_v_b.weight"), vec![heads, mla.v_head_dim, mla.kv_lora_rank], Change::Rows(values)),
     ]
+}
+
+/// Where the rows of value heads in tiles come from, each head `width` of them: head `k + t * keys` is the `t`-th of key head `k`.
+fn tiled(delta: &DeltaSpec, width: usize) -> Vec<usize> {
+    let (keys, each) = (delta.n_key_heads, delta.n_value_heads / delta.n_key_heads);
+    let heads = (0..each).flat_map(|t| (0..keys).map(move |k| k * each + t));
+    heads.flat_map(|head| head * width..(head + 1) * width).collect()
 }
 
 /// The rows of all q, all k and all v, and those of z, in a projection that is grouped by key head.

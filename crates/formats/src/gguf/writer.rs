@@ -6,18 +6,15 @@ use std::fs::OpenOptions;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::header::GgufValue;
+use super::value::GgufValue;
 use super::{ALIGNMENT, GGUF_MAGIC, GgmlType};
 use crate::writer::{Produce, Sink, Temporary, check_output};
 use crate::{FormatError, Result};
 
-/// Keys whose numbers are single bytes.
-const BYTE_KEYS: [&str; 1] = ["tokenizer.ggml.precompiled_charsmap"];
-
 /// A file of version 3 with these key-value pairs and F32 tensors `(name, shape innermost first, values)`. Numbers are
-/// written as 32-bit where they fit, an empty array as one of texts.
+/// written as 32-bit where they fit, arrays as they are, an empty one as one of texts.
 ///
-/// The shape must have as many elements as there are values, and an array values of one type.
+/// The shape must have as many elements as there are values.
 pub fn gguf_bytes(metadata: &[(String, GgufValue)], tensors: &[(String, Vec<u64>, Vec<f32>)]) -> Vec<u8> {
     let mut out = head(metadata, tensors.len());
     let mut offset = 0u64;
@@ -114,9 +111,8 @@ fn head(metadata: &[(String, GgufValue)], tensors: usize) -> Vec<u8> {
     out.extend((metadata.len() as u64).to_le_bytes());
     for (key, value) in metadata {
         text(&mut out, key);
-        let bytes = BYTE_KEYS.contains(&key.as_str());
-        out.extend(kind(value).to_le_bytes());
-        put(&mut out, value, kind(value), bytes);
+        out.extend(value.kind().to_le_bytes());
+        value.put(&mut out, value.kind());
     }
     out
 }
@@ -132,42 +128,4 @@ fn info(out: &mut Vec<u8>, name: &str, shape: &[u64], dtype: GgmlType, offset: u
 fn text(out: &mut Vec<u8>, text: &str) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend(text.as_bytes());
-}
-
-fn kind(value: &GgufValue) -> u32 {
-    match value {
-        GgufValue::Unsigned(v) if u32::try_from(*v).is_ok() => 4,
-        GgufValue::Unsigned(_) => 10,
-        GgufValue::Signed(v) if i32::try_from(*v).is_ok() => 5,
-        GgufValue::Signed(_) => 11,
-        GgufValue::Float(v) if f64::from(*v as f32) == *v || v.is_nan() => 6,
-        GgufValue::Float(_) => 12,
-        GgufValue::Bool(_) => 7,
-        GgufValue::Text(_) => 8,
-        GgufValue::Array(_) => 9,
-    }
-}
-
-fn put(out: &mut Vec<u8>, value: &GgufValue, as_kind: u32, bytes: bool) {
-    match value {
-        GgufValue::Unsigned(v) if as_kind == 0 => out.push(*v as u8),
-        GgufValue::Signed(v) if as_kind == 1 => out.push(*v as u8),
-        GgufValue::Unsigned(v) => out.extend(&v.to_le_bytes()[..if as_kind == 4 { 4 } else { 8 }]),
-        GgufValue::Signed(v) => out.extend(&v.to_le_bytes()[..if as_kind == 5 { 4 } else { 8 }]),
-        GgufValue::Float(v) if as_kind == 6 => out.extend((*v as f32).to_le_bytes()),
-        GgufValue::Float(v) => out.extend(v.to_le_bytes()),
-        GgufValue::Bool(v) => out.push(u8::from(*v)),
-        GgufValue::Text(v) => text(out, v),
-        GgufValue::Array(values) => {
-            // The widest, so that every value fits.
-            let inner = match (bytes, values.first()) {
-                (true, Some(GgufValue::Signed(_))) => 1,
-                (true, _) => 0,
-                (false, _) => values.iter().map(kind).max().unwrap_or(8),
-            };
-            out.extend(inner.to_le_bytes());
-            out.extend((values.len() as u64).to_le_bytes());
-            values.iter().for_each(|v| put(out, v, inner, bytes));
-        }
-    }
 }

@@ -53,7 +53,7 @@ pub(super) fn read(path: &Path) -> Result<Imatrix, LensError> {
     }
     let number = |key: &str| meta(key).and_then(GgufValue::as_u64).unwrap_or(0);
     let datasets = match meta("imatrix.datasets") {
-        Some(GgufValue::Array(names)) => names.iter().filter_map(|n| n.as_str().map(String::from)).collect(),
+        Some(GgufValue::Array(names)) => names.texts().unwrap_or_default().into_iter().map(String::from).collect(),
         _ => Vec::new(),
     };
     let (chunk_count, chunk_size) = (number("imatrix.chunk_count"), number("imatrix.chunk_size"));
@@ -81,10 +81,10 @@ impl Imatrix {
 
     /// The file's bytes, as llama.cpp reads them.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let datasets = self.datasets.iter().cloned().map(GgufValue::Text).collect();
+        let datasets = GgufValue::list(self.datasets.iter().cloned().map(GgufValue::Text));
         let metadata = [
             ("general.type", GgufValue::Text("imatrix".into())),
-            ("imatrix.datasets", GgufValue::Array(datasets)),
+            ("imatrix.datasets", datasets),
             ("imatrix.chunk_count", GgufValue::Unsigned(self.chunk_count)),
             ("imatrix.chunk_size", GgufValue::Unsigned(self.chunk_size)),
         ]

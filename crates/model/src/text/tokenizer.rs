@@ -42,9 +42,19 @@ pub struct EncodedToken {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a GGUF file, or of a model folder: `tokenizer.json` and, where present,
-    /// `tokenizer_config.json`, `special_tokens_map.json` and the chat template's files. The path of another file of a
-    /// model stands for its folder; without `tokenizer.json` the GGUF file in it counts.
+    /// Reads the tokenizer that belongs to the model at `path`: of a model that is opened from a GGUF file the one in that file,
+    /// also if `tokenizer.json` lies beside it; of others, or where there are no weights, that of the folder.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn of_model(path: &Path) -> Result<Self, TextError> {
+        let file = quorate_formats::gguf_of(path)?;
+        Self::open(file.as_deref().unwrap_or(path))
+    }
+
+    /// Reads the tokenizer of a GGUF file, or of a folder: `tokenizer.json` and, where present, `tokenizer_config.json`,
+    /// `special_tokens_map.json` and the chat template's files. The path of another file of a model stands for its folder;
+    /// without `tokenizer.json` the GGUF file in it counts.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are left out, as in transformers.
     ///

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use quorate_formats::GgufValue;
+use quorate_formats::{GgufArray, GgufValue};
 
 use crate::text::TextError;
 
@@ -66,7 +66,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn list(&self, key: &str) -> Result<Option<&'a [GgufValue]>, TextError> {
+    fn list(&self, key: &str) -> Result<Option<&'a GgufArray>, TextError> {
         match self.metadata.get(key) {
             None => Ok(None),
             Some(GgufValue::Array(values)) => Ok(Some(values)),
@@ -75,7 +75,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A list that has something of each token.
-    fn of_tokens(&self, key: &str, count: usize) -> Result<Option<&'a [GgufValue]>, TextError> {
+    fn of_tokens(&self, key: &str, count: usize) -> Result<Option<&'a GgufArray>, TextError> {
         let Some(values) = self.list(key)? else { return Ok(None) };
         if values.len() != count {
             return Err(self.wrong(format!("its key {key} has {} values for {count} tokens", values.len())));
@@ -86,16 +86,15 @@ impl<'a> Keys<'a> {
     /// A list of texts.
     pub fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>, TextError> {
         let Some(values) = self.list(key)? else { return Ok(None) };
-        let texts = values.iter().map(GgufValue::as_str).collect::<Option<Vec<_>>>();
-        texts.map(Some).ok_or_else(|| self.not(key, "a list of texts"))
+        values.texts().map(Some).ok_or_else(|| self.not(key, "a list of texts"))
     }
 
     /// A list of bytes, signed or not.
     pub fn bytes(&self, key: &str) -> Result<Option<Vec<u8>>, TextError> {
         let Some(values) = self.list(key)? else { return Ok(None) };
-        let byte = |value: &GgufValue| match value {
-            GgufValue::Unsigned(byte) => u8::try_from(*byte).ok(),
-            GgufValue::Signed(byte) => i8::try_from(*byte).ok().map(i8::cast_unsigned),
+        let byte = |value| match value {
+            GgufValue::Unsigned(byte) => u8::try_from(byte).ok(),
+            GgufValue::Signed(byte) => i8::try_from(byte).ok().map(i8::cast_unsigned),
             _ => None,
         };
         let bytes = values.iter().map(byte).collect::<Option<Vec<_>>>();
@@ -123,7 +122,7 @@ impl<'a> Keys<'a> {
     pub fn kinds(&self, count: usize) -> Result<Vec<Kind>, TextError> {
         let key = "tokenizer.ggml.token_type";
         let Some(values) = self.of_tokens(key, count)? else { return Ok(vec![Kind::Normal; count]) };
-        let kind = |value: &GgufValue| match value.as_u64()? {
+        let kind = |value: GgufValue| match value.as_u64()? {
             0 | 1 => Some(Kind::Normal),
             2 => Some(Kind::Unknown),
             3 => Some(Kind::Control),
@@ -139,9 +138,9 @@ impl<'a> Keys<'a> {
     pub fn scores(&self, count: usize) -> Result<Vec<f32>, TextError> {
         let key = "tokenizer.ggml.scores";
         let values = self.of_tokens(key, count)?.ok_or_else(|| self.wrong(format!("it has no key {key}")))?;
-        let score = |value: &GgufValue| match value {
-            GgufValue::Float(score) if score.is_finite() => Some(*score as f32),
-            GgufValue::Signed(score) => Some(*score as f32),
+        let score = |value| match value {
+            GgufValue::Float(score) if score.is_finite() => Some(score as f32),
+            GgufValue::Signed(score) => Some(score as f32),
             _ => None,
         };
         values.iter().map(score).collect::<Option<Vec<_>>>().ok_or_else(|| self.not(key, "a list of finite numbers"))

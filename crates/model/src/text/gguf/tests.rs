@@ -13,7 +13,7 @@ fn text(text: &str) -> GgufValue {
 }
 
 fn texts<'a>(list: impl IntoIterator<Item = &'a str>) -> GgufValue {
-    GgufValue::Array(list.into_iter().map(text).collect())
+    GgufValue::list(list.into_iter().map(text))
 }
 
 fn json(name: &str, file: &str) -> Json {
@@ -56,17 +56,17 @@ fn metadata(name: &str, model: &str, pre: &str) -> Metadata {
             let id = tokens.iter().position(|token| *token == merge.concat()).unwrap();
             scores[id] = GgufValue::Float(-(rank as f64));
         }
-        set("scores", GgufValue::Array(scores));
+        set("scores", GgufValue::list(scores));
         let merges: Vec<String> = merges.iter().map(|merge| merge.join(" ")).collect();
         set("merges", texts(merges.iter().map(String::as_str)));
     } else {
         let score = |entry: &Json| GgufValue::Float(entry[1].as_f64().unwrap());
-        set("scores", GgufValue::Array(tokenizer["model"]["vocab"].as_array().unwrap().iter().map(score).collect()));
+        set("scores", GgufValue::list(tokenizer["model"]["vocab"].as_array().unwrap().iter().map(score)));
     }
     set("model", text(model));
     set("pre", text(pre));
     set("tokens", texts(tokens.iter().map(String::as_str)));
-    set("token_type", GgufValue::Array(kinds));
+    set("token_type", GgufValue::list(kinds));
     metadata
 }
 
@@ -138,7 +138,7 @@ fn merges_follow_scores_then_places() {
     set(&mut metadata, "model", text("llama"));
     set(&mut metadata, "tokens", texts(["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "bc", "aa", "▁a"]));
     let scores = [0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0].map(GgufValue::Float);
-    set(&mut metadata, "scores", GgufValue::Array(scores.to_vec()));
+    set(&mut metadata, "scores", GgufValue::list(scores));
     set(&mut metadata, "add_bos_token", GgufValue::Bool(false));
     set(&mut metadata, "add_space_prefix", GgufValue::Bool(false));
     let tokenizer = open(&metadata).unwrap();
@@ -160,7 +160,7 @@ fn unigram_takes_the_most_probable_tokens() {
     set(&mut metadata, "model", text("t5"));
     set(&mut metadata, "tokens", texts(["<pad>", "</s>", "<unk>", "▁", "a", "b", "ab", "▁ab", "▁a"]));
     let scores = [0.0, 0.0, 0.0, -4.0, -3.0, -3.0, -4.0, -9.0, -5.0].map(GgufValue::Float);
-    set(&mut metadata, "scores", GgufValue::Array(scores.to_vec()));
+    set(&mut metadata, "scores", GgufValue::list(scores));
     let tokenizer = open(&metadata).unwrap();
     assert_eq!(tokenizer.encode("ab a", true).unwrap(), [3, 6, 8, 1]);
     assert_eq!(tokenizer.decode(&[3, 6, 8, 1], false).unwrap(), "ab a</s>");
@@ -185,8 +185,8 @@ fn wrong_metadata_are_refused_in_words() {
     wrong("model", None, "no key tokenizer.ggml.model");
     wrong("tokens", None, "no key tokenizer.ggml.tokens");
     wrong("tokens", Some(texts(["a", "b", "a"])), "\"a\" twice");
-    wrong("tokens", Some(GgufValue::Array(Vec::new())), "empty");
-    wrong("token_type", Some(GgufValue::Array(vec![GgufValue::Unsigned(1)])), "1 values for");
+    wrong("tokens", Some(texts([])), "empty");
+    wrong("token_type", Some(GgufValue::list([GgufValue::Unsigned(1)])), "1 values for");
     wrong("token_type", Some(text("x")), "is not a list");
     wrong("merges", Some(texts(["ab"])), "\"ab\" in its key");
     wrong("merges", Some(texts(["q zzz"])), "zzz");
@@ -196,7 +196,7 @@ fn wrong_metadata_are_refused_in_words() {
     wrong("add_eos_token", Some(GgufValue::Unsigned(1)), "is not true or false");
     let mut bad = metadata("spm_bpe_fallback", "llama", "default");
     let scores = vec![GgufValue::Float(f64::NAN); 525];
-    set(&mut bad, "scores", GgufValue::Array(scores));
+    set(&mut bad, "scores", GgufValue::list(scores));
     assert!(open(&bad).err().unwrap().to_string().contains("finite"));
 }
 
