@@ -42,6 +42,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    quorate_kernels::keep_freed_memory();
     let work = match parse() {
         Ok(work) => work,
         Err(error) => {

@@ -69,24 +69,18 @@ struct LevelRecord {
 
 kernel! {
     /// Packs a chunk of the tile that begins at row `first`: `packed[u * tile_rows + r]` is unit `u` of row `first + r`.
-    /// Behind the last row it is repeated. The memory of the chunk behind it is asked for.
+    /// Behind the last row it is repeated.
     ///
     /// # Safety
     /// The machine must have the set of `S`; `w` must be valid, of type `Q`, and have this row and chunk, and `packed` hold
     /// [`packed_len`] values.
     pub(super) unsafe fn pack_chunk<S, Q: Quant>(w: &Rows, first: usize, chunk: usize, packed: *mut f32) {
         let (n, bytes) = (blocks_of::<Q>((w.cols - chunk * CHUNK).min(CHUNK)), const { chunk_bytes::<Q>() });
-        // Behind the last chunk of these rows comes the first of the next tile's.
-        let last = (chunk + 1) * CHUNK >= w.cols;
-        let ahead = if last { (w.stride * S::ISA.tile_rows()).wrapping_sub(chunk * bytes) } else { bytes };
         for half in 0..2 {
             let packed = packed.add(half * S::LANES);
             let mut rows = [w.data; MAX_LANES];
             for (r, row) in rows[..S::LANES].iter_mut().enumerate() {
                 *row = w.row(first + half * S::LANES + r).add(chunk * bytes);
-                for line in (0..bytes + 63).step_by(64) {
-                    S::prefetch(row.wrapping_add(ahead + line));
-                }
             }
             let mut sums = [S::splat_i32(0); GROUPS];
             if Q::TURNS {

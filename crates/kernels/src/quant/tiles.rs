@@ -2,7 +2,7 @@
 //! while it is in the nearest cache.
 
 use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, START, STARTS, pack_chunk};
-use super::{CHUNK, Rounded, with_quant};
+use super::{CHUNK, Rounded, chunk_bytes, with_quant};
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::Rows;
 
@@ -29,11 +29,36 @@ pub(crate) unsafe fn multiply_rounded(
     std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
-        let form = with_quant!(w.dtype, Q => {
+        let (form, bytes) = with_quant!(w.dtype, Q => {
             pack_chunk::<Q>(isa, w, first, chunk, packed);
-            Form::of::<Q>(cols)
+            (Form::of::<Q>(cols), const { chunk_bytes::<Q>() })
         }, else unreachable!("{} has no blocks", w.dtype.name()));
-        multiply_chunk(isa, packed, form, x, chunk, out);
+        // Behind the last chunk of these rows comes the first of the next tile's.
+        let (row, at) = if (chunk + 1) * CHUNK < w.cols { (first, chunk + 1) } else { (first + isa.tile_rows(), 0) };
+        let next = Next { data: w.data.wrapping_add(row * w.stride + at * bytes), stride: w.stride, bytes };
+        multiply_chunk(isa, packed, form, x, chunk, next, out);
+    }
+}
+
+/// Memory that will be wanted next: so many bytes of each row of a tile. It need not be there.
+#[derive(Clone, Copy)]
+struct Next {
+    data: *const u8,
+    stride: usize,
+    bytes: usize,
+}
+
+impl Next {
+    /// Asks for a part of it: with all of it at once, there would be more requests than the processor can keep.
+    #[inline(always)]
+    unsafe fn prefetch<S: Simd>(&self, part: usize, parts: usize) {
+        let rows = 2 * S::LANES;
+        for r in part * rows / parts..(part + 1) * rows / parts {
+            let row = self.data.wrapping_add(r * self.stride);
+            for line in (0..self.bytes + 63).step_by(64) {
+                S::prefetch(row.wrapping_add(line));
+            }
+        }
     }
 }
 
@@ -43,12 +68,13 @@ kernel! {
     /// # Safety
     /// As for [`multiply_rounded`].
     unsafe fn multiply_chunk<S>(
-        packed: *const f32, form: Form, x: &[*const Rounded], chunk: usize, out: *mut f32,
+        packed: *const f32, form: Form, x: &[*const Rounded], chunk: usize, next: Next, out: *mut f32,
     ) {
         let most = const { tokens_at_once(S::ISA) };
         let blocks = x.len().div_ceil(most);
         let mut start = 0;
         for block in 0..blocks {
+            next.prefetch::<S>(block, blocks);
             let end = (block + 1) * x.len() / blocks;
             let (x, out) = (&x[start..end], out.add(start * 2 * S::LANES));
             macro_rules! by_tokens {
