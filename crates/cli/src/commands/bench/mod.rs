@@ -247,7 +247,7 @@ impl Bench {
         let mut skip = false;
         for arg in std::env::args().skip(1) {
             let of = |name: &str| arg == name || arg.starts_with(&format!("{name}="));
-            if !skip && !of("--compare") && !of("--repeat") && arg != "--json" {
+            if !skip && !of("--compare") && !of("--repeat") && !matches!(arg.as_str(), "--json" | "--quiet" | "-q") {
                 own.push(arg.clone());
             }
             skip = arg == "--compare" || arg == "--repeat";
