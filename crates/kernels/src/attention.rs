@@ -23,7 +23,7 @@ const QUERIES: usize = 64;
 const KEYS: usize = 64;
 
 /// From this many rows on keys are packed.
-const PACK_FROM: usize = 8;
+const PACK_FROM: usize = 9;
 
 /// The cost of a key and its value, in rows' worth of using them.
 const KEY_COST: usize = 8;
@@ -263,12 +263,11 @@ impl Block<'_> {
     unsafe fn rows_of(&self, cache: &MatRef<'_>, kv_head: usize, keys: &Range<usize>) -> Rows {
         let (d, stride) = (self.shape.head_dim, cache.row_bytes());
         let data = cache.data.as_ptr().add(keys.start * stride + kv_head * d * cache.dtype.block_bytes());
-        Rows { dtype: cache.dtype, data, stride, rows: keys.len(), cols: d }
+        // The next head's part of a row lies behind this one's.
+        let ahead = d * cache.dtype.block_bytes();
+        Rows { dtype: cache.dtype, data, stride, ahead, rows: keys.len(), cols: d }
     }
 }
-
-/// How many rows ahead values are asked for: those of one head lie too far apart for the processor to guess.
-const AHEAD: usize = 8;
 
 kernel! {
     /// `out[t * width + c] += sum over j of weights[t][j] * v[j][c]`, for up to [`DOT_TOKENS`] rows of weights.
@@ -338,13 +337,10 @@ unsafe fn mix_columns<S: Simd, W: Weight, const C: usize, const T: usize>(
     }
     for j in 0..v.rows {
         let row = v.data.add(j * v.stride);
-        let ahead = row.wrapping_add(AHEAD * v.stride + first * W::DTYPE.block_bytes());
-        for line in (0..C * S::LANES * W::DTYPE.block_bytes()).step_by(64) {
-            S::prefetch(ahead.wrapping_add(line));
-        }
         let mut value = [S::zero(); C];
         for i in 0..C {
             value[i] = W::load::<S>(row, first + i * S::LANES);
+            v.prefetch::<S, W>(row, first + i * S::LANES);
         }
         for t in 0..T {
             let weight = S::splat(*weights[t].add(j));

@@ -324,9 +324,12 @@ impl Batch {
     }
 }
 
+/// How many rows ahead weights are asked for: no fewer than are multiplied at once.
+const ROWS_AHEAD: usize = 8;
+
 fn as_rows(w: &MatRef<'_>) -> Rows {
     let stride = w.row_bytes();
-    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride, rows: w.rows, cols: w.cols }
+    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride, ahead: ROWS_AHEAD * stride, rows: w.rows, cols: w.cols }
 }
 
 /// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is

@@ -38,6 +38,9 @@ pub(crate) struct Rows {
     pub data: *const u8,
     /// Bytes from one row to the next.
     pub stride: usize,
+    /// Bytes from what is read in dot products to what is asked for then, since it will be wanted soon: processors guess how
+    /// one row goes on, but not that others will be wanted.
+    pub ahead: usize,
     pub rows: usize,
     pub cols: usize,
 }
@@ -49,14 +52,13 @@ impl Rows {
         self.data.add(r.min(self.rows - 1) * self.stride)
     }
 
-    /// Asks for the vector at column `c` of the row that lies `ahead` rows behind `row`: processors
-    /// guess how one row goes on, but not that the next will be wanted.
+    /// Asks for what lies ahead of the vector at column `c` of `row`.
     #[inline(always)]
-    unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, ahead: usize, c: usize) {
+    pub(crate) unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, c: usize) {
         let byte = |c: usize| c * W::DTYPE.block_bytes() / W::DTYPE.block_len();
         // Once per cache line is enough.
         if byte(c) % 64 < byte(S::LANES) {
-            S::prefetch(row.wrapping_add(ahead * self.stride + byte(c)));
+            S::prefetch(row.wrapping_add(self.ahead + byte(c)));
         }
     }
 }
@@ -275,7 +277,7 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
             let mut v = [S::zero(); R];
             for i in 0..R {
                 v[i] = W::load::<S>(rows[i], c);
-                w.prefetch::<S, W>(rows[i], R, c);
+                w.prefetch::<S, W>(rows[i], c);
             }
             for t in 0..T {
                 let x = S::load(tokens[t].add(c));
