@@ -42,7 +42,6 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    quorate_kernels::keep_freed_memory();
     let work = match parse() {
         Ok(work) => work,
         Err(error) => {

@@ -149,7 +149,7 @@ impl Attention<'_> {
     }
 
     /// Keys and values of each span's sequence.
-    fn cached(&self) -> Vec<(Cow<'_, [f32]>, Cow<'_, [f32]>)> {
+    fn cached(&self) -> Vec<KeysValues<'_>> {
         self.rows.spans.iter().map(|span| self.cache.layer_values(span.slot, self.layer)).collect()
     }
 
@@ -162,6 +162,9 @@ impl Attention<'_> {
         Back { shape: self.shape(), longest: self.longest(), sequences: self.rows.spans.iter().map(rows).collect() }
     }
 }
+
+/// Keys and values of a sequence in one layer.
+type KeysValues<'a> = (Cow<'a, [f32]>, Cow<'a, [f32]>);
 
 /// Heads, widths, and which keys are seen.
 #[derive(Clone, Copy)]

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use candle_core::DType;
 use quorate_model::{
-    CacheLayout, Chain, Flow, KvCache, Lens, LogitRows, Model, ModelError, NO_EXPERT, NoLens, Phase, Routing,
+    Chain, Flow, KvCache, Lens, LogitRows, Model, ModelError, NO_EXPERT, NoLens, Phase, Routing,
     RoutingMode, Segment, Site, ops,
 };
 use support::{
