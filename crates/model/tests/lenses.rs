@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 
 use candle_core::DType;
 use quorate_model::{
-    Chain, Flow, KvCache, Lens, LogitRows, Model, ModelError, NO_EXPERT, NoLens, Phase, Routing,
-    RoutingMode, Segment, Site, ops,
+    Chain, Flow, KvCache, Lens, LogitRows, Model, ModelError, NO_EXPERT, NoLens, Phase, Routing, RoutingMode, Segment,
+    Site, ops,
 };
 use support::{
     Capture, Seen, Visit, assert_close, assert_same, chain, fixture, largest, logits, logits_of, open, open_empty,
