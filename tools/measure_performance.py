@@ -49,7 +49,7 @@ def profile(model, library):
         task = Path(folder) / "words.jsonl"
         with task.open("w") as out:
             for i in range(48):
-                json.dump({"id": str(i), "prompt": " ".join(words[80 * i % 3900:][:80]), "answer": "x"}, out)
+                json.dump({"task": "words", "id": str(i), "prompt": " ".join(words[80 * i % 3900:][:80]), "answer": "x"}, out)
                 out.write("\n")
         quorate("profile", "-m", model, "--library", library, "--tasks", folder)
 

@@ -60,11 +60,15 @@ pub struct Common {
 
 /// [`KvType`] on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(non_camel_case_types, reason = "the usual name")]
 pub enum KvTypeArg {
     /// As they were computed
     F32,
     /// Half the memory, rounded to 11 bits
     F16,
+    /// About a quarter of the memory, signed bytes with a scale for every 32
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 impl Common {
@@ -117,6 +121,7 @@ impl Common {
         let kv_type = self.kv_type.map(|kv_type| match kv_type {
             KvTypeArg::F32 => KvType::F32,
             KvTypeArg::F16 => KvType::F16,
+            KvTypeArg::Q8_0 => KvType::Q8_0,
         });
         let options = OpenOptions { threads, memory_limit, tokenizer, kv_type };
         let model = Model::open_with(&self.model_path()?, &options, &mut loading(&mut bar))?;

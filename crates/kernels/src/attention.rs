@@ -8,19 +8,22 @@
 
 use std::ops::Range;
 
-use crate::MatRef;
 use crate::math::exp;
 use crate::pool::{Pool, SendPtr, Share};
 use crate::scratch;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
 use crate::weight::{Weight, widen, with_weight};
+use crate::{DType, MatRef};
 
 /// Rows of queries in a block.
 const QUERIES: usize = 64;
 
 /// Keys in a block: a multiple of every tile's rows.
 const KEYS: usize = 64;
+
+/// Keys that all heads of a block take before the next ones, if rows are few: a multiple of 8.
+const KEYS_AT_ONCE: usize = 16;
 
 /// From this many rows on keys are packed.
 const PACK_FROM: usize = 9;
@@ -52,7 +55,7 @@ pub struct AttnSegment<'a> {
     pub len: usize,
     /// Position of its first row.
     pub pos0: usize,
-    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`, of a type without blocks.
+    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`; a head must be whole blocks of the type.
     pub k: MatRef<'a>,
     /// Values, likewise.
     pub v: MatRef<'a>,
@@ -106,7 +109,8 @@ fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) 
         assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
         for m in [&s.k, &s.v] {
             assert_eq!((m.rows, m.cols), (s.pos0 + s.len, n_kv_heads * head_dim), "cache of segment {i}");
-            assert!(!m.dtype.is_quantized() && m.rows * m.row_bytes() == m.data.len(), "cache of segment {i}");
+            let fits = head_dim.is_multiple_of(m.dtype.block_len()) && m.rows * m.row_bytes() == m.data.len();
+            assert!(fits, "cache of segment {i}");
         }
         let apart = |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
         assert!(segments[..i].iter().all(apart), "segment {i} overlaps another");
@@ -154,11 +158,12 @@ impl Block<'_> {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
         let padded = d.next_multiple_of(tile);
         let n = self.rows.len();
-        let lengths = [QUERIES * padded, QUERIES * KEYS, d * tile, KEYS * padded];
+        let lengths = [QUERIES * padded, QUERIES * KEYS, d * tile, KEYS * padded, KEYS * padded];
         scratch::floats(lengths.iter().sum(), |scratch| {
             let (sums, rest) = scratch.split_at_mut(lengths[0]);
             let (scores, rest) = rest.split_at_mut(lengths[1]);
-            let (packed, values) = rest.split_at_mut(lengths[2]);
+            let (packed, rest) = rest.split_at_mut(lengths[2]);
+            let (values, wide) = rest.split_at_mut(lengths[3]);
             sums.fill(0.0);
             let mut state = [(f32::MIN, 0.0); QUERIES];
             let mut queries = [std::ptr::null(); QUERIES];
@@ -167,24 +172,28 @@ impl Block<'_> {
                 *weights = scores.as_ptr().add(i * KEYS);
             }
             let all = self.keys();
+            let few = n < PACK_FROM && !self.segment.k.dtype.is_quantized() && !self.segment.v.dtype.is_quantized();
             for first in all.clone().step_by(KEYS) {
                 let keys = first..(first + KEYS).min(all.end);
+                if few {
+                    self.attend_few(isa, &keys, q, scores, &mut state, sums, padded);
+                    continue;
+                }
                 for kv_head in self.kv_heads.clone() {
                     for (query, row) in queries.iter_mut().zip(self.rows.clone()) {
                         *query = q.as_ptr().add(self.offset(kv_head, row));
                     }
-                    self.scores(isa, kv_head, &keys, &queries[..n], packed, scores);
+                    let mut k = self.rows_of(&self.segment.k, kv_head, &keys);
+                    if k.dtype.is_quantized() {
+                        let data = self.copied(isa, &k, padded, wide).data.cast();
+                        k = Rows { dtype: DType::F32, data, stride: 4 * padded, ahead: 0, ..k };
+                    }
+                    self.scores(isa, &k, &queries[..n], packed, scores);
                     let at = (kv_head - self.kv_heads.start) * n;
                     let sums = &mut sums[at * padded..];
                     self.soften(isa, &keys, scores, &mut state[at..], sums, padded);
-                    if n < PACK_FROM {
-                        let v = self.rows_of(&self.segment.v, kv_head, &keys);
-                        for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
-                            mix(isa, &v, weights, sums.as_mut_ptr().add(i * DOT_TOKENS * padded), padded);
-                        }
-                        continue;
-                    }
-                    let b = self.values(isa, kv_head, &keys, padded, values);
+                    let v = self.rows_of(&self.segment.v, kv_head, &keys);
+                    let b = self.copied(isa, &v, padded, values);
                     for c in (0..padded).step_by(tile) {
                         let b = Columns { data: b.data.add(c), ..b };
                         multiply(isa, &b, &weights[..n], sums.as_mut_ptr().add(c), padded, true);
@@ -200,6 +209,57 @@ impl Block<'_> {
                 }
             }
         });
+    }
+
+    /// A block of keys for few rows of each head. All heads take some keys before the next ones are touched, since what the
+    /// heads have of a position lies side by side: memory is read in order, once.
+    ///
+    /// # Safety
+    /// As for [`Block::attend`]; `scores` must have [`KEYS`] values for each row of each head.
+    #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+    unsafe fn attend_few(
+        &self,
+        isa: Isa,
+        keys: &Range<usize>,
+        q: &[f32],
+        scores: &mut [f32],
+        state: &mut [(f32, f32)],
+        sums: &mut [f32],
+        padded: usize,
+    ) {
+        let n = self.rows.len();
+        let parts = || keys.clone().step_by(KEYS_AT_ONCE).map(|first| first..(first + KEYS_AT_ONCE).min(keys.end));
+        let scores_at = |head: usize, row: usize, key: usize| ((head * n + row) * KEYS) + key - keys.start;
+        for part in parts() {
+            for (head, kv_head) in self.kv_heads.clone().enumerate() {
+                let k = self.rows_of(&self.segment.k, kv_head, &part);
+                let mut query = [std::ptr::null(); PACK_FROM];
+                for (query, row) in query.iter_mut().zip(self.rows.clone()) {
+                    *query = q.as_ptr().add(self.offset(kv_head, row));
+                }
+                for (i, query) in query[..n].chunks(DOT_TOKENS).enumerate() {
+                    let out = scores.as_mut_ptr().add(scores_at(head, i * DOT_TOKENS, part.start));
+                    dots(isa, &k, 0, k.rows, query, out, KEYS);
+                }
+            }
+        }
+        for head in 0..self.kv_heads.len() {
+            let at = head * n;
+            self.soften(isa, keys, &mut scores[at * KEYS..], &mut state[at..], &mut sums[at * padded..], padded);
+        }
+        for part in parts() {
+            for (head, kv_head) in self.kv_heads.clone().enumerate() {
+                let v = self.rows_of(&self.segment.v, kv_head, &part);
+                let mut weights = [std::ptr::null(); PACK_FROM];
+                for (row, weights) in weights[..n].iter_mut().enumerate() {
+                    *weights = scores.as_ptr().add(scores_at(head, row, part.start));
+                }
+                for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
+                    let out = sums.as_mut_ptr().add((head * n + i * DOT_TOKENS) * padded);
+                    mix(isa, &v, weights, out, padded);
+                }
+            }
+        }
     }
 
     /// [`soften`] for each row of a key head.
@@ -221,50 +281,42 @@ impl Block<'_> {
         }
     }
 
-    /// `scores[i * KEYS + j]` is the product of query `i` and key `j` of `keys`.
-    unsafe fn scores(
-        &self,
-        isa: Isa,
-        kv_head: usize,
-        keys: &Range<usize>,
-        queries: &[*const f32],
-        packed: &mut [f32],
-        scores: &mut [f32],
-    ) {
+    /// `scores[i * KEYS + j]` is the product of query `i` and key `j` of `k`.
+    unsafe fn scores(&self, isa: Isa, k: &Rows, queries: &[*const f32], packed: &mut [f32], scores: &mut [f32]) {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
-        let k = self.rows_of(&self.segment.k, kv_head, keys);
-        for first in (0..keys.len()).step_by(tile) {
+        for first in (0..k.rows).step_by(tile) {
             let out = scores.as_mut_ptr().add(first);
             if queries.len() >= PACK_FROM {
-                pack(isa, &k, first, packed.as_mut_ptr());
+                pack(isa, k, first, packed.as_mut_ptr());
                 let b = Columns { data: packed.as_ptr(), stride: tile, k: d };
                 multiply(isa, &b, queries, out, KEYS, false);
             } else {
-                let count = tile.min(keys.len() - first);
+                let count = tile.min(k.rows - first);
                 for (i, queries) in queries.chunks(DOT_TOKENS).enumerate() {
                     let out = out.add(i * DOT_TOKENS * KEYS);
-                    dots(isa, &k, first, count, queries, out, KEYS);
+                    dots(isa, k, first, count, queries, out, KEYS);
                 }
             }
         }
     }
 
-    /// A copy of the values of some keys, side by side, as columns of whole tiles.
-    unsafe fn values(&self, isa: Isa, kv_head: usize, keys: &Range<usize>, padded: usize, copy: &mut [f32]) -> Columns {
-        let (d, v) = (self.shape.head_dim, self.rows_of(&self.segment.v, kv_head, keys));
-        for (i, copy) in copy.chunks_exact_mut(padded).take(keys.len()).enumerate() {
-            widen(isa, v.dtype, v.row(i), &mut copy[..d]);
+    /// A copy of a head's rows, widened, side by side, as columns of whole tiles.
+    unsafe fn copied(&self, isa: Isa, rows: &Rows, padded: usize, copy: &mut [f32]) -> Columns {
+        let d = self.shape.head_dim;
+        for (i, copy) in copy.chunks_exact_mut(padded).take(rows.rows).enumerate() {
+            widen(isa, rows.dtype, rows.row(i), &mut copy[..d]);
             copy[d..].fill(0.0);
         }
-        Columns { data: copy.as_ptr(), stride: padded, k: keys.len() }
+        Columns { data: copy.as_ptr(), stride: padded, k: rows.rows }
     }
 
     /// What a key head has of some positions.
     unsafe fn rows_of(&self, cache: &MatRef<'_>, kv_head: usize, keys: &Range<usize>) -> Rows {
         let (d, stride) = (self.shape.head_dim, cache.row_bytes());
-        let data = cache.data.as_ptr().add(keys.start * stride + kv_head * d * cache.dtype.block_bytes());
-        // The next head's part of a row lies behind this one's.
-        let ahead = d * cache.dtype.block_bytes();
+        let head = d / cache.dtype.block_len() * cache.dtype.block_bytes();
+        let data = cache.data.as_ptr().add(keys.start * stride + kv_head * head);
+        // The next heads' parts of a row lie behind this one's.
+        let ahead = 2 * head;
         Rows { dtype: cache.dtype, data, stride, ahead, rows: keys.len(), cols: d }
     }
 }

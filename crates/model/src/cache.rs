@@ -17,15 +17,24 @@ pub enum KvType {
     F32,
     /// Rounded to 11 bits: half the memory, and half the reading for every further token.
     F16,
+    /// Signed bytes, every 32 with a scale: about a quarter of the memory. A head's keys and values must be multiples of 32 wide.
+    Q8_0,
 }
 
 impl KvType {
-    /// Bytes of a number.
-    pub fn bytes(self) -> u64 {
+    /// The same among the types of weights.
+    pub fn dtype(self) -> DType {
         match self {
-            KvType::F32 => 4,
-            KvType::F16 => 2,
+            KvType::F32 => DType::F32,
+            KvType::F16 => DType::F16,
+            KvType::Q8_0 => DType::Q8_0,
         }
+    }
+
+    /// Bytes of so many numbers.
+    pub(crate) fn bytes(self, numbers: u64) -> u64 {
+        let dtype = self.dtype();
+        numbers.div_ceil(dtype.block_len() as u64) * dtype.block_bytes() as u64
     }
 }
 
@@ -61,8 +70,8 @@ struct LayerCache {
 #[derive(Clone, Debug)]
 enum Numbers {
     F32(Vec<f32>),
-    /// Halves, as bytes.
-    F16(Vec<u8>),
+    /// Of another type, as bytes.
+    Packed(DType, Vec<u8>),
 }
 
 impl Default for Numbers {
@@ -71,47 +80,55 @@ impl Default for Numbers {
     }
 }
 
+/// Bytes of so many numbers, which are whole blocks.
+fn packed_len(dtype: DType, numbers: usize) -> usize {
+    numbers / dtype.block_len() * dtype.block_bytes()
+}
+
 impl Numbers {
     fn new(kv_type: KvType) -> Self {
         match kv_type {
             KvType::F32 => Numbers::F32(Vec::new()),
-            KvType::F16 => Numbers::F16(Vec::new()),
+            other => Numbers::Packed(other.dtype(), Vec::new()),
         }
     }
 
     fn truncate(&mut self, len: usize) {
         match self {
             Numbers::F32(values) => values.truncate(len),
-            Numbers::F16(bytes) => bytes.truncate(2 * len),
+            Numbers::Packed(dtype, bytes) => bytes.truncate(packed_len(*dtype, len)),
         }
     }
 
     fn extend(&mut self, new: &[f32]) {
         match self {
             Numbers::F32(values) => values.extend_from_slice(new),
-            Numbers::F16(bytes) => {
+            Numbers::Packed(dtype, bytes) => {
                 let start = bytes.len();
-                bytes.resize(start + 2 * new.len(), 0);
-                quantize(DType::F16, new, &mut bytes[start..]);
+                bytes.resize(start + packed_len(*dtype, new.len()), 0);
+                quantize(*dtype, new, &mut bytes[start..]);
             }
         }
     }
 
     /// As rows of `width` numbers.
     fn rows(&self, width: usize) -> MatRef<'_> {
-        let rows = |len: usize| len.checked_div(width).unwrap_or(0);
+        let rows = |len: usize, row: usize| len.checked_div(row).unwrap_or(0);
         match self {
-            Numbers::F32(values) => MatRef::of_f32(rows(values.len()), width, values),
-            Numbers::F16(data) => MatRef { dtype: DType::F16, rows: rows(data.len() / 2), cols: width, data },
+            Numbers::F32(values) => MatRef::of_f32(rows(values.len(), width), width, values),
+            Numbers::Packed(dtype, data) => {
+                let rows = rows(data.len(), packed_len(*dtype, width));
+                MatRef { dtype: *dtype, rows, cols: width, data }
+            }
         }
     }
 
     fn values(&self) -> Cow<'_, [f32]> {
         match self {
             Numbers::F32(values) => Cow::Borrowed(values),
-            Numbers::F16(bytes) => {
-                let mut values = vec![0.0; bytes.len() / 2];
-                dequantize(DType::F16, bytes, &mut values);
+            Numbers::Packed(dtype, bytes) => {
+                let mut values = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_len()];
+                dequantize(*dtype, bytes, &mut values);
                 Cow::Owned(values)
             }
         }
@@ -148,6 +165,13 @@ impl Widths {
 
     fn of(self, cache: &LayerCache) -> [usize; 2] {
         if cache.full { self.full } else { self.least() }
+    }
+
+    /// Whether rows of heads can be kept in this type.
+    pub(crate) fn allow(layer: &LayerSpec, kv_type: KvType) -> bool {
+        let (attn, block) = (&layer.attn, kv_type.dtype().block_len());
+        let latent = attn.mla.map_or(0, |mla| mla.kv_lora_rank + attn.rope.dim);
+        layer.delta.is_some() || [attn.head_dim, attn.v_head_dim(), latent].iter().all(|n| n.is_multiple_of(block))
     }
 
     /// What is kept as long as nothing needs to be kept in full.

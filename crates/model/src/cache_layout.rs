@@ -24,22 +24,22 @@ impl CacheLayout {
     /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: all positions, of multi-head
     /// latent attention the latent vector and the rotated key.
     pub fn own(spec: &ModelSpec, kv_type: KvType) -> CacheLayout {
-        CacheLayout::of(spec, kv_type.bytes(), |_| None)
+        CacheLayout::of(spec, kv_type, |_| None)
     }
 
     /// The least that computes the same with numbers of 16 bits: of sliding windows and chunks just the positions that can
     /// still be seen.
     pub fn compact(spec: &ModelSpec) -> CacheLayout {
-        CacheLayout::of(spec, 2, |l| match (l.attn.sliding_window, l.attn.extra.chunk) {
+        CacheLayout::of(spec, KvType::F16, |l| match (l.attn.sliding_window, l.attn.extra.chunk) {
             (Some(window), Some(chunk)) => Some(window.min(chunk)),
             (window, chunk) => window.or(chunk),
         })
     }
 
-    fn of(spec: &ModelSpec, bytes: u64, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
+    fn of(spec: &ModelSpec, kv_type: KvType, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
         let of_layer = |l: &LayerSpec| {
             let numbers = Widths::new(l).least().iter().sum::<usize>() as u64;
-            LayerLayout { token_bytes: bytes * numbers, window: window(l) }
+            LayerLayout { token_bytes: kv_type.bytes(numbers), window: window(l) }
         };
         CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), state_bytes: state_bytes(spec) }
     }

@@ -31,6 +31,14 @@ pub enum ModelError {
         /// The part of the model.
         what: &'static str,
     },
+    /// A KV cache of a type in blocks, with heads that are no whole blocks.
+    #[error("keys or values of layer {layer} are not multiples of 32 wide, as {dtype} wants them; help: --kv-type f16")]
+    KvType {
+        /// Decoder layer.
+        layer: usize,
+        /// Type of the cache.
+        dtype: &'static str,
+    },
     /// A layer without routed experts.
     #[error("layer {layer} has no routed experts; help: choose a MoE layer (`quorate inspect` lists them)")]
     NoExperts {

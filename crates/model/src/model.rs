@@ -9,6 +9,7 @@ use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
 use quorate_residency::{Expert, StreamOptions, Weights};
 
+use crate::cache::Widths;
 use crate::ffn::{Gated, is_clamped};
 use crate::overlay::{Installed, Linear, Overlay, Vector};
 use crate::text::Tokenizer;
@@ -68,6 +69,13 @@ impl Model {
     ) -> Result<Model, ModelError> {
         let OpenOptions { threads, memory_limit, tokenizer, kv_type } = *options;
         let checkpoint = Arc::new(Checkpoint::open(path)?);
+        let rounded = checkpoint
+            .roles()
+            .any(|role| checkpoint.tensor(role).is_ok_and(|t| matches!(t.dtype, StoredDType::Blocks(_))));
+        let kv_type = kv_type.unwrap_or(if rounded { KvType::F16 } else { KvType::F32 });
+        if let Some(layer) = checkpoint.spec().layers.iter().position(|l| !Widths::allow(l, kv_type)) {
+            return Err(ModelError::KvType { layer, dtype: kv_type.dtype().name() });
+        }
         // As `Tokenizer::of_model` has it, but a file's metadata are read already.
         let tokenizer = match (tokenizer, checkpoint.gguf()) {
             (Some(folder), _) => Tokenizer::open(folder)?,
@@ -78,10 +86,6 @@ impl Model {
         weights.load_skeleton_with(progress)?;
         let kept = vec![None; checkpoint.spec().layers.len()];
         let (pool, overlay) = (Arc::new(Pool::new(threads)), Installed::default());
-        let rounded = checkpoint
-            .roles()
-            .any(|role| checkpoint.tensor(role).is_ok_and(|t| matches!(t.dtype, StoredDType::Blocks(_))));
-        let kv_type = kv_type.unwrap_or(if rounded { KvType::F16 } else { KvType::F32 });
         Ok(Model { checkpoint, weights, tokenizer, pool, kept, mode: RoutingMode::Mask, overlay, kv_type })
     }
 

@@ -5,8 +5,8 @@ mod support;
 
 use quorate_model::sampling::SamplingParams;
 use quorate_model::{
-    Event, Finish, Flow, GenerateOptions, Generation, KvCache, Lens, Model, ModelError, NoLens, PREFILL_CHUNK, Phase,
-    Segment, Site,
+    CacheLayout, Event, Finish, Flow, GenerateOptions, Generation, KvCache, KvType, Lens, Model, ModelError, NoLens,
+    OpenOptions, PREFILL_CHUNK, Phase, Segment, Site,
 };
 use support::{
     Capture, Visit, as_generated, assert_close, assert_same, chain, embedded, fixture, largest, logits_in_turn,
@@ -192,6 +192,35 @@ fn events_tell_everything_once_and_in_order() {
             assert_eq!((prefilled, tokens, text), (vec![prompt.len()], answer.tokens, answer.text));
         }
     }
+}
+
+/// The cache's rounding shows, is as small as it should be, and is the same whether attention is computed at once or step by step.
+#[test]
+fn caches_of_fewer_bits_cost_what_they_should() {
+    let model = open(&embedded());
+    let tokens = &questions(&model)[5];
+    let logits = |kv_type: KvType, lens: &mut dyn Lens| {
+        let mut cache = KvCache::of_type(model.spec(), 1, kv_type);
+        let (first, last) = tokens.split_at(tokens.len() - 1);
+        model.forward(&[Segment::prompt(0, first.to_vec())], &mut cache, &mut NoLens).unwrap();
+        let out = model.forward(&[Segment::decode(0, last[0])], &mut cache, lens).unwrap().logits.unwrap();
+        out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let exact = logits(KvType::F32, &mut NoLens);
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    for (kv_type, least, most) in [(KvType::F16, 1e-5, 0.02), (KvType::Q8_0, 1e-3, 0.3)] {
+        let found = logits(kv_type, &mut NoLens);
+        let error = apart(&found, &exact);
+        assert!((least..most).contains(&error), "{kv_type:?}: {error}");
+        let by_steps = logits(kv_type, &mut Capture::new(&[Site::AttnScores]));
+        assert!(apart(&found, &by_steps) < 1e-4, "{kv_type:?}");
+    }
+    let bytes = |kv_type| CacheLayout::own(model.spec(), kv_type).bytes(64);
+    assert_eq!([bytes(KvType::F16) * 2, bytes(KvType::Q8_0) * 128 / 34], [bytes(KvType::F32); 2]);
+    // Heads 16 wide are no whole blocks.
+    let options = OpenOptions { threads: 1, kv_type: Some(KvType::Q8_0), ..OpenOptions::default() };
+    let refused = Model::open_with(&fixture("olmoe"), &options, &mut |_, _| true).err().expect("no whole blocks");
+    assert!(refused.to_string().contains("--kv-type f16"), "{refused}");
 }
 
 #[test]
