@@ -48,8 +48,8 @@ def profile(model, library):
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "words.jsonl"
         with task.open("w") as out:
-            for i in range(48):
-                json.dump({"task": "words", "id": str(i), "prompt": " ".join(words[80 * i % 3900:][:80]), "answer": "x"}, out)
+            for i in range(24):
+                json.dump({"task": "words", "id": str(i), "prompt": " ".join(words[80 * i % 3900:][:40]), "answer": "x"}, out)
                 out.write("\n")
         quorate("profile", "-m", model, "--library", library, "--tasks", folder)
 
@@ -69,7 +69,7 @@ def measure(model, skewed, only):
             profiled.add(path)
         return ["--library", library, "--task", "words", *arguments]
 
-    stream = lambda memory, cache: ["--on-miss", "stream", "--memory", memory, "--cache", cache, "--repeat", 5]
+    stream = lambda memory, cache: ["--on-miss", "stream", "--memory", memory, "--cache", cache, "--repeat", 3]
     cases = {
         "compare": lambda: quorate("bench", "-m", model, "--prefill", 512, "--decode", 64, "--repeat", 5, "--compare", "llama.cpp"),
         "compare_1": lambda: quorate("bench", "-m", model, "--prefill", 512, "--decode", 64, "--repeat", 5, "--threads", 1,
@@ -88,7 +88,7 @@ def measure(model, skewed, only):
     }
     if skewed:
         for cache in ["lru", "pinned", "prefetch"]:
-            cases[f"skewed_{cache}"] = lambda cache=cache: speeds(bench(skewed, 64, 48, *with_task(skewed, *stream(quarter, cache))))
+            cases[f"skewed_{cache}"] = lambda cache=cache: speeds(bench(skewed, 64, 32, *with_task(skewed, *stream(quarter, cache))))
     for name, case in cases.items():
         if only and name not in only:
             continue

@@ -31,7 +31,7 @@ fn check(shape: AttnShape, lens: &[(usize, usize)], size: f32, seed: u64, pools:
     let d = shape.head_dim;
     let mut values = |n: usize| random.values(n).iter().map(|x| x * size).collect::<Vec<f32>>();
     let width = shape.n_kv_heads * d;
-    let dtype = if d.is_multiple_of(32) && seed % 4 == 0 { DType::Q8_0 } else { TYPES[seed as usize % 3] };
+    let dtype = if d.is_multiple_of(32) && seed.is_multiple_of(4) { DType::Q8_0 } else { TYPES[seed as usize % 3] };
     let mut cache = |rows: usize| Weights::new(dtype, rows, width, &values(rows * width));
     let caches: Vec<_> = lens.iter().map(|(len, pos0)| (cache(pos0 + len), cache(pos0 + len))).collect();
     let (mut segments, mut row0) = (Vec::new(), 0);
