@@ -95,6 +95,12 @@ impl DataFile {
         forget(&self.file, offset, len);
     }
 
+    /// Has the system begin to read `len` bytes from `offset` on into its cache, where it can be told so, as they will be
+    /// read soon.
+    pub fn expect_range(&self, offset: u64, len: u64) {
+        advise_needed(&self.file, offset, len);
+    }
+
     /// Whether this is still the file that was opened.
     ///
     /// # Errors
@@ -263,6 +269,15 @@ fn advise_random(file: &File) {
 
 #[cfg(not(target_os = "linux"))]
 fn advise_random(_file: &File) {}
+
+#[cfg(target_os = "linux")]
+fn advise_needed(file: &File, offset: u64, len: u64) {
+    // As above; what is not read ahead is read when it is wanted.
+    let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(len), rustix::fs::Advice::WillNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_needed(_file: &File, _offset: u64, _len: u64) {}
 
 /// Adds to a list that is as long as a file says, in which no count is believed. It grows by a quarter, not to the double: so
 /// lists of what a header describes stay below twice the header.

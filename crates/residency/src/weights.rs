@@ -11,6 +11,9 @@ use crate::load::{Loaded, Spare, in_parallel, read_expert, read_weight};
 use crate::matrix::{Expert, Matrix};
 use crate::plan::{self, Budget, MemoryPlan};
 
+/// How many experts ahead of the one that is read the system is told of.
+const READ_AHEAD: usize = 6;
+
 /// Called with bytes done and bytes in all; `false` cancels.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> bool + 'a;
 
@@ -141,7 +144,19 @@ impl Weights {
         };
         new.sort_by_cached_key(place);
         let size = |(l, e)| checkpoint.expert_bytes(l, e);
-        let loaded = in_parallel(&new, size, |(l, e)| read_expert(checkpoint, l, e, &spare), progress)?;
+        // The disk reads on while memory is cleared, copied and checked.
+        let expect = |(l, e): (usize, usize)| {
+            for loc in Role::of_expert(l, e).into_iter().filter_map(|role| checkpoint.tensor(role).ok()) {
+                checkpoint.files()[loc.file].expect_range(loc.offset, loc.len);
+            }
+        };
+        let ahead: HashMap<_, _> = new.iter().copied().zip(new.iter().copied().skip(READ_AHEAD)).collect();
+        new.iter().take(READ_AHEAD).copied().for_each(expect);
+        let read = |(l, e)| {
+            ahead.get(&(l, e)).copied().into_iter().for_each(expect);
+            read_expert(checkpoint, l, e, &spare)
+        };
+        let loaded = in_parallel(&new, size, read, progress)?;
         drop(self.keep_only(&wanted));
         for ((l, e), expert) in loaded {
             self.experts[l][e] = Some(expert);
