@@ -28,7 +28,9 @@ def quorate(*arguments):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}: {done.stderr}")
-    return json.loads(done.stdout)
+    document = json.loads(done.stdout)
+    document["model"] = Path(document.get("model") or "").name
+    return document
 
 
 def bench(model, prefill, decode, *arguments):
