@@ -2,7 +2,7 @@
 
 /// Has the allocator keep memory that is freed for what is allocated next, as far as it can be told so (glibc). A pass frees
 /// and allocates the same large buffers in every layer: given back in between, their pages would have to be made and
-/// cleared again each time, which takes a quarter of the time of a prompt. Weights are not concerned, as they have pages of
+/// cleared again each time. Weights are not concerned, as they have pages of
 /// their own.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -101,14 +101,16 @@ unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
     chunk: usize,
     out: *mut f32,
 ) {
-    let mut tokens = [std::ptr::null(); M];
+    let (mut tokens, mut codes) = ([std::ptr::null(); M], [std::ptr::null(); M]);
     for t in 0..M {
         tokens[t] = x[t].add(chunk);
+        // As `dot4` wants them.
+        codes[t] = if SIGNED && S::BIASED { Rounded::biased(tokens[t]) } else { Rounded::codes(tokens[t]) };
     }
     if form.levels {
-        outer_levels::<S, M, SIGNED>(packed, form, tokens, out);
+        outer_levels::<S, M, SIGNED>(packed, form, tokens, codes, out);
     } else {
-        outer_plain::<S, M, SIGNED>(packed, form, tokens, out);
+        outer_plain::<S, M, SIGNED>(packed, form, tokens, codes, out);
     }
 }
 
@@ -133,16 +135,6 @@ unsafe fn add_group<S: Simd, const M: usize, const SIGNED: bool>(
     }
 }
 
-/// The tokens' codes, as [`Bytes::dot4`](crate::simd::Bytes::dot4) wants them.
-#[inline(always)]
-unsafe fn codes<S: Simd, const M: usize, const SIGNED: bool>(tokens: [*const Rounded; M]) -> [*const u8; M] {
-    let mut codes = [std::ptr::null(); M];
-    for t in 0..M {
-        codes[t] = if SIGNED && S::BIASED { Rounded::biased(tokens[t]) } else { Rounded::codes(tokens[t]) };
-    }
-    codes
-}
-
 /// Where half of a unit of a packed chunk lies.
 #[inline(always)]
 unsafe fn unit<S: Simd>(packed: *const f32, unit: usize, half: usize) -> *const f32 {
@@ -155,10 +147,10 @@ unsafe fn outer_plain<S: Simd, const M: usize, const SIGNED: bool>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
+    codes: [*const u8; M],
     out: *mut f32,
 ) {
     let Form { group, groups, mins, .. } = form;
-    let codes = codes::<S, M, SIGNED>(tokens);
     let mut sums = [[S::zero(); 2]; M];
     for t in 0..M {
         for half in 0..2 {
@@ -202,10 +194,10 @@ unsafe fn outer_levels<S: Simd, const M: usize, const SIGNED: bool>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
+    codes: [*const u8; M],
     out: *mut f32,
 ) {
     let Form { group, groups, mins, .. } = form;
-    let codes = codes::<S, M, SIGNED>(tokens);
     let start = [0, 1].map(|half| S::load_i32(unit::<S>(packed, START, half).cast()));
     let mut all = [start; M];
     for g in 0..groups {

@@ -262,6 +262,18 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     unsafe fn dot2(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
 }
 
+/// Functions of two vectors of whole numbers that are one instruction each.
+macro_rules! one_instruction {
+    ($($name:ident = $instruction:ident)*) => {$(
+        #[inline(always)]
+        unsafe fn $name(a: Self::I, b: Self::I) -> Self::I {
+            $instruction(a, b)
+        }
+    )*};
+}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) use one_instruction;
+
 /// Sixteen signed bytes as halves.
 #[cfg_attr(target_arch = "x86_64", allow(dead_code, reason = "x86 has instructions for it"))]
 #[inline(always)]

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use super::Neon;
-use super::bytes::{Bytes, Codes, Upright, pair_of_halves};
+use super::bytes::{Bytes, Codes, Upright, one_instruction, pair_of_halves};
 
 /// Products of 16 signed bytes, four to a lane. Two of them fit 16 bits, since none of `x` is -128.
 #[inline(always)]
@@ -215,29 +215,13 @@ impl Bytes for Neon {
     unsafe fn store_i32(p: *mut u8, v: int32x4_t) {
         vst1q_u8(p, vreinterpretq_u8_s32(v));
     }
-    #[inline(always)]
-    unsafe fn and_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vandq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn or_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vorrq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn add_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vaddq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn mul_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vmulq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn max_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vmaxq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn min_i32(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vminq_s32(a, b)
+    one_instruction! {
+        and_i32 = vandq_s32
+        or_i32 = vorrq_s32
+        add_i32 = vaddq_s32
+        mul_i32 = vmulq_s32
+        max_i32 = vmaxq_s32
+        min_i32 = vminq_s32
     }
     #[inline(always)]
     unsafe fn shl_i32(v: int32x4_t, n: i32) -> int32x4_t {

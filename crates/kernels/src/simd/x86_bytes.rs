@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::bytes::{Bytes, Codes, Upright, pair_of_halves};
+use super::bytes::{Bytes, Codes, Upright, one_instruction, pair_of_halves};
 use super::{Avx2, Avx512};
 
 /// Unpacking, with the instructions of 256 bits that both sets have.
@@ -125,6 +125,16 @@ macro_rules! shared {
             _mm256_cvtph_ps(_mm_set_epi64x(halves[1] as i64, halves[0] as i64))
         }
     };
+}
+
+/// Shifts of all lanes by the same number of bits.
+macro_rules! shifts {
+    ($($name:ident = $instruction:ident)*) => {$(
+        #[inline(always)]
+        unsafe fn $name(v: Self::I, n: i32) -> Self::I {
+            $instruction(v, Self::splat_i32(n))
+        }
+    )*};
 }
 
 /// Turns squares of four by four values: every 128 bits of vector `i` get value `i` of those of all four.
@@ -266,45 +276,19 @@ impl Bytes for Avx512 {
     unsafe fn store_i32(p: *mut u8, v: __m512i) {
         _mm512_storeu_si512(p.cast(), v);
     }
-    #[inline(always)]
-    unsafe fn and_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_and_si512(a, b)
+    one_instruction! {
+        and_i32 = _mm512_and_si512
+        or_i32 = _mm512_or_si512
+        add_i32 = _mm512_add_epi32
+        mul_i32 = _mm512_mullo_epi32
+        max_i32 = _mm512_max_epi32
+        min_i32 = _mm512_min_epi32
+        sub_bytes_i32 = _mm512_sub_epi8
     }
-    #[inline(always)]
-    unsafe fn or_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_or_si512(a, b)
-    }
-    #[inline(always)]
-    unsafe fn add_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_add_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn mul_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_mullo_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn max_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_max_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn min_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_min_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn shl_i32(v: __m512i, n: i32) -> __m512i {
-        _mm512_sllv_epi32(v, _mm512_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn shr_i32(v: __m512i, n: i32) -> __m512i {
-        _mm512_srlv_epi32(v, _mm512_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn sar_i32(v: __m512i, n: i32) -> __m512i {
-        _mm512_srav_epi32(v, _mm512_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn sub_bytes_i32(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_sub_epi8(a, b)
+    shifts! {
+        shl_i32 = _mm512_sllv_epi32
+        shr_i32 = _mm512_srlv_epi32
+        sar_i32 = _mm512_srav_epi32
     }
     #[inline(always)]
     unsafe fn lookup_i32(table: &[i8; 16], i: __m512i) -> __m512i {
@@ -436,45 +420,19 @@ impl Bytes for Avx2 {
     unsafe fn store_i32(p: *mut u8, v: __m256i) {
         _mm256_storeu_si256(p.cast(), v);
     }
-    #[inline(always)]
-    unsafe fn and_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_and_si256(a, b)
+    one_instruction! {
+        and_i32 = _mm256_and_si256
+        or_i32 = _mm256_or_si256
+        add_i32 = _mm256_add_epi32
+        mul_i32 = _mm256_mullo_epi32
+        max_i32 = _mm256_max_epi32
+        min_i32 = _mm256_min_epi32
+        sub_bytes_i32 = _mm256_sub_epi8
     }
-    #[inline(always)]
-    unsafe fn or_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_or_si256(a, b)
-    }
-    #[inline(always)]
-    unsafe fn add_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_add_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn mul_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_mullo_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn max_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_max_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn min_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_min_epi32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn shl_i32(v: __m256i, n: i32) -> __m256i {
-        _mm256_sllv_epi32(v, _mm256_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn shr_i32(v: __m256i, n: i32) -> __m256i {
-        _mm256_srlv_epi32(v, _mm256_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn sar_i32(v: __m256i, n: i32) -> __m256i {
-        _mm256_srav_epi32(v, _mm256_set1_epi32(n))
-    }
-    #[inline(always)]
-    unsafe fn sub_bytes_i32(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_sub_epi8(a, b)
+    shifts! {
+        shl_i32 = _mm256_sllv_epi32
+        shr_i32 = _mm256_srlv_epi32
+        sar_i32 = _mm256_srav_epi32
     }
     #[inline(always)]
     unsafe fn lookup_i32(table: &[i8; 16], i: __m256i) -> __m256i {
