@@ -32,9 +32,9 @@ impl KvType {
     }
 
     /// Bytes of so many numbers.
-    pub(crate) fn bytes(self, numbers: u64) -> u64 {
+    pub(crate) fn bytes(self, numbers: usize) -> u64 {
         let dtype = self.dtype();
-        numbers.div_ceil(dtype.block_len() as u64) * dtype.block_bytes() as u64
+        row_len(dtype, numbers.next_multiple_of(dtype.block_len())) as u64
     }
 }
 
@@ -80,9 +80,9 @@ impl Default for Numbers {
     }
 }
 
-/// Bytes of so many numbers, which are whole blocks.
-fn packed_len(dtype: DType, numbers: usize) -> usize {
-    numbers / dtype.block_len() * dtype.block_bytes()
+/// Bytes of so many numbers, which are whole blocks: models with others are refused when they are opened.
+fn row_len(dtype: DType, numbers: usize) -> usize {
+    dtype.row_bytes(numbers).expect("rows of heads are whole blocks")
 }
 
 impl Numbers {
@@ -96,7 +96,7 @@ impl Numbers {
     fn truncate(&mut self, len: usize) {
         match self {
             Numbers::F32(values) => values.truncate(len),
-            Numbers::Packed(dtype, bytes) => bytes.truncate(packed_len(*dtype, len)),
+            Numbers::Packed(dtype, bytes) => bytes.truncate(row_len(*dtype, len)),
         }
     }
 
@@ -105,7 +105,7 @@ impl Numbers {
             Numbers::F32(values) => values.extend_from_slice(new),
             Numbers::Packed(dtype, bytes) => {
                 let start = bytes.len();
-                bytes.resize(start + packed_len(*dtype, new.len()), 0);
+                bytes.resize(start + row_len(*dtype, new.len()), 0);
                 quantize(*dtype, new, &mut bytes[start..]);
             }
         }
@@ -117,7 +117,7 @@ impl Numbers {
         match self {
             Numbers::F32(values) => MatRef::of_f32(rows(values.len(), width), width, values),
             Numbers::Packed(dtype, data) => {
-                let rows = rows(data.len(), packed_len(*dtype, width));
+                let rows = rows(data.len(), row_len(*dtype, width));
                 MatRef { dtype: *dtype, rows, cols: width, data }
             }
         }

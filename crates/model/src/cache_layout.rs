@@ -38,7 +38,7 @@ impl CacheLayout {
 
     fn of(spec: &ModelSpec, kv_type: KvType, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
         let of_layer = |l: &LayerSpec| {
-            let numbers = Widths::new(l).least().iter().sum::<usize>() as u64;
+            let numbers = Widths::new(l).least().iter().sum();
             LayerLayout { token_bytes: kv_type.bytes(numbers), window: window(l) }
         };
         CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), state_bytes: state_bytes(spec) }
