@@ -33,20 +33,23 @@ pub(crate) fn cuts(checkpoint: &Checkpoint, kept: &[Vec<usize>]) -> HashMap<Stri
         let (Some(ids), Some(moe), Ok(loc)) = (kept_of.get(&l), spec.moe(l), checkpoint.tensor(role)) else { continue };
         let stored = checkpoint.recipe(role).map_or(vec![loc], |recipe| recipe.stored());
         let names = stored.into_iter().map(|loc| loc.name.clone());
+        // The name of the one expert's tensor that would hold this.
         let name_of = |role| match checkpoint.gguf() {
-            Some(_) => single_expert(role).unwrap_or_default(),
-            None => checkpoint.name_of(role),
+            Some(_) => single_expert(role),
+            None => Some(checkpoint.name_of(role)),
         };
-        let old = name_of(role);
+        let single = of_experts.zip(name_of(role));
         for name in names {
-            let cut =
-                match of_experts.and_then(|e| Some((e, name.strip_prefix(stem(&old)).filter(|_| !old.is_empty())?))) {
-                    None => Cut::Experts { of: moe.n_experts, ids: ids.to_vec() },
-                    Some((expert, rest)) => match ids.binary_search(&expert) {
-                        Err(_) => Cut::Gone,
-                        Ok(new) => Cut::Renamed(format!("{}{rest}", stem(&name_of(role.renumbered(new))))),
-                    },
-                };
+            let of_one = single.as_ref().and_then(|(e, single)| Some((*e, name.strip_prefix(stem(single))?)));
+            let cut = match of_one {
+                None => Cut::Experts { of: moe.n_experts, ids: ids.to_vec() },
+                Some((expert, rest)) => {
+                    match ids.binary_search(&expert).ok().map(|new| name_of(role.renumbered(new))) {
+                        Some(Some(new)) => Cut::Renamed(format!("{}{rest}", stem(&new))),
+                        _ => Cut::Gone,
+                    }
+                }
+            };
             cuts.insert(name, cut);
         }
     }
