@@ -1,6 +1,7 @@
 //! `--compare llama.cpp`: both programs in turn on the same file, each run a process of its own, so that neither takes memory
 //! from the other.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -45,7 +46,11 @@ struct Speeds {
 
 impl Speeds {
     fn of(document: &Value) -> Result<Speeds> {
-        let n = |name: &str| document[name].as_f64().ok_or_else(|| anyhow!("no {name} in what a run printed"));
+        let n = |name: &str| {
+            document[name]
+                .as_f64()
+                .ok_or_else(|| anyhow!("a run gave no {name}; help: are --prefill and --decode above 0?"))
+        };
         Ok(Speeds { prefill: n("prefill_tokens_per_s")?, decode: n("decode_tokens_per_s")? })
     }
 }
@@ -95,7 +100,9 @@ impl Peer {
                     command.arg("-m").arg(model).args(["-t", &threads, "-p", p, "-n", n, "-d", depth]);
                     command.args(["-r", "1", "--repack", repack, "-o", "json"]);
                     let speed = document(command)?[0]["avg_ts"].as_f64();
-                    speed.ok_or_else(|| anyhow!("no avg_ts in what llama-bench printed"))
+                    speed.ok_or_else(|| {
+                        anyhow!("llama-bench printed no avg_ts; help: take a newer llama.cpp, or unset LLAMA_BENCH")
+                    })
                 };
                 Ok(Speeds { prefill: speed(&prompt, "0", "0")?, decode: speed("0", &decode, &prompt)? })
             }
@@ -105,18 +112,20 @@ impl Peer {
 
 /// Runs a program that prints one JSON document.
 fn document(mut command: Command) -> Result<Value> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {command:?}"))?;
+    let program = Path::new(command.get_program()).display().to_string();
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {program}"))?;
     if !output.status.success() {
-        let tail = String::from_utf8_lossy(&output.stderr);
-        let tail: String =
-            tail.lines().rev().take(5).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
-        bail!("{command:?} failed ({}): {tail}", output.status);
+        let said = String::from_utf8_lossy(&output.stderr);
+        let lines: Vec<&str> = said.lines().collect();
+        let last = lines[lines.len().saturating_sub(5)..].join("\n");
+        bail!("{program} failed ({}): {last}; help: does it run this model by itself?", output.status);
     }
-    serde_json::from_slice(&output.stdout).with_context(|| format!("what {command:?} printed is no JSON"))
+    let printed = || format!("what {program} printed is no JSON; help: does it run this model by itself?");
+    serde_json::from_slice(&output.stdout).with_context(printed)
 }
 
 /// Runs both in turn and prints speeds and ratios. `own` are the arguments of a run of this program.
-pub fn compare(common: &Common, setting: &Setting, own: &[String]) -> Result<()> {
+pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<()> {
     let model = common.model_path()?;
     if !model.is_file() {
         bail!(

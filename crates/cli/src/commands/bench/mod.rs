@@ -3,6 +3,7 @@
 mod compare;
 mod roofline;
 
+use std::ffi::OsString;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -243,16 +244,16 @@ impl Bench {
             repeat: self.repeat,
         };
         // The same command, without what makes it a comparison.
-        let mut own: Vec<String> = Vec::new();
+        let mut own: Vec<OsString> = Vec::new();
         let mut skip = false;
-        for arg in std::env::args().skip(1) {
-            let of = |name: &str| arg == name || arg.starts_with(&format!("{name}="));
-            if !skip && !of("--compare") && !of("--repeat") && !matches!(arg.as_str(), "--json" | "--quiet" | "-q") {
+        for arg in std::env::args_os().skip(1) {
+            let name = arg.to_string_lossy().split('=').next().unwrap_or_default().to_owned();
+            if !skip && !["--compare", "--repeat", "--json", "--quiet", "-q"].contains(&name.as_str()) {
                 own.push(arg.clone());
             }
             skip = arg == "--compare" || arg == "--repeat";
         }
-        own.extend(["--repeat", "1", "--json", "--quiet"].map(String::from));
+        own.extend(["--repeat", "1", "--json", "--quiet"].map(OsString::from));
         compare::compare(common, &setting, &own)
     }
 

@@ -1,15 +1,16 @@
 # What llama.cpp does with a file, by its Python package: a prompt of random tokens, then decoding.
 # Arguments: file, threads, prompt, decoded tokens, 1 to repack weights. Prints one JSON document.
-import ctypes
 import json
 import os
 import random
 import sys
 import time
 
-out = os.dup(1)
+# Only the result and what went wrong are said; llama.cpp says a lot.
+out, err = os.dup(1), os.dup(2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 os.dup2(1, 2)
+sys.excepthook = lambda kind, value, _: os.write(err, f"{kind.__name__}: {value}\n".encode())
 import llama_cpp as L
 
 path, threads, prompt, decode, repack = sys.argv[1], *map(int, sys.argv[2:6])
@@ -25,6 +26,7 @@ cp = L.llama_context_default_params()
 cp.n_ctx, cp.n_batch, cp.n_ubatch = prompt + decode + 64, max(prompt, 64), 512
 cp.n_threads = cp.n_threads_batch = threads
 context = L.llama_init_from_model(model, cp)
+assert context, "llama.cpp has no memory for the context"
 memory = L.llama_get_memory(context)
 vocabulary = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
 loaded = time.time() - start
@@ -33,7 +35,7 @@ rng = random.Random(1)
 
 def run(n):
     tokens = (L.llama_token * n)(*[rng.randrange(vocabulary) for _ in range(n)])
-    assert L.llama_decode(context, L.llama_batch_get_one(tokens, n)) == 0
+    assert L.llama_decode(context, L.llama_batch_get_one(tokens, n)) == 0, f"llama.cpp cannot compute {n} tokens"
     L.llama_synchronize(context)
 
 

@@ -20,8 +20,8 @@ const ROUNDS: usize = 9;
 
 /// Bytes a second that all threads read from memory, each its own part in order; `None` if there is no room to measure it.
 pub fn read_bandwidth(pool: &Pool, room_bytes: u64) -> Option<f64> {
-    let bytes = BYTES.min(room_bytes / 2);
-    let memory = Bytes::filled(usize::try_from(bytes).ok()?, 1).ok().filter(|_| bytes >= BYTES_LEAST)?;
+    let bytes = Some(BYTES.min(room_bytes / 2)).filter(|&bytes| bytes >= BYTES_LEAST)?;
+    let memory = Bytes::filled(usize::try_from(bytes).ok()?, 1).ok()?;
     let words = memory.as_chunks::<8>().0;
     let mut rates: Vec<f64> = (0..ROUNDS)
         .map(|_| {
