@@ -125,8 +125,9 @@ impl Common {
         });
         let options = OpenOptions { threads, memory_limit, tokenizer, kv_type };
         let model = Model::open_with(&self.model_path()?, &options, &mut loading(&mut bar))?;
-        note_base(&model);
         // What opening took is given back; what passes take is kept for the next.
+        quorate_kernels::give_back_freed_memory();
+        note_base(&model);
         quorate_kernels::keep_freed_memory();
         bar.finish();
         Ok(model)

@@ -15,3 +15,14 @@ pub fn keep_freed_memory() {
         }
     }
 }
+
+/// Gives freed memory back to the system, as far as the allocator can be told so (glibc).
+pub fn give_back_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: it may be called at any time, and touches only memory that nothing holds.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
+}

@@ -43,7 +43,7 @@ pub use dtype::{DType, MatRef};
 pub use encode::encode;
 pub use error::KernelError;
 pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_hidden, slot_products};
-pub use heap::keep_freed_memory;
+pub use heap::{give_back_freed_memory, keep_freed_memory};
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
 pub use product::{Pack, gated_hidden, matmul, matmul_transposed};
