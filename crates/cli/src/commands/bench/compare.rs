@@ -118,7 +118,9 @@ fn document(mut command: Command) -> Result<Value> {
         let said = String::from_utf8_lossy(&output.stderr);
         let lines: Vec<&str> = said.lines().collect();
         let last = lines[lines.len().saturating_sub(5)..].join("\n");
-        bail!("{program} failed ({}): {last}; help: does it run this model by itself?", output.status);
+        let last =
+            if last.is_empty() { "it said nothing; help: does it run this model by itself?".into() } else { last };
+        bail!("{program} failed ({}): {last}", output.status);
     }
     let printed = || format!("what {program} printed is no JSON; help: does it run this model by itself?");
     serde_json::from_slice(&output.stdout).with_context(printed)
