@@ -53,6 +53,8 @@ pub(crate) trait Quant {
     const GROUP: usize;
     /// Whether codes are signed bytes; else they are at most 127.
     const SIGNED: bool = false;
+    /// The greatest code, if they are unsigned.
+    const MOST: u8 = 127;
     /// What is taken from unsigned codes.
     const OFFSET: u8 = 0;
     /// Whether there are mins, to be taken from the scaled values. If so, `OFFSET` is 0.

@@ -42,13 +42,34 @@ pub(super) struct Form {
     pub signed: bool,
     pub mins: bool,
     pub levels: bool,
+    /// With levels: units of unsigned codes whose products fit halves when they are added up; 0 if that is not done. Scales are
+    /// pairs of halves then, and what is taken from codes is in the whole mins: minus scale times [`Quant::OFFSET`].
+    pub halves: usize,
+    pub offset: bool,
 }
 
 impl Form {
-    pub(super) const fn of<Q: Quant>(cols: usize) -> Self {
-        let signed = Q::SIGNED || Q::OFFSET > 0;
-        Self { group: Q::GROUP, groups: cols / Q::GROUP, signed, mins: Q::MINS, levels: Q::LEVELS }
+    pub(super) const fn of<Q: Quant>(isa: Isa, cols: usize) -> Self {
+        let halves = if isa.gathers_halves() { halves::<Q>() } else { 0 };
+        let offset = Q::OFFSET > 0;
+        let signed = Q::SIGNED || offset && halves == 0;
+        Self { group: Q::GROUP, groups: cols / Q::GROUP, signed, mins: Q::MINS, levels: Q::LEVELS, halves, offset }
     }
+}
+
+/// See [`Form::halves`].
+const fn halves<Q: Quant>() -> usize {
+    if !Q::LEVELS || Q::SIGNED {
+        return 0;
+    }
+    // Each half gets two products from a unit.
+    let (fit, group) = (i16::MAX as usize / (2 * 127 * Q::MOST as usize), Q::GROUP / 4);
+    if fit >= group { group } else { 1 << fit.ilog2() }
+}
+
+/// Whether packed codes are as in the file, and not signed.
+const fn in_halves<S: Simd, Q: Quant>() -> bool {
+    S::HALVES && halves::<Q>() > 0
 }
 
 /// What a row of a chunk has besides codes: 64 bytes, of which those without a meaning are whatever they were.
@@ -118,7 +139,7 @@ impl<S: Simd, Q: Quant> Sink<Turned<S>> for Columns<S, Q> {
     unsafe fn take(&mut self, i: usize, codes: [S::I; 8]) {
         for u in 0..8 {
             let mut code = codes[u];
-            if Q::OFFSET > 0 {
+            if Q::OFFSET > 0 && !in_halves::<S, Q>() {
                 code = S::sub_bytes_i32(code, S::splat_i32(i32::from_ne_bytes([Q::OFFSET; 4])));
             }
             S::store_i32(self.packed.add((CODES + 8 * i + u) * 2 * S::LANES).cast(), code);
@@ -148,7 +169,7 @@ unsafe fn turn_stored<S: Simd, Q: Quant>(
     let mut codes = [const { Store([0; CHUNK]) }; MAX_LANES];
     for (row, codes) in rows[..S::LANES].iter().zip(&mut codes) {
         Q::codes::<S>(*row, n, codes);
-        if Q::OFFSET > 0 {
+        if Q::OFFSET > 0 && !in_halves::<S, Q>() {
             codes.0.iter_mut().for_each(|code| *code = code.wrapping_sub(Q::OFFSET));
         }
     }
@@ -203,6 +224,8 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
         }
     }
     let put = |unit: usize, v: S::I| S::store_i32(packed.add(unit * 2 * S::LANES).cast(), v);
+    // Whole numbers as the two halves of their lanes.
+    let pair_of = |low: S::I, high: S::I| S::or_i32(S::and_i32(low, S::splat_i32(0xffff)), S::shl_i32(high, 16));
     if !Q::LEVELS {
         for (i, v) in upright.into_iter().enumerate() {
             put(SCALES + i, v);
@@ -215,19 +238,26 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
         return;
     }
     let mut all = S::splat_i32(0);
+    let mut less = [S::splat_i32(0); GROUPS];
     for g in 0..CHUNK / Q::GROUP {
         // The byte with its sign.
         let scale = S::sar_i32(S::shl_i32(upright[g / 4], 24 - 8 * (g % 4) as i32), 24);
-        put(SCALES + g, scale);
+        put(SCALES + g, if in_halves::<S, Q>() { pair_of(scale, scale) } else { scale });
+        less[g] = S::mul_i32(scale, S::splat_i32(-i32::from(Q::OFFSET)));
         if sums_wanted::<S, Q>() {
             all = S::add_i32(all, S::mul_i32(scale, sums[g]));
+        }
+    }
+    if in_halves::<S, Q>() && Q::OFFSET > 0 {
+        for pair in 0..CHUNK / Q::GROUP / 2 {
+            put(MIN_PAIRS + pair, pair_of(less[2 * pair], less[2 * pair + 1]));
         }
     }
     if Q::MINS {
         for pair in 0..CHUNK / Q::GROUP / 2 {
             let two = S::shr_i32(upright[4 + pair / 2], 16 * (pair % 2) as i32);
-            let low = S::and_i32(two, S::splat_i32(0xff));
-            put(MIN_PAIRS + pair, S::or_i32(low, S::and_i32(S::shl_i32(two, 8), S::splat_i32(0xff_0000))));
+            let byte = S::splat_i32(0xff);
+            put(MIN_PAIRS + pair, pair_of(S::and_i32(two, byte), S::and_i32(S::shr_i32(two, 8), byte)));
         }
         put(MIN_FACTOR, S::as_i32(S::load_f16(min_factors.as_ptr().cast())));
     }

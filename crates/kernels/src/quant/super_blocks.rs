@@ -87,6 +87,7 @@ unsafe fn six_bit_pairs(p: *const u8) -> Levels {
 pub(crate) struct Q2_K;
 impl Quant for Q2_K {
     super_block!(Q2_K);
+    const MOST: u8 = 3;
     const GROUP: usize = 16;
     const MINS: bool = true;
 
@@ -116,6 +117,7 @@ impl Q2_K {
 pub(crate) struct Q3_K;
 impl Quant for Q3_K {
     super_block!(Q3_K);
+    const MOST: u8 = 7;
     const GROUP: usize = 16;
     const OFFSET: u8 = 4;
 
@@ -147,6 +149,7 @@ impl Q3_K {
 pub(crate) struct Q4_K;
 impl Quant for Q4_K {
     super_block!(Q4_K);
+    const MOST: u8 = 15;
     const GROUP: usize = 32;
     const MINS: bool = true;
 
@@ -171,6 +174,7 @@ impl Q4_K {
 pub(crate) struct Q5_K;
 impl Quant for Q5_K {
     super_block!(Q5_K);
+    const MOST: u8 = 31;
     const GROUP: usize = 32;
     const MINS: bool = true;
 
@@ -199,6 +203,7 @@ impl Q5_K {
 pub(crate) struct Q6_K;
 impl Quant for Q6_K {
     super_block!(Q6_K);
+    const MOST: u8 = 63;
     const GROUP: usize = 16;
     const OFFSET: u8 = 32;
 

@@ -7,8 +7,12 @@ use crate::simd::{Isa, Simd, kernel};
 use crate::tile::Rows;
 
 /// Tokens that are multiplied at once: their sums stay in registers.
-const fn tokens_at_once(isa: Isa) -> usize {
-    if isa.registers() == 32 { 6 } else { 3 }
+const fn tokens_at_once(isa: Isa, halves: bool) -> usize {
+    match (isa.registers(), halves) {
+        (32, _) => 6,
+        (_, true) => 4,
+        (_, false) => 3,
+    }
 }
 
 /// `out[t * tile_rows + r]` is the product of row `first + r` and token `x[t]`, for all `r` below
@@ -31,7 +35,7 @@ pub(crate) unsafe fn multiply_rounded(
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
         let (form, bytes) = with_quant!(w.dtype, Q => {
             pack_chunk::<Q>(isa, w, first, chunk, packed);
-            (Form::of::<Q>(cols), const { chunk_bytes::<Q>() })
+            (Form::of::<Q>(isa, cols), const { chunk_bytes::<Q>() })
         }, else unreachable!("{} has no blocks", w.dtype.name()));
         // Behind the last chunk of these rows comes the first of the next tile's.
         let (row, at) = if (chunk + 1) * CHUNK < w.cols { (first, chunk + 1) } else { (first + isa.tile_rows(), 0) };
@@ -70,7 +74,7 @@ kernel! {
     unsafe fn multiply_chunk<S>(
         packed: *const f32, form: Form, x: &[*const Rounded], chunk: usize, next: Next, out: *mut f32,
     ) {
-        let most = const { tokens_at_once(S::ISA) };
+        let most = tokens_at_once(S::ISA, form.halves > 0);
         let blocks = x.len().div_ceil(most);
         let mut start = 0;
         for block in 0..blocks {
@@ -80,6 +84,8 @@ kernel! {
             macro_rules! by_tokens {
                 ($($m:literal)*) => {
                     match (x.len(), form.signed) {
+                        $(($m, _) if $m <= most && form.halves == 2 => outer_halves::<S, $m, true>(packed, form, x, chunk, out),)*
+                        $(($m, _) if $m <= most && form.halves > 2 => outer_halves::<S, $m, false>(packed, form, x, chunk, out),)*
                         $(($m, false) if $m <= most => outer::<S, $m, false>(packed, form, x, chunk, out),)*
                         $(($m, true) if $m <= most => outer::<S, $m, true>(packed, form, x, chunk, out),)*
                         _ => {}
@@ -212,16 +218,90 @@ unsafe fn outer_levels<S: Simd, const M: usize, const SIGNED: bool>(
     }
     let mut less = [[S::splat_i32(0); 2]; M];
     if mins {
-        for pair in 0..groups / 2 {
-            let min = [0, 1].map(|half| S::load_i32(unit::<S>(packed, MIN_PAIRS + pair, half).cast()));
+        add_mins::<S, M>(packed, form, tokens, &mut less);
+    }
+    add_chunk::<S, M>(packed, form, tokens, &all, &less, out);
+}
+
+/// [`outer_levels`] for unsigned codes, where products of two (if `TWO`) or more units are first added up in halves.
+#[inline(always)]
+unsafe fn outer_halves<S: Simd, const M: usize, const TWO: bool>(
+    packed: *const f32,
+    form: Form,
+    x: &[*const Rounded],
+    chunk: usize,
+    out: *mut f32,
+) {
+    let (mut tokens, mut codes) = ([std::ptr::null(); M], [std::ptr::null(); M]);
+    for t in 0..M {
+        tokens[t] = x[t].add(chunk);
+        codes[t] = Rounded::codes(tokens[t]);
+    }
+    let mut all = [[S::splat_i32(0); 2]; M];
+    let (group, groups) = (form.group, form.groups);
+    for g in 0..groups {
+        let scale = [0, 1].map(|half| S::load_i32(unit::<S>(packed, SCALES + g, half).cast()));
+        for part in 0..group / 4 / form.halves {
+            let mut sums = [[S::splat_i32(0); 2]; M];
+            // Two units at a time: with more of them at once, sums are gathered in another order, and not in registers.
+            for two in 0..if TWO { 1 } else { form.halves / 2 } {
+                let first = g * group / 4 + part * form.halves + 2 * two;
+                for u in [first, first + 1] {
+                    let w = [0, 1].map(|half| S::load_i32(unit::<S>(packed, CODES + u, half).cast()));
+                    for t in 0..M {
+                        let x = S::splat_i32(codes[t].add(4 * u).cast::<i32>().read());
+                        for half in 0..2 {
+                            sums[t][half] = S::dot_halves(sums[t][half], w[half], x);
+                        }
+                    }
+                }
+            }
             for t in 0..M {
-                let x = S::splat_i32(*Rounded::sum_pairs(tokens[t], group).add(pair));
                 for half in 0..2 {
-                    less[t][half] = S::dot2(less[t][half], min[half], x);
+                    all[t][half] = S::dot2(all[t][half], sums[t][half], scale[half]);
                 }
             }
         }
     }
+    let mut less = [[S::splat_i32(0); 2]; M];
+    if form.offset {
+        add_mins::<S, M>(packed, form, tokens, &mut all);
+    } else if form.mins {
+        add_mins::<S, M>(packed, form, tokens, &mut less);
+    }
+    add_chunk::<S, M>(packed, form, tokens, &all, &less, out);
+}
+
+/// Adds the products of whole mins with the sums of activations.
+#[inline(always)]
+unsafe fn add_mins<S: Simd, const M: usize>(
+    packed: *const f32,
+    form: Form,
+    tokens: [*const Rounded; M],
+    sums: &mut [[S::I; 2]; M],
+) {
+    for pair in 0..form.groups / 2 {
+        let min = [0, 1].map(|half| S::load_i32(unit::<S>(packed, MIN_PAIRS + pair, half).cast()));
+        for t in 0..M {
+            let x = S::splat_i32(*Rounded::sum_pairs(tokens[t], form.group).add(pair));
+            for half in 0..2 {
+                sums[t][half] = S::dot2(sums[t][half], min[half], x);
+            }
+        }
+    }
+}
+
+/// Adds a chunk's whole sums, of codes and (if there are mins) of mins, to `out`.
+#[inline(always)]
+unsafe fn add_chunk<S: Simd, const M: usize>(
+    packed: *const f32,
+    form: Form,
+    tokens: [*const Rounded; M],
+    all: &[[S::I; 2]; M],
+    less: &[[S::I; 2]; M],
+    out: *mut f32,
+) {
+    let mins = form.mins;
     for half in 0..2 {
         let factor = S::load(unit::<S>(packed, FACTOR, half));
         for t in 0..M {

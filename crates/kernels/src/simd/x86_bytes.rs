@@ -396,6 +396,7 @@ impl Bytes for Avx2 {
     }
     type I = __m256i;
     const BIASED: bool = false;
+    const HALVES: bool = true;
 
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> __m256i {
@@ -462,6 +463,10 @@ impl Bytes for Avx2 {
     unsafe fn dot4<const SIGNED: bool>(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
         let (w, x) = if SIGNED { (_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) } else { (w, x) };
         _mm256_add_epi32(acc, dot_256(w, x))
+    }
+    #[inline(always)]
+    unsafe fn dot_halves(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x))
     }
     #[inline(always)]
     unsafe fn dot2(acc: __m256i, a: __m256i, b: __m256i) -> __m256i {
