@@ -393,7 +393,9 @@ unsafe fn mix_columns<S: Simd, W: Weight, const C: usize, const T: usize>(
         let mut value = [S::zero(); C];
         for i in 0..C {
             value[i] = W::load::<S>(row, first + i * S::LANES);
-            v.prefetch::<S, W>(row, first + i * S::LANES);
+            if i * const { S::LANES * W::DTYPE.block_bytes() / W::DTYPE.block_len() } % 64 == 0 {
+                v.prefetch::<S, W>(row, first + i * S::LANES);
+            }
         }
         for t in 0..T {
             let weight = S::splat(*weights[t].add(j));

@@ -218,6 +218,7 @@ impl Product<'_> {
             let sums = tile[1].add(lens[1]);
             let sums = [sums, sums.add(most * width)];
             let mut packed_tile = usize::MAX;
+            let mut batch = Batch::new();
             for cell in cells {
                 let first = cell / group.chunks * width;
                 let count = width.min(self.rows - first);
@@ -236,7 +237,7 @@ impl Product<'_> {
                 for block in 0..blocks {
                     let part = split(tokens.len(), block, blocks, 1);
                     let start = group.start + tokens.start;
-                    let batch = self.batch(start + part.start..start + part.end, place);
+                    self.gather(start + part.start..start + part.end, place, &mut batch);
                     for (i, w) in weights.iter().enumerate() {
                         if let Some(w) = w {
                             self.sums(isa, w, first, count, &batch, group.packed, tile[i], sums[i]);
@@ -248,18 +249,13 @@ impl Product<'_> {
         });
     }
 
-    /// The tokens at some places of the order of slots.
+    /// Puts the tokens at some places of the order of slots into `batch`.
     ///
     /// # Safety
     /// There must be at most [`CELL_ROUNDED`].
-    unsafe fn batch(&self, places: Range<usize>, place: Place) -> Batch {
-        let (len, chunks) = (places.len(), self.cols.div_ceil(CHUNK));
-        let mut batch = Batch {
-            len,
-            x: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
-            rounded: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
-            out: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
-        };
+    unsafe fn gather(&self, places: Range<usize>, place: Place, batch: &mut Batch) {
+        let chunks = self.cols.div_ceil(CHUNK);
+        batch.len = places.len();
         for (i, at) in places.enumerate() {
             let slot = self.slot(at);
             let row = slot / self.per_row;
@@ -267,7 +263,6 @@ impl Product<'_> {
             batch.rounded[i].write(place.rounded.wrapping_add(row * chunks));
             batch.out[i].write(place.y.get().add(slot * self.rows));
         }
-        batch
     }
 
     /// The products of a tile with a batch, from its packed form or from its rows.
@@ -308,6 +303,16 @@ struct Batch {
 }
 
 impl Batch {
+    /// No tokens.
+    fn new() -> Self {
+        Self {
+            len: 0,
+            x: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+            rounded: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+            out: [const { MaybeUninit::uninit() }; CELL_ROUNDED],
+        }
+    }
+
     fn x(&self) -> &[*const f32] {
         // SAFETY: the first `len` were written.
         unsafe { std::slice::from_raw_parts(self.x.as_ptr().cast(), self.len) }

@@ -52,14 +52,10 @@ impl Rows {
         self.data.add(r.min(self.rows - 1) * self.stride)
     }
 
-    /// Asks for what lies ahead of the vector at column `c` of `row`.
+    /// Asks for what lies ahead of column `c` of `row`; once per cache line is enough.
     #[inline(always)]
     pub(crate) unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, c: usize) {
-        let byte = |c: usize| c * W::DTYPE.block_bytes() / W::DTYPE.block_len();
-        // Once per cache line is enough.
-        if byte(c) % 64 < byte(S::LANES) {
-            S::prefetch(row.wrapping_add(self.ahead + byte(c)));
-        }
+        S::prefetch(row.wrapping_add(self.ahead + c * W::DTYPE.block_bytes() / W::DTYPE.block_len()));
     }
 }
 
@@ -243,7 +239,8 @@ kernel! {
     ) {
         let many = S::ISA.registers() == 32;
         with_weight!(w.dtype, W => match x.len() {
-            1 => dot_rows::<S, W, 8, 1>(w, first, count, x, out, width),
+            1 if many => dot_rows::<S, W, 8, 1>(w, first, count, x, out, width),
+            1 => dot_rows::<S, W, 4, 1>(w, first, count, x, out, width),
             2 => dot_rows::<S, W, 4, 2>(w, first, count, x, out, width),
             3 if many => dot_rows::<S, W, 4, 3>(w, first, count, x, out, width),
             4 if many => dot_rows::<S, W, 4, 4>(w, first, count, x, out, width),
@@ -273,18 +270,22 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
             rows[i] = w.row(first + r + i);
         }
         let mut sums = [[S::zero(); R]; T];
-        for c in (0..whole).step_by(S::LANES) {
-            let mut v = [S::zero(); R];
+        // A cache line of each row at a time.
+        let line = const { 64 * W::DTYPE.block_len() / W::DTYPE.block_bytes() };
+        let lines = whole - whole % line;
+        let mut c = 0;
+        while c < lines {
             for i in 0..R {
-                v[i] = W::load::<S>(rows[i], c);
                 w.prefetch::<S, W>(rows[i], c);
             }
-            for t in 0..T {
-                let x = S::load(tokens[t].add(c));
-                for i in 0..R {
-                    sums[t][i] = S::fma(v[i], x, sums[t][i]);
-                }
+            for c in (c..c + line).step_by(S::LANES) {
+                add_column::<S, W, R, T>(&rows, &tokens, c, &mut sums);
             }
+            c += line;
+        }
+        while c < whole {
+            add_column::<S, W, R, T>(&rows, &tokens, c, &mut sums);
+            c += S::LANES;
         }
         if whole < w.cols {
             for t in 0..T {
@@ -297,6 +298,26 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
         }
         for t in 0..T {
             store_sums::<S, R>(&sums[t], out.add(t * width + r));
+        }
+    }
+}
+
+/// Adds the products of a vector of columns.
+#[inline(always)]
+unsafe fn add_column<S: Simd, W: Weight, const R: usize, const T: usize>(
+    rows: &[*const u8; R],
+    tokens: &[*const f32; T],
+    c: usize,
+    sums: &mut [[S::V; R]; T],
+) {
+    let mut v = [S::zero(); R];
+    for i in 0..R {
+        v[i] = W::load::<S>(rows[i], c);
+    }
+    for t in 0..T {
+        let x = S::load(tokens[t].add(c));
+        for i in 0..R {
+            sums[t][i] = S::fma(v[i], x, sums[t][i]);
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Knows byte ranges, matrices and experts; it does not know what a token is. [`Weights`] reads a checkpoint's skeleton
 //! (all but routed experts) and any choice of experts, and never touches the bytes of the others.
 
+mod buffer;
 mod cache;
 mod error;
 mod finite;

@@ -9,9 +9,10 @@ use quorate_formats::spec::NormKind;
 use quorate_formats::{Checkpoint, Role, TensorLoc, UNCACHED_ALIGNMENT, uncached_len};
 use quorate_kernels::{DType, dequantize};
 
+use crate::buffer::{ALIGNMENT, Buffer, Slabs};
 use crate::error::{ResidencyError, Result};
 use crate::finite::first_not_finite;
-use crate::matrix::{ALIGNMENT, Buffer, Bytes, Expert, Matrix};
+use crate::matrix::{Bytes, Expert, Matrix};
 use crate::unpack::unpack;
 use crate::weights::Progress;
 
@@ -22,9 +23,9 @@ pub(crate) enum Loaded {
 }
 
 /// Reads a weight outside the routed experts: vectors and routers as f32, other matrices as stored.
-pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded> {
+pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role, slabs: &Slabs) -> Result<Loaded> {
     let loc = checkpoint.tensor(role)?;
-    let (dtype, bytes) = read_stored(checkpoint, role)?;
+    let (dtype, bytes) = read_stored_into(checkpoint, role, slabs.take(usize_of(loc.len))?)?;
     let values = || {
         let mut values = vec![0.0; usize_of(loc.elements())];
         dequantize(dtype, &bytes, &mut values);
@@ -47,8 +48,13 @@ pub(crate) fn read_weight(checkpoint: &Checkpoint, role: Role) -> Result<Loaded>
 /// # Errors
 /// The model has no such weight, a file cannot be read, or a value is not a number.
 pub fn read_stored(checkpoint: &Checkpoint, role: Role) -> Result<(DType, Bytes)> {
+    let len = usize_of(checkpoint.tensor(role)?.len);
+    read_stored_into(checkpoint, role, Buffer::zeroed(len)?)
+}
+
+/// [`read_stored`] into a buffer of the weight's length.
+fn read_stored_into(checkpoint: &Checkpoint, role: Role, mut buffer: Buffer) -> Result<(DType, Bytes)> {
     let loc = checkpoint.tensor(role)?;
-    let mut buffer = Buffer::zeroed(usize_of(loc.len))?;
     match checkpoint.recipe(role) {
         Some(recipe) => unpack(checkpoint, recipe, buffer.as_mut_slice())?,
         None => checkpoint.read_into(loc, buffer.as_mut_slice())?,
@@ -59,18 +65,22 @@ pub fn read_stored(checkpoint: &Checkpoint, role: Role) -> Result<(DType, Bytes)
 
 /// Memory of experts that were dropped, for those that come in their place: pages that are there already need not be
 /// made and cleared again.
-#[derive(Default)]
-pub(crate) struct Spare(Mutex<Vec<Buffer>>);
+pub(crate) struct Spare {
+    buffers: Mutex<Vec<Buffer>>,
+    new: Slabs,
+}
 
 impl Spare {
-    pub(crate) fn of(dropped: Vec<Expert>) -> Self {
-        Self(Mutex::new(dropped.into_iter().filter_map(Expert::into_buffer).collect()))
+    /// The memory of experts that were dropped, and room for others if that is not enough.
+    pub(crate) fn of(dropped: Vec<Expert>, new: Slabs) -> Self {
+        let buffers = dropped.into_iter().filter_map(Expert::into_buffer).collect();
+        Self { buffers: Mutex::new(buffers), new }
     }
 
     /// A buffer of that length, whatever is in it. If no spare one has it, spare ones make room for a new one first, so
     /// that memory does not grow while any are left.
     fn take(&self, len: usize) -> Result<Buffer> {
-        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(i) = spare.iter().rposition(|buffer| buffer.len() == len) {
             return Ok(spare.swap_remove(i));
         }
@@ -79,7 +89,7 @@ impl Spare {
             let Some(buffer) = spare.pop() else { break };
             freed += buffer.len();
         }
-        Buffer::zeroed(len)
+        self.new.take(len)
     }
 }
 
@@ -135,6 +145,11 @@ impl Layout {
         let len = if way == Way::Uncached { end.next_multiple_of(UNCACHED_ALIGNMENT) } else { end };
         Ok(Self { ranges, reads, len })
     }
+}
+
+/// Bytes of the buffer that [`read_expert`] takes.
+pub(crate) fn expert_len(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Result<usize> {
+    Ok(Layout::of(checkpoint, layer, expert, Way::Cached)?.len)
 }
 
 /// Reads one routed expert, and nothing else. Its three matrices share one buffer, in the order of the file.
@@ -266,8 +281,11 @@ mod tests {
 
     #[test]
     fn spare_memory_is_used_again_or_makes_room() {
-        let spare = |lens: &[usize]| Spare(Mutex::new(lens.iter().map(|&n| Buffer::zeroed(n).unwrap()).collect()));
-        let left = |spare: &Spare| spare.0.lock().unwrap().iter().map(Buffer::len).collect::<Vec<_>>();
+        let spare = |lens: &[usize]| {
+            let buffers = Mutex::new(lens.iter().map(|&n| Buffer::zeroed(n).unwrap()).collect());
+            Spare { buffers, new: Slabs::of_all([]) }
+        };
+        let left = |spare: &Spare| spare.buffers.lock().unwrap().iter().map(Buffer::len).collect::<Vec<_>>();
 
         let exact = spare(&[10, 20, 30]);
         assert_eq!(exact.take(20).unwrap().len(), 20);

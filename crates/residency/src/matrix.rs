@@ -4,75 +4,10 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use memmap2::MmapMut;
 use quorate_kernels::{DType, MatRef, dequantize};
 
-use crate::error::{ResidencyError, Result};
-
-/// Alignment of a matrix: a cache line, and the widest vector register.
-pub(crate) const ALIGNMENT: usize = 64;
-
-/// Buffers from this size on get pages of their own, which go back to the system when they are dropped. From the heap
-/// they would often stay with the process, and a budget would not be kept.
-const MAPPED_BYTES_MIN: usize = 1 << 20;
-
-/// Memory that begins at a multiple of [`ALIGNMENT`].
-pub(crate) enum Buffer {
-    /// `bytes` is longer than `len` by up to a line; never grown, so that its address stays.
-    Heap { bytes: Vec<u8>, start: usize, len: usize },
-    /// Whole pages.
-    Mapped(MmapMut),
-}
-
-impl Buffer {
-    /// Zeros.
-    pub(crate) fn zeroed(len: usize) -> Result<Self> {
-        if len >= MAPPED_BYTES_MIN {
-            return Self::pages(len);
-        }
-        let bytes = vec![0; len + ALIGNMENT - 1];
-        let start = bytes.as_ptr().addr().next_multiple_of(ALIGNMENT) - bytes.as_ptr().addr();
-        Ok(Self::Heap { bytes, start, len })
-    }
-
-    /// Whole pages of zeros, whatever the length.
-    pub(crate) fn pages(len: usize) -> Result<Self> {
-        let mapped = MmapMut::map_anon(len.max(1));
-        let mapped = mapped.map_err(|source| ResidencyError::NoMemory { bytes: len as u64, source })?;
-        if len >= MAPPED_BYTES_MIN {
-            advise_huge_pages(&mapped);
-        }
-        Ok(Self::Mapped(mapped))
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.as_slice().len()
-    }
-
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Heap { bytes, start, len } => &bytes[*start..*start + *len],
-            Self::Mapped(mapped) => mapped,
-        }
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        match self {
-            Self::Heap { bytes, start, len } => &mut bytes[*start..*start + *len],
-            Self::Mapped(mapped) => mapped,
-        }
-    }
-}
-
-/// Fewer page faults while reading, and fewer misses while computing.
-#[cfg(target_os = "linux")]
-fn advise_huge_pages(mapped: &MmapMut) {
-    // Only advice: without huge pages all works the same.
-    let _ = mapped.advise(memmap2::Advice::HugePage);
-}
-
-#[cfg(not(target_os = "linux"))]
-fn advise_huge_pages(_mapped: &MmapMut) {}
+use crate::buffer::Buffer;
+use crate::error::Result;
 
 /// Shared bytes that begin at a multiple of 64, or, of an expert that is streamed, lie as in the file. A clone is another
 /// handle on the same memory.
@@ -217,10 +152,11 @@ impl Expert {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::buffer::ALIGNMENT;
 
     #[test]
     fn memory_is_aligned_and_shared() {
-        for len in [0, 1, 63, 64, 65, 100_000, MAPPED_BYTES_MIN, MAPPED_BYTES_MIN + 1] {
+        for len in [0, 1, 63, 64, 65, 100_000, 1 << 20, (1 << 20) + 1] {
             let bytes = Bytes::copied(&vec![7; len]).unwrap();
             assert_eq!(bytes.as_ptr().addr() % ALIGNMENT, 0);
             assert_eq!(bytes.len(), len);

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use quorate_formats::{Checkpoint, Role};
 
+use crate::buffer::Slabs;
 use crate::cache::{ExpertCache, StreamOptions};
 use crate::error::{ResidencyError, Result};
-use crate::load::{Loaded, Spare, in_parallel, read_expert, read_weight};
+use crate::load::{Loaded, Spare, expert_len, in_parallel, read_expert, read_weight};
 use crate::matrix::{Expert, Matrix};
 use crate::plan::{self, Budget, MemoryPlan};
 
@@ -83,7 +84,8 @@ impl Weights {
         let mut roles: Vec<Role> = checkpoint.roles().filter(|role| !role.is_expert()).collect();
         let place = |role: Role| checkpoint.tensor(role).map_or((0, 0, 0), |t| (t.file, t.offset, t.len));
         roles.sort_by_key(|&role| place(role));
-        let loaded = in_parallel(&roles, |r| place(r).2, |r| read_weight(checkpoint, r), progress)?;
+        let slabs = Slabs::of_all(roles.iter().map(|&role| place(role).2 as usize));
+        let loaded = in_parallel(&roles, |r| place(r).2, |r| read_weight(checkpoint, r, &slabs), progress)?;
         for (role, weight) in loaded {
             match weight {
                 Loaded::Vector(vector) => drop(self.vectors.insert(role, vector)),
@@ -134,9 +136,11 @@ impl Weights {
 
         let both = self.resident_bytes() + new.iter().map(bytes).sum::<u64>();
         let spare = match self.budget.check(both) {
-            Ok(()) => Spare::default(),
-            Err(_) => Spare::of(self.keep_only(&wanted)),
+            Ok(()) => Vec::new(),
+            Err(_) => self.keep_only(&wanted),
         };
+        let lens = new.iter().map(|&(l, e)| expert_len(&self.checkpoint, l, e)).collect::<Result<Vec<_>>>()?;
+        let spare = Spare::of(spare, Slabs::of_all(lens));
         let checkpoint = &self.checkpoint;
         let place = |&(l, e): &(usize, usize)| {
             let first = Role::of_expert(l, e).into_iter().filter_map(|r| checkpoint.tensor(r).ok());
@@ -250,7 +254,8 @@ impl Weights {
     /// # Errors
     /// There is no such expert, a file cannot be read, or a value is not a number.
     pub fn read_expert(&self, layer: usize, expert: usize) -> Result<Expert> {
-        read_expert(&self.checkpoint, layer, expert, &Spare::default())
+        let slabs = Slabs::of_all([expert_len(&self.checkpoint, layer, expert)?]);
+        read_expert(&self.checkpoint, layer, expert, &Spare::of(Vec::new(), slabs))
     }
 
     /// A routed expert of a DECODER layer, if it is loaded; one that is streamed is given out by the cache only.

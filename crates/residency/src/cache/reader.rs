@@ -4,9 +4,10 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use super::Shared;
+use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::load::{Layout, Way, fill_expert};
-use crate::matrix::{Buffer, Expert};
+use crate::matrix::Expert;
 
 /// One expert to be read, with room for it.
 pub(super) struct Job {

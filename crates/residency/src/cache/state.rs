@@ -8,9 +8,10 @@ use quorate_formats::Checkpoint;
 
 use super::reader::Job;
 use super::{CachePolicy, PINNED_SHARE, StreamStats};
+use crate::buffer::Buffer;
 use crate::error::{ResidencyError, Result};
 use crate::load::{Layout, Way};
-use crate::matrix::{Buffer, Expert};
+use crate::matrix::Expert;
 
 /// Weight of one token in the running rate of use: about the last 64 tokens count.
 const MEMORY: f32 = 1.0 / 64.0;
