@@ -10,7 +10,7 @@ use quorate_methods::DEFAULT_METRIC;
 use quorate_model::{Model, RoutingMode};
 
 use crate::common::{Common, parse_bytes};
-use crate::stream::{CacheArg, Favourites, SLACK_BYTES, overhead_bytes, stream};
+use crate::stream::{CacheArg, Favourites, SLACK_BYTES, StreamIoArg, Streaming, overhead_bytes, stream};
 
 /// How many experts to keep, and which.
 #[derive(Args, Clone, Debug)]
@@ -48,6 +48,15 @@ pub struct ExpertArgs {
     /// With --on-miss stream: which experts stay in memory
     #[arg(long, value_enum, default_value_t = CacheArg::Prefetch)]
     pub cache: CacheArg,
+    /// With --on-miss stream: who reads experts
+    #[arg(long, value_enum, default_value_t = StreamIoArg::Auto)]
+    pub stream_io: StreamIoArg,
+}
+
+impl ExpertArgs {
+    fn streaming(&self) -> Streaming {
+        Streaming { policy: self.cache.into(), io: self.stream_io.into(), memory: self.memory }
+    }
 }
 
 /// [`Scope`] on the command line.
@@ -224,7 +233,7 @@ impl ExpertArgs {
                 Some(task) => Favourites::of_pattern(&library.get(&fingerprint, task)?, model)?,
                 None => Favourites::default(),
             };
-            stream(common, model, &favourites, self.cache, self.memory, beside)?;
+            stream(common, model, &favourites, self.streaming(), beside)?;
             return Ok(None);
         }
         let Some(task) = task else {
@@ -252,7 +261,7 @@ pub fn load_plan(
     let kept = plan.kept(model.spec(), &fingerprint).with_context(|| path.display().to_string())?;
     match streaming.filter(|(experts, _)| experts.streams(model)) {
         Some((experts, beside)) => {
-            stream(common, model, &Favourites::of_plan(&kept, model), experts.cache, experts.memory, beside)?;
+            stream(common, model, &Favourites::of_plan(&kept, model), experts.streaming(), beside)?;
         }
         None => common.load_experts(model, &kept, plan.routing_mode).with_context(|| path.display().to_string())?,
     }

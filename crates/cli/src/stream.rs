@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use quorate_lens::{ExpertMap, Pattern};
 use quorate_model::{KeptExperts, Model, PREFILL_CHUNK, buffer_bytes};
 use quorate_residency::{
-    CachePolicy, READERS, ResidencyError, StreamOptions, StreamStats, least_stream_bytes, most_stream_bytes,
+    CachePolicy, READERS, ResidencyError, StreamIo, StreamOptions, StreamStats, least_stream_bytes, most_stream_bytes,
 };
 use serde_json::{Value, json};
 
@@ -34,6 +34,34 @@ impl From<CacheArg> for CachePolicy {
             CacheArg::Prefetch => CachePolicy::Prefetch,
         }
     }
+}
+
+/// [`StreamIo`] on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum StreamIoArg {
+    /// io_uring where the system has it, else threads
+    #[default]
+    Auto,
+    /// Threads that wait for their reads
+    Threads,
+}
+
+impl From<StreamIoArg> for StreamIo {
+    fn from(io: StreamIoArg) -> StreamIo {
+        match io {
+            StreamIoArg::Auto => StreamIo::Auto,
+            StreamIoArg::Threads => StreamIo::Threads,
+        }
+    }
+}
+
+/// How experts are to be streamed.
+#[derive(Clone, Copy, Debug)]
+pub struct Streaming {
+    pub policy: CachePolicy,
+    pub io: StreamIo,
+    /// Bytes of the whole process, if they are bounded.
+    pub memory: Option<u64>,
 }
 
 /// What is known of the experts that will be used.
@@ -105,19 +133,19 @@ fn gathered_bytes(model: &Model) -> u64 {
 /// By how much what is measured may differ from run to run.
 pub const SLACK_BYTES: u64 = 2 << 20;
 
-/// Makes the model stream its experts, as many bytes of them in memory as `memory` leaves.
+/// Makes the model stream its experts, as many bytes of them in memory as the bound leaves.
 pub fn stream(
     common: &Common,
     model: &mut Model,
     favourites: &Favourites,
-    cache: CacheArg,
-    memory: Option<u64>,
+    streaming: Streaming,
     beside: Beside,
 ) -> Result<()> {
+    let Streaming { policy, io, memory } = streaming;
     let checkpoint = model.checkpoint().clone();
     let most = most_stream_bytes(&checkpoint)?;
     // Once there is a room it stays: what passes allocated meanwhile was counted when it was measured.
-    let same = model.weights().stream().map(|cache| cache.options()).filter(|o| o.policy == cache.into());
+    let same = model.weights().stream().map(|cache| cache.options()).filter(|o| o.policy == policy && o.io == io);
     let room_bytes = match (same, memory) {
         (Some(options), _) => options.room_bytes,
         (None, None) => most,
@@ -133,7 +161,7 @@ pub fn stream(
             (memory - fixed).min(most)
         }
     };
-    let options = StreamOptions { room_bytes, policy: cache.into(), readers: READERS };
+    let options = StreamOptions { room_bytes, policy, io, readers: READERS };
     common.stream_experts(model, &options, &favourites.best_first, favourites.rates.as_deref())
 }
 
@@ -167,6 +195,7 @@ pub fn report(model: &Model, stats: &StreamStats) -> Value {
     let Some(cache) = model.weights().stream() else { return Value::Null };
     json!({
         "policy": format!("{:?}", cache.options().policy).to_lowercase(), "room_bytes": cache.options().room_bytes,
+        "io": if cache.reads_by_ring() { "io_uring" } else { "threads" },
         "pinned": cache.pinned(), "wanted": stats.wanted, "hits": stats.hits, "hit_rate": stats.hit_rate(),
         "hits_ahead": stats.hits_ahead, "predicted": stats.predicted, "predicted_right": stats.predicted_right,
         "predictable": stats.predictable, "prediction_rate": stats.prediction_rate(), "reads": stats.reads,

@@ -160,19 +160,37 @@ impl DataFile {
     pub fn read_uncached(&self, offset: u64, len: usize, buf: &mut [u8]) -> Result<Range<usize>> {
         assert_eq!(buf.len(), uncached_len(offset, len), "a buffer for {len} bytes at {offset}");
         let start = uncached_start(offset);
-        let wanted = start..start + len;
-        let file = self.uncached.get_or_init(|| open_uncached(&self.path));
-        let direct = match file {
-            Some(file) => read_until(file, offset - start as u64, buf, wanted.end),
+        let direct = match self.uncached_handle() {
+            Some(file) => read_until(file, offset - start as u64, buf, start + len),
             None => Err(io::ErrorKind::InvalidInput.into()),
         };
-        match direct {
-            Ok(read) if read >= wanted.end => drop(self.bytes_read.fetch_add(read as u64, Ordering::Relaxed)),
-            // Refused, or the end of the file came too early: the other way tells what is wrong.
-            Ok(_) | Err(_) => {
-                self.read_at(offset, &mut buf[wanted.clone()])?;
-                self.forget_range(offset, len as u64);
-            }
+        // If it was refused, the other way tells what is wrong.
+        self.settle_uncached(offset, len, buf, direct.unwrap_or(0))
+    }
+
+    /// The handle that goes past the system's cache, for those who read by other means; `None` where there is none. A read
+    /// must begin at a multiple of [`UNCACHED_ALIGNMENT`], in the file and in memory, and be a multiple long;
+    /// [`DataFile::settle_uncached`] ends it.
+    pub fn uncached_handle(&self) -> Option<&File> {
+        self.uncached.get_or_init(|| open_uncached(&self.path)).as_ref()
+    }
+
+    /// What [`DataFile::read_uncached`] does once `read` bytes of `buf` are there: if those are too few, they are read in
+    /// another way, and in any case the file must be the one that was opened.
+    ///
+    /// # Errors
+    /// As [`DataFile::read_uncached`].
+    ///
+    /// # Panics
+    /// If `buf` has another length.
+    pub fn settle_uncached(&self, offset: u64, len: usize, buf: &mut [u8], read: usize) -> Result<Range<usize>> {
+        let start = uncached_start(offset);
+        let wanted = start..start + len;
+        if read >= wanted.end {
+            self.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
+        } else {
+            self.read_at(offset, &mut buf[wanted.clone()])?;
+            self.forget_range(offset, len as u64);
         }
         self.check_unchanged()?;
         Ok(wanted)

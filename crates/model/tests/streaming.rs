@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Tensor, Var};
 use quorate_formats::FormatError;
 use quorate_model::{Flow, GenerateOptions, KvCache, Model, ModelError, NoLens, Segment, Site};
-use quorate_residency::{CachePolicy, ResidencyError, StreamOptions, least_stream_bytes, most_stream_bytes};
+use quorate_residency::{CachePolicy, ResidencyError, StreamIo, StreamOptions, least_stream_bytes, most_stream_bytes};
 use support::{
     Capture, Seen, Visit, as_generated, assert_same, chain, embedded, fixture, logits_in_turn, moe_cases, noise, open,
     open_empty, prompts, rows, values,
@@ -18,13 +18,18 @@ const POLICIES: [CachePolicy; 3] = [CachePolicy::Lru, CachePolicy::Pinned, Cache
 
 /// A model that streams through the least room, or that share of the room that all experts take.
 fn streaming(path: &Path, share: f64, policy: CachePolicy) -> Model {
+    streaming_by(path, share, policy, StreamIo::Auto)
+}
+
+/// The same with a choice of who reads.
+fn streaming_by(path: &Path, share: f64, policy: CachePolicy, io: StreamIo) -> Model {
     let mut model = open_empty(path);
     let (least, most) =
         (least_stream_bytes(model.checkpoint()).unwrap(), most_stream_bytes(model.checkpoint()).unwrap());
     let room_bytes = least.max((most as f64 * share) as u64);
     // Some experts are favourites, which changes nothing.
     let best: Vec<_> = model.spec().moe_layers().iter().flat_map(|&l| [(l, 1), (l, 0)]).collect();
-    let options = StreamOptions { room_bytes, policy, readers: 3 };
+    let options = StreamOptions { room_bytes, policy, io, readers: 3 };
     model.stream_experts(&options, &best, None, &mut |_, _| true).unwrap();
     model
 }
@@ -61,9 +66,15 @@ fn room_and_policy_change_nothing_and_room_is_kept() {
         let mut seen = Capture::new(Site::ALL);
         let expected_open = logits_in_turn(&whole, &pieces, &mut seen);
         for policy in POLICIES {
-            for share in [0.0, 0.3, 0.6, 1.0] {
-                let what = format!("{name}, {policy:?}, {share}");
-                let model = streaming(&path, share, policy);
+            for (share, io) in [
+                (0.0, StreamIo::Auto),
+                (0.0, StreamIo::Threads),
+                (0.3, StreamIo::Auto),
+                (0.6, StreamIo::Threads),
+                (1.0, StreamIo::Auto),
+            ] {
+                let what = format!("{name}, {policy:?}, {share}, {io:?}");
+                let model = streaming_by(&path, share, policy, io);
                 assert_same(&what, &logits_in_turn(&model, &pieces, &mut NoLens), &expected);
                 // All sites at once: inner activations are whole before any expert's output is.
                 let mut capture = Capture::new(Site::ALL);
@@ -153,7 +164,7 @@ fn statistics_count_what_happens() {
 fn favourites_are_pinned_best_first() {
     let mut model = open_empty(&embedded());
     let one = least_stream_bytes(model.checkpoint()).unwrap() / 4;
-    let options = StreamOptions { room_bytes: 8 * one, policy: CachePolicy::Pinned, readers: 2 };
+    let options = StreamOptions { room_bytes: 8 * one, policy: CachePolicy::Pinned, io: StreamIo::Auto, readers: 2 };
     let best = |layer: usize| -> Vec<_> { (0..32).map(|e| (layer, e)).collect() };
     model.stream_experts(&options, &best(3), None, &mut |_, _| true).unwrap();
     let text = moe_cases().pop().unwrap().2.remove(0);
@@ -176,7 +187,8 @@ fn favourites_are_pinned_best_first() {
 fn too_little_room_says_how_much_is_needed() {
     let mut model = open_empty(&embedded());
     let needed_bytes = least_stream_bytes(model.checkpoint()).unwrap();
-    let options = StreamOptions { room_bytes: needed_bytes - 1, policy: CachePolicy::Lru, readers: 1 };
+    let options =
+        StreamOptions { room_bytes: needed_bytes - 1, policy: CachePolicy::Lru, io: StreamIo::Auto, readers: 1 };
     let error = model.stream_experts(&options, &[], None, &mut |_, _| true).unwrap_err();
     let ModelError::Residency(ResidencyError::NoRoomToStream { needed_bytes: needed, .. }) = error else {
         panic!("{error}");
@@ -210,9 +222,16 @@ fn copy_of_embedded() -> tempfile::TempDir {
 #[cfg(unix)]
 #[test]
 fn damage_on_the_way_ends_one_request() {
+    for io in [StreamIo::Auto, StreamIo::Threads] {
+        damage_ends_one_request(io);
+    }
+}
+
+#[cfg(unix)]
+fn damage_ends_one_request(io: StreamIo) {
     let folder = copy_of_embedded();
     let path = folder.path().join("model.safetensors");
-    let model = streaming(folder.path(), 0.0, CachePolicy::Prefetch);
+    let model = streaming_by(folder.path(), 0.0, CachePolicy::Prefetch, io);
     let prompt = moe_cases().pop().unwrap().2.remove(0);
     let options = GenerateOptions { max_tokens: 12, ignore_eos: true, ..GenerateOptions::default() };
     let generate = |on: &mut dyn FnMut(usize)| {
@@ -262,7 +281,13 @@ fn damage_on_the_way_ends_one_request() {
 /// Passes on several threads share one cache.
 #[test]
 fn threads_stream_at_once() {
-    let model = streaming(&embedded(), 0.1, CachePolicy::Prefetch);
+    for io in [StreamIo::Auto, StreamIo::Threads] {
+        stream_on_four_threads(io);
+    }
+}
+
+fn stream_on_four_threads(io: StreamIo) {
+    let model = streaming_by(&embedded(), 0.1, CachePolicy::Prefetch, io);
     let whole = open(&embedded());
     let texts: Vec<Vec<u32>> =
         (0..4).map(|i| noise(i, 20).iter().map(|v| (v.abs() * 200.0) as u32).collect()).collect();
@@ -291,5 +316,16 @@ fn quantised_experts_stream_exactly() {
     for share in [0.0, 0.5] {
         let model = streaming(&path, share, CachePolicy::Prefetch);
         assert_same("olmoe_256-q4_k_m", &logits_in_turn(&model, &pieces, &mut NoLens), &expected);
+    }
+}
+
+/// A cache that is dropped while experts are on their way waits for them.
+#[test]
+fn a_cache_may_go_while_experts_come() {
+    for io in [StreamIo::Auto, StreamIo::Threads] {
+        for _ in 0..20 {
+            let model = streaming_by(&embedded(), 0.5, CachePolicy::Prefetch, io);
+            model.weights().stream().unwrap().expect(2, &(0..32).collect::<Vec<_>>());
+        }
     }
 }

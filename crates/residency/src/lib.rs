@@ -14,7 +14,8 @@ mod unpack;
 mod weights;
 
 pub use cache::{
-    CachePolicy, ExpertCache, Lease, READERS, StreamOptions, StreamStats, Visit, least_stream_bytes, most_stream_bytes,
+    CachePolicy, ExpertCache, Lease, READERS, StreamIo, StreamOptions, StreamStats, Visit, least_stream_bytes,
+    most_stream_bytes,
 };
 pub use error::{ResidencyError, Result};
 pub use load::read_stored;

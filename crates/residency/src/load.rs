@@ -97,10 +97,29 @@ impl Spare {
 pub(crate) struct Layout {
     /// Gate, up and down in the buffer.
     ranges: [Range<usize>; 3],
-    /// File, offset there, place of the bytes in the buffer. Ranges that adjoin there and here are read at once.
-    reads: Vec<(usize, u64, Range<usize>)>,
+    /// Ranges that adjoin in the file and in the buffer are read at once.
+    pub reads: Vec<Read>,
     /// Length of the buffer.
     pub len: usize,
+}
+
+/// Bytes of a file that are read at once.
+#[derive(Clone, Debug)]
+pub(crate) struct Read {
+    /// Which of the checkpoint's files.
+    pub file: usize,
+    /// Where they lie there.
+    pub offset: u64,
+    /// Where they go in the buffer.
+    pub range: Range<usize>,
+}
+
+impl Read {
+    /// The whole pages of the buffer that an uncached read fills.
+    pub fn pages(&self) -> Range<usize> {
+        let start = self.range.start / UNCACHED_ALIGNMENT * UNCACHED_ALIGNMENT;
+        start..start + uncached_len(self.offset, self.range.len())
+    }
 }
 
 /// How bytes of the file come into memory.
@@ -120,13 +139,11 @@ impl Layout {
         let mut order = [0, 1, 2];
         order.sort_by_key(|&i| (locs[i].file, locs[i].offset));
         let mut ranges: [Range<usize>; 3] = [0..0, 0..0, 0..0];
-        let mut reads: Vec<(usize, u64, Range<usize>)> = Vec::with_capacity(3);
+        let mut reads: Vec<Read> = Vec::with_capacity(3);
         let mut end = 0usize;
         for i in order {
             let loc = locs[i];
-            let adjoins = |(file, offset, range): &(usize, u64, Range<usize>)| {
-                *file == loc.file && *offset + range.len() as u64 == loc.offset
-            };
+            let adjoins = |read: &Read| read.file == loc.file && read.offset + read.range.len() as u64 == loc.offset;
             let last = reads.last_mut().filter(|last| adjoins(last));
             let start = match way {
                 Way::Cached => end.next_multiple_of(ALIGNMENT),
@@ -135,9 +152,10 @@ impl Layout {
                     end.next_multiple_of(UNCACHED_ALIGNMENT) + usize_of(loc.offset % UNCACHED_ALIGNMENT as u64)
                 }
             };
-            match last.filter(|last| last.2.end == start) {
-                Some(last) => last.2.end = start + usize_of(loc.len),
-                None => reads.push((loc.file, loc.offset, start..start + usize_of(loc.len))),
+            let end_here = start + usize_of(loc.len);
+            match last.filter(|last| last.range.end == start) {
+                Some(last) => last.range.end = end_here,
+                None => reads.push(Read { file: loc.file, offset: loc.offset, range: start..end_here }),
             }
             end = start + usize_of(loc.len);
             ranges[i] = start..end;
@@ -169,7 +187,7 @@ pub(crate) fn fill_expert(
     way: Way,
 ) -> Result<Expert> {
     let roles = Role::of_expert(layer, expert);
-    if roles.iter().any(|&role| checkpoint.recipe(role).is_some()) {
+    if !lies_plain(checkpoint, layer, expert) {
         for (&role, range) in roles.iter().zip(&layout.ranges) {
             let part = &mut buffer.as_mut_slice()[range.clone()];
             let Some(recipe) = checkpoint.recipe(role) else {
@@ -185,18 +203,33 @@ pub(crate) fn fill_expert(
             }
         }
     } else {
-        for (file, offset, range) in layout.reads {
-            let (file, buffer) = (&checkpoint.files()[file], buffer.as_mut_slice());
+        for read in &layout.reads {
+            let (file, buffer) = (&checkpoint.files()[read.file], buffer.as_mut_slice());
             match way {
-                Way::Cached => file.read_at(offset, &mut buffer[range])?,
+                Way::Cached => file.read_at(read.offset, &mut buffer[read.range.clone()])?,
                 Way::Uncached => {
-                    let start = range.start / UNCACHED_ALIGNMENT * UNCACHED_ALIGNMENT;
-                    let len = uncached_len(offset, range.len());
-                    file.read_uncached(offset, range.len(), &mut buffer[start..start + len])?;
+                    drop(file.read_uncached(read.offset, read.range.len(), &mut buffer[read.pages()])?);
                 }
             }
         }
     }
+    assemble(checkpoint, layer, expert, layout, buffer)
+}
+
+/// Whether an expert's matrices lie in the file as they are wanted.
+pub(crate) fn lies_plain(checkpoint: &Checkpoint, layer: usize, expert: usize) -> bool {
+    Role::of_expert(layer, expert).iter().all(|&role| checkpoint.recipe(role).is_none())
+}
+
+/// The expert whose bytes are in a buffer, after a look at them.
+pub(crate) fn assemble(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    expert: usize,
+    layout: Layout,
+    buffer: Buffer,
+) -> Result<Expert> {
+    let roles = Role::of_expert(layer, expert);
     let locs = [checkpoint.tensor(roles[0])?, checkpoint.tensor(roles[1])?, checkpoint.tensor(roles[2])?];
     let mut parts = Bytes::parts(buffer, layout.ranges).into_iter().zip(locs);
     let mut next = || {

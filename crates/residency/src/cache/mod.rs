@@ -6,6 +6,8 @@
 //! Which experts are there never changes a result, only how long it takes.
 
 mod reader;
+#[cfg(target_os = "linux")]
+mod ring;
 mod state;
 
 use std::fmt;
@@ -34,6 +36,16 @@ pub enum CachePolicy {
     Prefetch,
 }
 
+/// Who reads experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StreamIo {
+    /// io_uring where it can be had, else threads.
+    #[default]
+    Auto,
+    /// Some threads, each of which waits for its reads.
+    Threads,
+}
+
 /// How experts are streamed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamOptions {
@@ -41,7 +53,9 @@ pub struct StreamOptions {
     pub room_bytes: u64,
     /// What stays.
     pub policy: CachePolicy,
-    /// Reader threads.
+    /// Who reads.
+    pub io: StreamIo,
+    /// Reader threads, if it is threads.
     pub readers: usize,
 }
 
@@ -164,6 +178,8 @@ pub struct ExpertCache {
     options: StreamOptions,
     shared: Arc<Shared>,
     readers: Vec<JoinHandle<()>>,
+    /// Whether they are one, with io_uring.
+    ring: bool,
 }
 
 struct Shared {
@@ -199,13 +215,37 @@ impl ExpertCache {
         }
         let state = Mutex::new(State::new(&checkpoint, options.room_bytes, options.policy)?);
         let shared = Arc::new(Shared { checkpoint, state, work: Condvar::new(), ready: Condvar::new() });
-        let mut cache = Self { options, shared, readers: Vec::new() };
+        let mut cache = Self { options, shared, readers: Vec::new(), ring: false };
+        if cache.options.io == StreamIo::Auto && cache.start_ring()? {
+            cache.ring = true;
+            return Ok(cache);
+        }
         for i in 0..cache.options.readers.max(1) {
             let shared = cache.shared.clone();
             let reader = thread::Builder::new().name(format!("reader-{i}")).spawn(move || shared.serve());
             cache.readers.push(reader.map_err(ResidencyError::NoThread)?);
         }
         Ok(cache)
+    }
+
+    /// Starts the thread that reads through io_uring, where that can be had; whether it can.
+    #[cfg(target_os = "linux")]
+    fn start_ring(&mut self) -> Result<bool> {
+        let Some(ring) = ring::Ring::open(&self.shared.checkpoint) else { return Ok(false) };
+        let shared = self.shared.clone();
+        let reader = thread::Builder::new().name("reader".to_owned()).spawn(move || ring.serve(&shared));
+        self.readers.push(reader.map_err(ResidencyError::NoThread)?);
+        Ok(true)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn start_ring(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Whether experts are read through io_uring.
+    pub fn reads_by_ring(&self) -> bool {
+        self.ring
     }
 
     /// How it was set up.
