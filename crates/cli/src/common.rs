@@ -254,9 +254,12 @@ impl Progress {
             self.last = Instant::now();
             let total = self.bar.length().unwrap_or(0);
             let rate = (done - from) as f64 / self.start.elapsed().as_secs_f64().max(1e-9);
-            let left = (total.saturating_sub(done)) as f64 / rate.max(1e-9);
+            let left = match (total.saturating_sub(done)) as f64 / rate {
+                left if left.is_finite() => format!(", {rate:.0} {unit}/s, {left:.0} s left", unit = self.unit),
+                _ => String::new(),
+            };
             let (what, unit) = (&self.what, self.unit);
-            let _ = writeln!(std::io::stderr(), "{what}: {done}/{total} {unit}, {rate:.0} {unit}/s, {left:.0} s left");
+            let _ = writeln!(std::io::stderr(), "{what}: {done}/{total} {unit}{left}");
         }
     }
 

@@ -208,7 +208,7 @@ pub(crate) fn fill_expert(
             match way {
                 Way::Cached => file.read_at(read.offset, &mut buffer[read.range.clone()])?,
                 Way::Uncached => {
-                    drop(file.read_uncached(read.offset, read.range.len(), &mut buffer[read.pages()])?);
+                    file.read_uncached(read.offset, read.range.len(), &mut buffer[read.pages()])?;
                 }
             }
         }

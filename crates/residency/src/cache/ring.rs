@@ -197,7 +197,7 @@ fn settled(shared: &Shared, flight: Flight) -> Result<Expert> {
     let Flight { layer, expert, layout, mut buffer, came, .. } = flight;
     for (read, came) in layout.reads.iter().zip(came) {
         let file = &shared.checkpoint.files()[read.file];
-        drop(file.settle_uncached(read.offset, read.range.len(), &mut buffer.as_mut_slice()[read.pages()], came)?);
+        file.settle_uncached(read.offset, read.range.len(), &mut buffer.as_mut_slice()[read.pages()], came)?;
     }
     assemble(&shared.checkpoint, layer, expert, layout, buffer)
 }

@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::median;
-use crate::common::{Common, interrupted, say};
+use crate::common::{Common, available_bytes, interrupted, say};
 
 /// The peers that `--compare` knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -142,18 +142,25 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
         command.args(own);
         Speeds::of(&document(command)?)
     };
+    // Repacked weights are a second copy beside the file's pages.
+    let file_bytes = std::fs::metadata(&model).with_context(|| model.display().to_string())?.len();
+    let repacks = available_bytes().is_none_or(|available| 2 * file_bytes < available);
+    let modes = if repacks { 3 } else { 2 };
+    if !repacks {
+        common.note("llama.cpp's repacked weights do not fit into memory beside the file: that mode is left out");
+    }
     // Neither is to pay for the file's first way into the system's cache.
-    let mut progress = common.progress("bench", (3 * setting.repeat + 1) as u64, "runs");
+    let mut progress = common.progress("bench", (modes * setting.repeat + 1) as u64, "runs");
     us()?;
     progress.set(1);
     let mut runs: [Vec<Speeds>; 3] = Default::default();
     for repeat in 0..setting.repeat {
-        for (i, runs) in runs.iter_mut().enumerate() {
+        for (i, runs) in runs.iter_mut().enumerate().take(modes) {
             runs.push(match i {
                 0 => us()?,
                 _ => peer.run(&model, setting, i == 2)?,
             });
-            progress.set((3 * repeat + i + 2) as u64);
+            progress.set((modes * repeat + i + 2) as u64);
             if interrupted() {
                 bail!("interrupted");
             }
@@ -184,11 +191,11 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     for row in &rows {
         let n = |name: &str| row[name].as_f64().unwrap_or(f64::NAN);
         say!(
-            "{:8} {:>9.2} {:>17.2} {:>20.2}   {:.3} ({:.3} to {:.3})",
+            "{:8} {:>9.2} {:>17.2} {:>20}   {:.3} ({:.3} to {:.3})",
             row["what"].as_str().unwrap_or_default(),
             n("quorate"),
             n("llama_cpp"),
-            n("llama_cpp_repacked"),
+            row["llama_cpp_repacked"].as_f64().map_or_else(|| "does not fit".into(), |n| format!("{n:.2}")),
             n("ratio"),
             n("ratio_least"),
             n("ratio_most")
@@ -202,7 +209,8 @@ fn row(what: &str, runs: &[Vec<Speeds>; 3]) -> Value {
     let speeds = runs.each_ref().map(|runs| -> Vec<f64> {
         runs.iter().map(|s| if what == "prefill" { s.prefill } else { s.decode }).collect()
     });
-    let [us, plain, repacked] = speeds.each_ref().map(|s| median(s.clone()));
+    let medians = speeds.each_ref().map(|s| (!s.is_empty()).then(|| median(s.clone())));
+    let [us, plain, repacked] = medians;
     let best = if plain >= repacked { &speeds[1] } else { &speeds[2] };
     let ratios: Vec<f64> = speeds[0].iter().zip(best).map(|(us, peer)| us / peer).collect();
     let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
