@@ -69,7 +69,7 @@ const fn halves<Q: Quant>() -> usize {
 
 /// Whether packed codes are as in the file, and not signed.
 const fn in_halves<S: Simd, Q: Quant>() -> bool {
-    S::HALVES && halves::<Q>() > 0
+    S::ISA.gathers_halves() && halves::<Q>() > 0
 }
 
 /// What a row of a chunk has besides codes: 64 bytes, of which those without a meaning are whatever they were.

@@ -84,8 +84,6 @@ kernel! {
             macro_rules! by_tokens {
                 ($($m:literal)*) => {
                     match (x.len(), form.signed) {
-                        $(($m, _) if $m <= most && form.halves == 2 => outer_halves::<S, $m, true>(packed, form, x, chunk, out),)*
-                        $(($m, _) if $m <= most && form.halves > 2 => outer_halves::<S, $m, false>(packed, form, x, chunk, out),)*
                         $(($m, false) if $m <= most => outer::<S, $m, false>(packed, form, x, chunk, out),)*
                         $(($m, true) if $m <= most => outer::<S, $m, true>(packed, form, x, chunk, out),)*
                         _ => {}
@@ -113,7 +111,12 @@ unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
         // As `dot4` wants them.
         codes[t] = if SIGNED && S::BIASED { Rounded::biased(tokens[t]) } else { Rounded::codes(tokens[t]) };
     }
-    if form.levels {
+    if !SIGNED && S::ISA.gathers_halves() && form.halves > 0 {
+        match form.halves {
+            2 => outer_halves::<S, M, true>(packed, form, tokens, codes, out),
+            _ => outer_halves::<S, M, false>(packed, form, tokens, codes, out),
+        }
+    } else if form.levels {
         outer_levels::<S, M, SIGNED>(packed, form, tokens, codes, out);
     } else {
         outer_plain::<S, M, SIGNED>(packed, form, tokens, codes, out);
@@ -228,15 +231,10 @@ unsafe fn outer_levels<S: Simd, const M: usize, const SIGNED: bool>(
 unsafe fn outer_halves<S: Simd, const M: usize, const TWO: bool>(
     packed: *const f32,
     form: Form,
-    x: &[*const Rounded],
-    chunk: usize,
+    tokens: [*const Rounded; M],
+    codes: [*const u8; M],
     out: *mut f32,
 ) {
-    let (mut tokens, mut codes) = ([std::ptr::null(); M], [std::ptr::null(); M]);
-    for t in 0..M {
-        tokens[t] = x[t].add(chunk);
-        codes[t] = Rounded::codes(tokens[t]);
-    }
     let mut all = [[S::splat_i32(0); 2]; M];
     let (group, groups) = (form.group, form.groups);
     for g in 0..groups {

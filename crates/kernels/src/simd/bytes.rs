@@ -165,8 +165,6 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     type I: Copy;
     /// Whether [`Bytes::dot4`] of signed codes wants activations with 128 added.
     const BIASED: bool;
-    /// Whether there is [`Bytes::dot_halves`].
-    const HALVES: bool = false;
 
     unsafe fn store32(p: *mut u8, v: Self::B);
     unsafe fn xor(a: Self::B, b: Self::B) -> Self::B;
@@ -263,7 +261,7 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     /// Adds to each lane the products of its two halves, signed.
     unsafe fn dot2(acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// Adds to each half of a lane the products of its two bytes of `w`, unsigned up to 127, with those of `x`, which are signed
-    /// and not -128: half the work of [`Bytes::dot4`], if [`Bytes::HALVES`], as long as sums fit 16 bits.
+    /// and not -128: half the work of [`Bytes::dot4`], if [`Isa::gathers_halves`](super::Isa::gathers_halves), as long as sums fit 16 bits.
     unsafe fn dot_halves(_acc: Self::I, _w: Self::I, _x: Self::I) -> Self::I {
         unreachable!("only asked for where sums are gathered in halves")
     }

@@ -86,11 +86,7 @@ impl Isa {
 
     /// Whether its vectors have [`Bytes::dot_halves`].
     pub(crate) const fn gathers_halves(self) -> bool {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => Avx2::HALVES,
-            _ => false,
-        }
+        matches!(self, Self::Avx2)
     }
 
     /// Vector registers.

@@ -396,7 +396,6 @@ impl Bytes for Avx2 {
     }
     type I = __m256i;
     const BIASED: bool = false;
-    const HALVES: bool = true;
 
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> __m256i {
