@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
+use quorate_kernels::Isa;
 
 use crate::commands::Command;
 use crate::common::Common;
@@ -28,6 +29,7 @@ use crate::common::Common;
     after_help = "\
 Exit codes: 0 done, 1 a check failed, 2 usage, 3 input or environment.
 Files: $QUORATE_HOME, or quorate/ in the user's data folder, holds the pattern library and the unpacked embedded model.
+Processor: $QUORATE_ISA names the vector instructions to use (amx, avx512, avx2, neon, portable) in place of the widest there are.
 
 Examples:
   quorate run \"78+95=\"               find the nearest task, load its experts, answer
@@ -49,13 +51,21 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    match common::catch_interrupts().and_then(|()| work.run()) {
+    match choose_instructions().and_then(|()| common::catch_interrupts()).and_then(|()| work.run()) {
         Ok(outcome) => outcome,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "quorate: {}", chain(&error)); // nowhere left to report a closed stderr
             ExitCode::from(3)
         }
+    }
+}
+
+/// The vector instructions that `QUORATE_ISA` names, if it does.
+fn choose_instructions() -> anyhow::Result<()> {
+    match std::env::var_os("QUORATE_ISA").filter(|name| !name.is_empty()) {
+        Some(name) => Isa::choose(&name.to_string_lossy()).context("QUORATE_ISA"),
+        None => Ok(()),
     }
 }
 

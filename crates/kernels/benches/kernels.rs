@@ -1,5 +1,5 @@
 //! Speed of the kernels at typical shapes: `cargo bench -p quorate-kernels [-- WORD]` runs those
-//! whose line contains WORD. Each figure is the best of many short runs.
+//! whose line contains WORD. Each figure is the best of many short runs. QUORATE_ISA names the instructions, as for the program.
 
 #![allow(clippy::print_stdout, reason = "this is what a benchmark is for")]
 #![allow(unsafe_code, reason = "the machine's peak is measured with its own instructions")]
@@ -14,7 +14,10 @@ const TIME: Duration = Duration::from_millis(300);
 
 fn main() {
     let filter: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    println!("best instructions: {:?}", Isa::best());
+    if let Ok(name) = std::env::var("QUORATE_ISA") {
+        Isa::choose(&name).expect("instructions of this machine");
+    }
+    println!("instructions: {}", Isa::best().name());
     println!("{:58} {:>7} {:>10} {:>9} {:>9}", "case", "threads", "us", "GFLOP/s", "GB/s");
     let most = std::thread::available_parallelism().map_or(1, usize::from);
     let mut threads = 1;
@@ -68,10 +71,10 @@ impl Bench {
         for mib in [1, 64, 1024] {
             let name = format!("read bandwidth, {mib} MiB");
             if self.wants(&name) {
-                let values = noise(mib << 18);
-                self.case(&name, 0.0, 4.0 * values.len() as f64, |pool| {
+                let bytes = vec![1_u8; mib << 20];
+                self.case(&name, 0.0, bytes.len() as f64, |pool| {
                     pool.run(|w, n| {
-                        black_box(norm_sq(&values[split(values.len(), w, n, 16)]));
+                        black_box(read_through(&bytes[split(bytes.len(), w, n, 4096)]));
                     });
                 });
             }
@@ -90,13 +93,13 @@ impl Bench {
         }
     }
 
-    /// Weights in blocks: few tokens with 64 MiB of them, to be compared with reading as much, and many tokens.
+    /// Weights in blocks: few tokens with 512 MiB of them (which no cache holds), to be compared with reading as much, and many tokens.
     fn blocks(&self) {
         for dtype in DType::ALL.iter().copied().filter(|t| t.is_quantized()) {
             let cols = 2048;
-            let many = (64 << 20) / dtype.row_bytes(cols).expect("whole blocks");
+            let many = (512 << 20) / dtype.row_bytes(cols).expect("whole blocks");
             for n in [1, 2, 4] {
-                self.product(dtype, n, many, cols, ", 64 MiB");
+                self.product(dtype, n, many, cols, ", 512 MiB");
             }
             for n in [1, 2, 4, 8, 32, 96] {
                 self.product(dtype, n, 512, cols, ", in cache");
@@ -321,7 +324,7 @@ fn fma_rounds(rounds: usize) -> f32 {
     // SAFETY: the instructions were found on this machine.
     unsafe {
         match Isa::best() {
-            Isa::Avx512 => avx512(rounds),
+            Isa::Amx | Isa::Avx512 => avx512(rounds),
             Isa::Avx2 => avx2(rounds),
             _ => 0.0,
         }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::DType;
+use crate::{DType, Isa};
 
 /// Why a kernel refuses its input.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +36,11 @@ pub enum KernelError {
         /// The slot that asks for it: `token * k + choice`.
         slot: usize,
     },
+    /// A set of vector instructions cannot be used.
+    Instructions {
+        /// The name that was given.
+        name: String,
+    },
     /// A value cannot be written as a type: it is not finite, or larger than its scales can be.
     Unwritable {
         /// The type.
@@ -61,6 +66,10 @@ impl fmt::Display for KernelError {
             }
             Self::MissingExpert { expert, slot } => {
                 write!(f, "slot {slot} asks for expert {expert}, which is not loaded")
+            }
+            Self::Instructions { name } => {
+                let names: Vec<_> = Isa::available().map(Isa::name).collect();
+                write!(f, "no instructions `{name}`; help: this machine has {}", names.join(", "))
             }
             Self::Unwritable { dtype, row, value } => {
                 let help = if value.is_finite() { "; help: BF16 and F32 hold it" } else { "" };

@@ -47,6 +47,6 @@ pub use heap::{give_back_freed_memory, keep_freed_memory};
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
 pub use product::{Pack, gated_hidden, matmul, matmul_transposed};
-pub use rows::{add, add_inplace, dot, norm_sq, rms_norm, rope, softmax_rows};
+pub use rows::{add, add_inplace, dot, norm_sq, read_through, rms_norm, rope, softmax_rows};
 pub use simd::Isa;
 pub use weight::{dequantize, quantize};

@@ -92,7 +92,7 @@ impl Pool {
     }
 
     /// The instructions that this pool's kernels use: the machine has them.
-    pub(crate) fn isa(&self) -> Isa {
+    pub fn isa(&self) -> Isa {
         self.isa
     }
 

@@ -2,7 +2,7 @@
 
 use crate::math::exp;
 use crate::pool::Pool;
-use crate::simd::{Isa, Simd, kernel};
+use crate::simd::{Isa, MAX_LANES, Simd, kernel};
 
 /// Values `i..i + LANES` of a slice; zeros behind its end.
 ///
@@ -41,6 +41,33 @@ pub(crate) fn dot_with(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len(), "lengths of the factors");
     // SAFETY: `isa` was detected, the lengths are equal.
     unsafe { dot_all(isa, a, b) }
+}
+
+/// Reads all of `bytes` (but fewer than 512 at the end) in order with the widest loads that the machine has, which is how
+/// fast memory can be read; the sum of its 32-bit words.
+pub fn read_through(bytes: &[u8]) -> i32 {
+    // SAFETY: the set was detected.
+    unsafe { read_with(Isa::best(), bytes) }
+}
+
+kernel! {
+    /// [`read_through`] with the instructions named.
+    ///
+    /// # Safety
+    /// The machine must have them.
+    pub(crate) unsafe fn read_with<S>(bytes: &[u8]) -> i32 {
+        let mut sums = [S::splat_i32(0); 8];
+        let step = 8 * 4 * S::LANES;
+        for i in (0..bytes.len() / step * step).step_by(step) {
+            for (j, sum) in sums.iter_mut().enumerate() {
+                *sum = S::add_i32(*sum, S::load_i32(bytes.as_ptr().add(i + j * 4 * S::LANES)));
+            }
+        }
+        let sum = sums[1..].iter().fold(sums[0], |a, b| S::add_i32(a, *b));
+        let mut lanes = [0_i32; MAX_LANES];
+        S::store_i32(lanes.as_mut_ptr().cast(), sum);
+        lanes.iter().fold(0, |a, b| a.wrapping_add(*b))
+    }
 }
 
 kernel! {

@@ -55,7 +55,9 @@ impl Rows {
     /// Asks for what lies ahead of column `c` of `row`; once per cache line is enough.
     #[inline(always)]
     pub(crate) unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, c: usize) {
-        S::prefetch(row.wrapping_add(self.ahead + c * W::DTYPE.block_bytes() / W::DTYPE.block_len()));
+        let at = row.wrapping_add(c * W::DTYPE.block_bytes() / W::DTYPE.block_len());
+        S::prefetch(at.wrapping_add(self.ahead));
+        S::prefetch_far(at.wrapping_add(4 * self.ahead));
     }
 }
 

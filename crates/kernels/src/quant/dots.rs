@@ -1,12 +1,14 @@
 //! Products of rows of blocks with a few tokens, straight from the blocks: each code is unpacked
 //! once, into a register. What this costs is reading the weights.
 
+#[cfg(target_arch = "x86_64")]
+use super::twin;
 use super::{CHUNK, GROUPS, Levels, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::Rows;
 
-/// How far ahead the weights are asked for.
-const AHEAD: usize = 2048;
+/// How far ahead the weights are asked for: into the nearest cache, and before that into the next one.
+pub(super) const AHEAD: [usize; 2] = [2048, 8192];
 
 /// `out[t * width + r]` is the product of row `first + r` and token `x[t]`, for `r` in `0..count`.
 ///
@@ -25,6 +27,16 @@ pub(crate) unsafe fn rounded_dots(
 ) {
     let Some(last) = x.len().checked_sub(1) else { return };
     let x = [0, 1, 2, 3].map(|t: usize| x[t.min(last)]);
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Amx | Isa::Avx512) {
+        with_quant!(w.dtype, Q => if const { Q::LEVELS && !Q::SIGNED } {
+            return match last {
+                0 => twin::dots::<Q, 1>(w, first, count, x, out, width),
+                1 => twin::dots::<Q, 2>(w, first, count, x, out, width),
+                _ => twin::dots::<Q, 4>(w, first, count, x, out, width),
+            };
+        }, else {});
+    }
     with_quant!(w.dtype, Q => match last {
         0 => dots::<Q, 1>(isa, w, first, count, x, out, width),
         1 => dots::<Q, 2>(isa, w, first, count, x, out, width),
@@ -64,7 +76,7 @@ unsafe fn row_of_scales<S: Simd, Q: Quant, const T: usize>(
     let (mut s, mut m) = ([0.0; GROUPS], [0.0; GROUPS]);
     for c in 0..cols.div_ceil(CHUNK) {
         let p = w.add(c * chunk_bytes::<Q>());
-        prefetch::<S, Q>(p);
+        prefetch::<S, Q>(p, AHEAD);
         let n = blocks_of::<Q>((cols - c * CHUNK).min(CHUNK));
         Q::scales::<S>(p, n, &mut s, &mut m);
         let mut dot = Dot::<S, Q, T> {
@@ -117,7 +129,7 @@ unsafe fn row_of_levels<S: Simd, Q: Quant, const T: usize>(
     let mut sums = [S::splat8(0.0); T];
     for c in 0..cols / CHUNK {
         let p = w.add(c * chunk_bytes::<Q>());
-        prefetch::<S, Q>(p);
+        prefetch::<S, Q>(p, AHEAD);
         let Levels { scales, mins, d, dmin } = Q::levels(p);
         let levels = S::widen_levels(scales);
         let mut dot = WholeDot::<S, Q, T> {
@@ -152,11 +164,12 @@ unsafe fn row_of_levels<S: Simd, Q: Quant, const T: usize>(
     sums
 }
 
-/// Asks for the chunk that lies [`AHEAD`].
+/// Asks for what lies so far ahead of a chunk (see [`AHEAD`]).
 #[inline(always)]
-unsafe fn prefetch<S: Simd, Q: Quant>(chunk: *const u8) {
+pub(super) unsafe fn prefetch<S: Simd, Q: Quant>(chunk: *const u8, [near, far]: [usize; 2]) {
     for line in (0..const { chunk_bytes::<Q>() }).step_by(64) {
-        S::prefetch(chunk.wrapping_add(AHEAD + line));
+        S::prefetch(chunk.wrapping_add(near + line));
+        S::prefetch_far(chunk.wrapping_add(far + line));
     }
 }
 

@@ -9,6 +9,8 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod blocks;
 mod codebooks;
 mod dots;
@@ -17,6 +19,8 @@ mod pack;
 mod rounded;
 mod super_blocks;
 mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod twin;
 
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
@@ -27,6 +31,8 @@ pub(crate) use super_blocks::*;
 pub(crate) use tiles::multiply_rounded;
 
 use crate::DType;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Twin;
 use crate::simd::{Codes, Simd, Turned, Upright};
 
 /// Values in a chunk.
@@ -82,6 +88,15 @@ pub(crate) trait Quant {
     /// # Safety
     /// There must be a block.
     unsafe fn levels(_: *const u8) -> Levels {
+        unreachable!("only asked for where there are levels")
+    }
+
+    /// As [`Quant::codes`], of a block of each of two rows, if [`Quant::LEVELS`].
+    ///
+    /// # Safety
+    /// As for [`Quant::scales`], in each row.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn twins(_: [*const u8; 2], _: &mut impl Sink<Twin>) {
         unreachable!("only asked for where there are levels")
     }
 

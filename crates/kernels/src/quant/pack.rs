@@ -26,9 +26,14 @@ pub(super) const START: usize = FACTOR + 2;
 
 const UNITS: usize = STARTS + GROUPS;
 
+/// With AMX, the upper plane of codes times scales, as the lower one takes the place of codes: four to a unit.
+#[cfg(target_arch = "x86_64")]
+pub(super) const PLANE: usize = UNITS;
+
 /// Values that a packed chunk takes.
 pub(crate) const fn packed_len(isa: Isa) -> usize {
-    UNITS * isa.tile_rows()
+    let planes = if matches!(isa, Isa::Amx) { CHUNK / 4 } else { 0 };
+    (UNITS + planes) * isa.tile_rows()
 }
 
 /// What a packed chunk holds.

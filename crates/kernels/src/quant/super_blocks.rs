@@ -5,6 +5,8 @@
 use super::blocks::NONLINEAR;
 use super::{GROUPS, Levels, Quant, Sink};
 use crate::DType;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Twin;
 use crate::simd::{Codes, Simd, Turned, Upright};
 
 const LOW2: u64 = 0x0303_0303_0303_0303;
@@ -41,6 +43,11 @@ macro_rules! super_block {
         #[inline(always)]
         unsafe fn codes<S: Simd>(p: *const u8, _: usize, sink: &mut impl Sink<S>) {
             Self::unpack::<S>(p, sink);
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        unsafe fn twins(from: [*const u8; 2], sink: &mut impl Sink<Twin>) {
+            Self::unpack::<Twin>(from, sink);
         }
         #[inline(always)]
         unsafe fn turned<S: Simd>(from: Upright, _: usize, sink: &mut impl Sink<Turned<S>>) {

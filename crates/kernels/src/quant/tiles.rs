@@ -1,8 +1,12 @@
 //! Products of tiles of rows of blocks with many tokens: a chunk of a tile is packed, and then multiplied with every token
 //! while it is in the nearest cache.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, START, STARTS, pack_chunk};
-use super::{CHUNK, Rounded, chunk_bytes, with_quant};
+use super::{CHUNK, Extent, Rounded, chunk_bytes, extent, with_quant};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx::Tiles;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::Rows;
 
@@ -31,6 +35,9 @@ pub(crate) unsafe fn multiply_rounded(
     out: *mut f32,
 ) {
     std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
+    #[cfg(target_arch = "x86_64")]
+    let tiles = (isa == Isa::Amx && extent(w.dtype) == Extent::Chunk && x.len() >= amx::FROM)
+        .then(|| Tiles::new(amx::block_rows(x.len())));
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
         let (form, bytes) = with_quant!(w.dtype, Q => {
@@ -40,13 +47,19 @@ pub(crate) unsafe fn multiply_rounded(
         // Behind the last chunk of these rows comes the first of the next tile's.
         let (row, at) = if (chunk + 1) * CHUNK < w.cols { (first, chunk + 1) } else { (first + isa.tile_rows(), 0) };
         let next = Next { data: w.data.wrapping_add(row * w.stride + at * bytes), stride: w.stride, bytes };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiles) = &tiles {
+            amx::split_planes(packed, form, next);
+            amx::multiply_chunk(tiles, packed, form, x, chunk, out);
+            continue;
+        }
         multiply_chunk(isa, packed, form, x, chunk, next, out);
     }
 }
 
 /// Memory that will be wanted next: so many bytes of each row of a tile. It need not be there.
 #[derive(Clone, Copy)]
-struct Next {
+pub(super) struct Next {
     data: *const u8,
     stride: usize,
     bytes: usize,
@@ -55,7 +68,7 @@ struct Next {
 impl Next {
     /// Asks for a part of it: with all of it at once, there would be more requests than the processor can keep.
     #[inline(always)]
-    unsafe fn prefetch<S: Simd>(&self, part: usize, parts: usize) {
+    pub(super) unsafe fn prefetch<S: Simd>(&self, part: usize, parts: usize) {
         let rows = 2 * S::LANES;
         for r in part * rows / parts..(part + 1) * rows / parts {
             let row = self.data.wrapping_add(r * self.stride);
@@ -272,7 +285,7 @@ unsafe fn outer_halves<S: Simd, const M: usize, const TWO: bool>(
 
 /// Adds the products of whole mins with the sums of activations.
 #[inline(always)]
-unsafe fn add_mins<S: Simd, const M: usize>(
+pub(super) unsafe fn add_mins<S: Simd, const M: usize>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
@@ -291,7 +304,7 @@ unsafe fn add_mins<S: Simd, const M: usize>(
 
 /// Adds a chunk's whole sums, of codes and (if there are mins) of mins, to `out`.
 #[inline(always)]
-unsafe fn add_chunk<S: Simd, const M: usize>(
+pub(super) unsafe fn add_chunk<S: Simd, const M: usize>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
@@ -299,19 +312,17 @@ unsafe fn add_chunk<S: Simd, const M: usize>(
     less: &[[S::I; 2]; M],
     out: *mut f32,
 ) {
-    let mins = form.mins;
     for half in 0..2 {
         let factor = S::load(unit::<S>(packed, FACTOR, half));
+        let min_factor = if form.mins { S::load(unit::<S>(packed, MIN_FACTOR, half)) } else { S::zero() };
         for t in 0..M {
-            let worth = S::splat(Rounded::scale(tokens[t]));
-            let at = out.add((2 * t + half) * S::LANES);
-            let mut sum = S::fma(S::from_i32(all[t][half]), S::mul(factor, worth), S::load(at));
-            if mins {
-                let factor = S::load(unit::<S>(packed, MIN_FACTOR, half));
+            let mut sum = S::mul(S::from_i32(all[t][half]), factor);
+            if form.mins {
                 let less = S::sub(S::zero(), S::from_i32(less[t][half]));
-                sum = S::fma(less, S::mul(factor, worth), sum);
+                sum = S::fma(less, min_factor, sum);
             }
-            S::store(at, sum);
+            let at = out.add((2 * t + half) * S::LANES);
+            S::store(at, S::fma(sum, S::splat(Rounded::scale(tokens[t])), S::load(at)));
         }
     }
 }

@@ -3,6 +3,8 @@
 //! A kernel is written once, over [`Simd`], inside [`kernel!`]; the macro compiles it for each
 //! instruction set and gives it a leading argument of type [`Isa`].
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 mod bytes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -14,6 +16,8 @@ mod portable_bytes;
 mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_bytes;
+#[cfg(target_arch = "x86_64")]
+mod x86_twin;
 
 pub(crate) use bytes::{Bytes, Codes, Turned, Upright};
 #[cfg(target_arch = "aarch64")]
@@ -21,8 +25,15 @@ pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86_twin::Twin;
 
 use std::sync::OnceLock;
+
+use crate::KernelError;
+
+/// See [`Isa::best`].
+static BEST: OnceLock<Isa> = OnceLock::new();
 
 /// The most lanes of any vector.
 pub(crate) const MAX_LANES: usize = 16;
@@ -30,6 +41,8 @@ pub(crate) const MAX_LANES: usize = 16;
 /// A set of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// x86-64 with all of [`Isa::Avx512`], and tiles of whole numbers: AMX-INT8 (Linux).
+    Amx,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
@@ -41,19 +54,42 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The widest set that this machine has.
+    /// The widest set that this machine has, or the one that was chosen.
     pub fn best() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().next().unwrap_or(Self::Portable))
+    }
+
+    /// Has [`Isa::best`] be the set of this name (`amx`, `avx512`, `avx2`, `neon`, `portable`), before it is asked for the
+    /// first time: to compare sets, or to have the same last bits on different machines.
+    ///
+    /// # Errors
+    /// [`KernelError::Instructions`] if there is no such set, this machine has it not, or another one is in use.
+    pub fn choose(name: &str) -> Result<(), KernelError> {
+        let isa = Self::available().find(|isa| isa.name() == name);
+        let isa = isa.filter(|&isa| *BEST.get_or_init(|| isa) == isa);
+        isa.map(|_| ()).ok_or_else(|| KernelError::Instructions { name: name.into() })
+    }
+
+    /// Its name, in small letters.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Amx => "amx",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+            Self::Portable => "portable",
+        }
     }
 
     /// All that this machine has, the widest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Avx512, Self::Avx2, Self::Neon, Self::Portable].into_iter().filter(|i| i.detect())
+        [Self::Amx, Self::Avx512, Self::Avx2, Self::Neon, Self::Portable].into_iter().filter(|i| i.detect())
     }
 
     fn detect(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.detect() && amx::permitted(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -78,7 +114,7 @@ impl Isa {
     /// Lanes of an `f32` vector.
     pub(crate) const fn lanes(self) -> usize {
         match self {
-            Self::Avx512 => 16,
+            Self::Amx | Self::Avx512 => 16,
             Self::Avx2 => 8,
             Self::Neon | Self::Portable => 4,
         }
@@ -92,7 +128,7 @@ impl Isa {
     /// Vector registers.
     pub(crate) const fn registers(self) -> usize {
         match self {
-            Self::Avx512 | Self::Neon => 32,
+            Self::Amx | Self::Avx512 | Self::Neon => 32,
             Self::Avx2 | Self::Portable => 16,
         }
     }
@@ -213,6 +249,8 @@ pub(crate) trait Simd: Bytes {
 
     /// Asks for the cache line at `p`, which need not be readable.
     unsafe fn prefetch(p: *const u8);
+    /// The same, into a cache that is farther from the arithmetic and can wait for more of memory at once.
+    unsafe fn prefetch_far(p: *const u8);
 }
 
 /// Transposes the square of the first `LANES` vectors.
@@ -312,7 +350,7 @@ macro_rules! kernel {
             }
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Isa::Avx512 => avx512::<$($T,)* $($N),*>($($arg),*),
+                $crate::simd::Isa::Amx | $crate::simd::Isa::Avx512 => avx512::<$($T,)* $($N),*>($($arg),*),
                 #[cfg(target_arch = "x86_64")]
                 $crate::simd::Isa::Avx2 => avx2::<$($T,)* $($N),*>($($arg),*),
                 #[cfg(target_arch = "aarch64")]

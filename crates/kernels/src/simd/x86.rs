@@ -115,6 +115,10 @@ impl Simd for Avx512 {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
     #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         let (first, second) = const { swap_index(L) };
         let first = _mm512_loadu_si512(first.as_ptr().cast());
@@ -226,6 +230,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
     }
     #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {

@@ -335,3 +335,29 @@ fn neither_threads_nor_neighbours_change_products_of_blocks() {
         }
     }
 }
+
+/// With AMX sums of whole numbers are formed in another way, and are the same; also for tokens that lie apart in memory.
+#[test]
+fn tiles_of_whole_numbers_are_those_of_vectors() {
+    let has = |isa| Isa::available().any(|i| i == isa);
+    if !has(Isa::Amx) {
+        return;
+    }
+    let (mut random, n) = (Random(47), 90);
+    for (dtype, blocks) in block_types() {
+        for kind in [Kind::Real, Kind::Extreme] {
+            let (rows, cols) = (45, 2 * dtype.block_len().max(256));
+            let experts: Vec<_> =
+                (0..3).map(|_| Weights::of_blocks(&mut random, dtype, &blocks, kind, rows, cols)).collect();
+            let x = tokens(&mut random, n, cols);
+            let ids: Vec<u32> = (0..n).map(|t| if t < 33 { 0 } else { random.below(3) as u32 }).collect();
+            let refs: Vec<_> = experts.iter().map(|w| Some(w.get())).collect();
+            let [tiles, vectors] = [Isa::Amx, Isa::Avx512].map(|isa| {
+                let mut y = vec![f32::NAN; n * rows];
+                slot_products(&Pool::with_isa(2, isa), Side::Rows, &refs, &x, 1, &ids, &mut y).unwrap();
+                y
+            });
+            assert_eq!(tiles, vectors, "{} {kind:?}", dtype.name());
+        }
+    }
+}

@@ -1,6 +1,6 @@
 use super::*;
 use crate::math::exp_all;
-use crate::rows::dot_with;
+use crate::rows::{dot_with, read_with};
 use crate::weight::dequantize_with;
 
 #[test]
@@ -231,4 +231,17 @@ fn q8_0_follows_ggml() {
     quantize(DType::Q8_0, &x, &mut block);
     let want = [0x00, 0x3c, 127, -127_i8 as u8, 3, -3_i8 as u8, 0, 0];
     assert_eq!(block[..8], want);
+}
+
+#[test]
+fn reading_through_misses_nothing_but_the_end() {
+    let bytes: Vec<u8> = (0..5000_u32).map(|i| (i * i % 251) as u8).collect();
+    for isa in Isa::available() {
+        let whole = bytes.len() - bytes.len() % (32 * isa.lanes());
+        let want = bytes[..whole]
+            .chunks(4)
+            .fold(0_i32, |sum, word| sum.wrapping_add(i32::from_le_bytes(word.try_into().expect("four bytes"))));
+        // SAFETY: the set was detected.
+        assert_eq!(unsafe { read_with(isa, &bytes) }, want, "{isa:?}");
+    }
 }

@@ -146,8 +146,11 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     let file_bytes = std::fs::metadata(&model).with_context(|| model.display().to_string())?.len();
     let repacks = available_bytes().is_none_or(|available| 2 * file_bytes < available);
     let modes = if repacks { 3 } else { 2 };
+    // Why there are no figures of repacked weights.
+    let mut left_out = None;
     if !repacks {
         common.note("llama.cpp's repacked weights do not fit into memory beside the file: that mode is left out");
+        left_out = Some("does not fit");
     }
     // Neither is to pay for the file's first way into the system's cache.
     let mut progress = common.progress("bench", (modes * setting.repeat + 1) as u64, "runs");
@@ -156,10 +159,22 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     let mut runs: [Vec<Speeds>; 3] = Default::default();
     for repeat in 0..setting.repeat {
         for (i, runs) in runs.iter_mut().enumerate().take(modes) {
-            runs.push(match i {
-                0 => us()?,
-                _ => peer.run(&model, setting, i == 2)?,
-            });
+            match i {
+                0 => runs.push(us()?),
+                1 => runs.push(peer.run(&model, setting, false)?),
+                _ if left_out.is_some() => {}
+                _ => match peer.run(&model, setting, true) {
+                    Ok(speeds) => runs.push(speeds),
+                    Err(error) if !interrupted() => {
+                        common.note(&format!(
+                            "llama.cpp fails with its weights repacked, that mode is left out: {error:#}"
+                        ));
+                        left_out = Some("fails");
+                        runs.clear();
+                    }
+                    Err(error) => return Err(error),
+                },
+            }
             progress.set((modes * repeat + i + 2) as u64);
             if interrupted() {
                 bail!("interrupted");
@@ -171,7 +186,7 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     if common.json {
         return common.print_json(&json!({
             "model": model, "threads": setting.threads, "prefill": setting.prefill, "decode": setting.decode,
-            "repeat": setting.repeat, "peer": "llama.cpp", "rows": rows,
+            "repeat": setting.repeat, "peer": "llama.cpp", "repacked_left_out": left_out, "rows": rows,
         }));
     }
     say!(
@@ -195,7 +210,7 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
             row["what"].as_str().unwrap_or_default(),
             n("quorate"),
             n("llama_cpp"),
-            row["llama_cpp_repacked"].as_f64().map_or_else(|| "does not fit".into(), |n| format!("{n:.2}")),
+            row["llama_cpp_repacked"].as_f64().map_or_else(|| left_out.unwrap_or("none").into(), |n| format!("{n:.2}")),
             n("ratio"),
             n("ratio_least"),
             n("ratio_most")

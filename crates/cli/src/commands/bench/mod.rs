@@ -149,7 +149,8 @@ impl Bench {
         let need = Need::of(&model);
         let machine = need.report(&model, prefill, decode, self.prefill + self.decode / 2, bandwidth);
         let document = json!({
-            "model": common.model_path()?, "threads": model.pool().threads(), "memory_limit": self.experts.memory,
+            "model": common.model_path()?, "threads": model.pool().threads(),
+            "instructions": model.pool().isa().name(), "memory_limit": self.experts.memory,
             "task": task, "prefill": self.prefill, "decode": self.decode,
             "prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, "machine": machine, "stages": stages,
             "time_to_first_token_s": median(first.iter().map(|r| r.first_token_s).collect()),

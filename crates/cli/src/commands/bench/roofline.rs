@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use quorate_formats::Role;
-use quorate_kernels::{Pool, split};
+use quorate_kernels::{Pool, read_through, split};
 use quorate_model::Model;
 use quorate_residency::{Bytes, skeleton_bytes};
 use serde_json::{Value, json};
@@ -22,13 +22,11 @@ const ROUNDS: usize = 9;
 pub fn read_bandwidth(pool: &Pool, room_bytes: u64) -> Option<f64> {
     let bytes = Some(BYTES.min(room_bytes / 2)).filter(|&bytes| bytes >= BYTES_LEAST)?;
     let memory = Bytes::filled(usize::try_from(bytes).ok()?, 1).ok()?;
-    let words = memory.as_chunks::<8>().0;
     let mut rates: Vec<f64> = (0..ROUNDS)
         .map(|_| {
             let start = Instant::now();
             pool.run(|worker, workers| {
-                let part = &words[split(words.len(), worker, workers, 8)];
-                black_box(part.iter().fold(0u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word))));
+                black_box(read_through(&memory[split(memory.len(), worker, workers, 4096)]));
             });
             bytes as f64 / start.elapsed().as_secs_f64()
         })
