@@ -402,6 +402,51 @@ fn record_takes_every_site_and_plans() {
     assert!(f32s(&path, "resid_post.1").iter().any(|&v| v != 0.0));
 }
 
+/// A peer of which one mode fails is measured in the other; where both fail nothing is.
+#[cfg(unix)]
+#[test]
+fn bench_leaves_out_a_mode_of_a_peer_that_fails() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempdir();
+    let peer = folder.path().join("llama-bench");
+    let compare = |script: &str| {
+        fs::write(&peer, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&peer, fs::Permissions::from_mode(0o755)).unwrap();
+        let file = fixture("qwen2/gguf/qwen2-f16.gguf");
+        let args = ["--prefill", "8", "--decode", "2", "--repeat", "2", "--compare", "llama.cpp", "--json"];
+        let mut command = command(&["bench".as_ref(), "-m".as_ref(), file.as_ref()]);
+        command.args(args).env("LLAMA_BENCH", &peer);
+        support::finish(command, b"")
+    };
+    let speeds = r#"echo '[{"avg_ts": 10.0}]'"#;
+    let fails = "echo no such instruction >&2; exit 4";
+    let both = compare(speeds).json();
+    assert_eq!((&both["repacked_left_out"], &both["rows"][0]["llama_cpp_repacked"]), (&Value::Null, &json!(10.0)));
+    let one = compare(&format!("case \"$*\" in *'--repack 1'*) {fails};; esac; {speeds}"));
+    assert!(one.err.contains("that mode is left out") && one.err.contains("no such instruction"), "{}", one.err);
+    let one = one.json();
+    assert_eq!(one["repacked_left_out"], json!("fails"));
+    for row in one["rows"].as_array().unwrap() {
+        assert_eq!((&row["llama_cpp"], &row["llama_cpp_repacked"]), (&json!(10.0), &Value::Null));
+        let ratio = row["quorate"].as_f64().unwrap() / 10.0;
+        assert!((row["ratio"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9, "{row}");
+    }
+    compare(fails).fails_with_notes(&["no such instruction"]);
+}
+
+#[test]
+fn instructions_can_be_chosen() {
+    let bench = |isa: &str| {
+        let mut command =
+            command(&["bench".as_ref(), "--prefill".as_ref(), "4".as_ref(), "--decode".as_ref(), "2".as_ref()]);
+        command.args(["--repeat", "1", "--json"]).env("QUORATE_ISA", isa);
+        support::finish(command, b"")
+    };
+    assert_eq!(bench("portable").json()["instructions"], json!("portable"));
+    bench("mmx").fails(3, &["QUORATE_ISA", "no instructions `mmx`", "help: this machine has", "portable"]);
+}
+
 #[test]
 fn bench_measures() {
     let json = quorate![

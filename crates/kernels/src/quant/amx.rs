@@ -83,30 +83,35 @@ pub(super) unsafe fn multiply_chunk(
     out: *mut f32,
 ) {
     let planes = [CODES, PLANE].map(|unit| packed.add(2 * unit * Avx512::LANES).cast::<u8>());
-    let (mut rows, mut sums) = (MaybeUninit::<Rows>::uninit(), MaybeUninit::<Sums>::uninit());
+    let (mut rows, mut sums) = (MaybeUninit::<Rows>::uninit(), MaybeUninit::<[Sums; 2]>::uninit());
     let (rows, sums) = (rows.as_mut_ptr().cast::<u8>(), sums.as_mut_ptr().cast::<i32>());
     let (each, blocks) = (tiles.rows(), x.len().div_ceil(tiles.rows()));
-    for block in 0..blocks {
-        // The last block begins early enough to have all its rows; what it has in common with the one before is added once.
-        let new = block * each;
-        let first = new.min(x.len() - each);
-        let (codes, stride) = match even_stride(&x[first..][..each]) {
-            Some(stride) => (Rounded::codes(x[first].add(chunk)), stride),
-            None => {
-                for (i, x) in x[first..][..each].iter().enumerate() {
-                    std::ptr::copy_nonoverlapping(Rounded::codes(x.add(chunk)), rows.add(i * CHUNK), CHUNK);
+    // The last block begins early enough to have all its rows; what it has in common with the one before is added once.
+    let first_of = |block: usize| (block * each).min(x.len() - each);
+    let sums_of = |block: usize| sums.add(block % 2 * 64 * ROWS);
+    // A block's sums are joined while the next block's are formed.
+    for block in 0..=blocks {
+        if block < blocks {
+            let x = &x[first_of(block)..][..each];
+            let (codes, stride) = match even_stride(x) {
+                Some(stride) => (Rounded::codes(x[0].add(chunk)), stride),
+                None => {
+                    for (i, x) in x.iter().enumerate() {
+                        std::ptr::copy_nonoverlapping(Rounded::codes(x.add(chunk)), rows.add(i * CHUNK), CHUNK);
+                    }
+                    (rows.cast_const(), CHUNK)
                 }
-                (rows.cast_const(), CHUNK)
-            }
-        };
+            };
+            tiles.multiply(codes, stride, planes, sums_of(block));
+        }
+        let Some(done) = block.checked_sub(1) else { continue };
+        let (first, mut t) = (first_of(done), done * each);
         let end = first + each;
-        tiles.multiply(codes, stride, planes, sums);
-        let mut t = new;
         macro_rules! finish {
             ($n:literal) => {
-                while t + $n <= end {
+                while end - t >= $n {
                     let tokens = std::array::from_fn(|i| x[t + i].add(chunk));
-                    finish::<$n>(packed, form, tokens, sums, t - first, out.add(t * 2 * Avx512::LANES));
+                    finish::<$n>(packed, form, tokens, sums_of(done), t - first, out.add(t * 2 * Avx512::LANES));
                     t += $n;
                 }
             };
@@ -142,7 +147,7 @@ unsafe fn finish<const M: usize>(
 
 /// The bytes from each of some rows to the next, if they are all the same.
 fn even_stride(x: &[*const Rounded]) -> Option<usize> {
-    let Some((&first, rest)) = x.split_first() else { return None };
+    let (&first, rest) = x.split_first()?;
     let stride = rest.first().map_or(0, |next| (*next as usize).wrapping_sub(first as usize));
     let even = |(i, next): (usize, &*const Rounded)| *next as usize == (first as usize).wrapping_add((i + 1) * stride);
     rest.iter().enumerate().all(even).then_some(stride)

@@ -1,10 +1,10 @@
 //! Products of tiles of rows of blocks with many tokens: a chunk of a tile is packed, and then multiplied with every token
 //! while it is in the nearest cache.
 
-#[cfg(target_arch = "x86_64")]
-use super::amx;
 use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, START, STARTS, pack_chunk};
-use super::{CHUNK, Extent, Rounded, chunk_bytes, extent, with_quant};
+use super::{CHUNK, Rounded, chunk_bytes, with_quant};
+#[cfg(target_arch = "x86_64")]
+use super::{Extent, amx, extent};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::amx::Tiles;
 use crate::simd::{Isa, Simd, kernel};
