@@ -39,7 +39,7 @@ pub(crate) struct Rows {
     /// Bytes from one row to the next.
     pub stride: usize,
     /// Bytes from what is read in dot products to what is asked for then, since it will be wanted soon: processors guess how
-    /// one row goes on, but not that others will be wanted.
+    /// one row goes on, but not that others will be wanted. What lies four times as far is asked for into the next cache.
     pub ahead: usize,
     pub rows: usize,
     pub cols: usize,

@@ -28,8 +28,8 @@ pub(crate) unsafe fn rounded_dots(
     let Some(last) = x.len().checked_sub(1) else { return };
     let x = [0, 1, 2, 3].map(|t: usize| x[t.min(last)]);
     #[cfg(target_arch = "x86_64")]
-    if matches!(isa, Isa::Amx | Isa::Avx512) {
-        with_quant!(w.dtype, Q => if const { Q::LEVELS && !Q::SIGNED } {
+    if isa.takes_two_rows() {
+        with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
             return match last {
                 0 => twin::dots::<Q, 1>(w, first, count, x, out, width),
                 1 => twin::dots::<Q, 2>(w, first, count, x, out, width),
@@ -44,6 +44,11 @@ pub(crate) unsafe fn rounded_dots(
     }, else unreachable!("{} has no blocks", w.dtype.name()));
 }
 
+/// Whether a chunk's sums are whole numbers. Signed codes would need more work for that than it saves.
+const fn sums_whole<Q: Quant>() -> bool {
+    Q::LEVELS && !Q::SIGNED
+}
+
 kernel! {
     /// [`rounded_dots`] for the first `T` tokens.
     unsafe fn dots<S, Q: Quant; T>(
@@ -51,8 +56,7 @@ kernel! {
     ) {
         for r in 0..count {
             let row = w.row(first + r);
-            // Signed codes would need more work for whole sums than it saves.
-            let sums = if Q::LEVELS && !Q::SIGNED {
+            let sums = if sums_whole::<Q>() {
                 row_of_levels::<S, Q, T>(row, w.cols, x)
             } else {
                 row_of_scales::<S, Q, T>(row, w.cols, x)

@@ -10,7 +10,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 pub(crate) const ROWS: usize = 16;
 
 /// Bytes of a row.
-pub(crate) const ROW_BYTES: usize = 64;
+const ROW_BYTES: usize = 64;
 
 /// Whether the processor has AMX-INT8 and the system lets this process use it. The system is asked for leave, since a
 /// thread's state becomes 8 KiB larger.

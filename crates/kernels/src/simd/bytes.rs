@@ -194,23 +194,35 @@ pub(crate) trait Bytes: Codes<From = *const u8> {
     ) -> Self::P;
     unsafe fn sum_pair(acc: Self::P) -> Self::F;
 
+    // Whole sums of one row at a time, with `H` and `W`: unless [`Isa::takes_two_rows`](super::Isa::takes_two_rows).
+
     /// Sixteen signed bytes, widened.
-    unsafe fn widen_levels(bytes: [u64; 2]) -> Self::H;
+    unsafe fn widen_levels(_bytes: [u64; 2]) -> Self::H {
+        unreachable!("only asked for where rows are taken one by one")
+    }
     /// The products of the first `n` of 16 halves (8 or 16) with those at `x`, in eight sums.
-    unsafe fn dot_levels(levels: Self::H, x: *const i16, n: usize) -> Self::F;
-    unsafe fn zero_whole() -> Self::W;
+    unsafe fn dot_levels(_levels: Self::H, _x: *const i16, _n: usize) -> Self::F {
+        unreachable!("only asked for where rows are taken one by one")
+    }
+    unsafe fn zero_whole() -> Self::W {
+        unreachable!("only asked for where rows are taken one by one")
+    }
     /// Adds the products of pair `pair` of 64 codes as [`Bytes::fma_pair`] does, but each times the level of its group: the
     /// `2 pair + i`-th of groups of 32, the `4 pair + i`-th of groups of 16. Codes are unsigned, up to 127.
     unsafe fn add_pair<const SMALL: bool>(
-        acc: Self::W,
-        a: Self::B,
-        b: Self::B,
-        x: *const u8,
-        levels: Self::H,
-        pair: usize,
-    ) -> Self::W;
+        _acc: Self::W,
+        _a: Self::B,
+        _b: Self::B,
+        _x: *const u8,
+        _levels: Self::H,
+        _pair: usize,
+    ) -> Self::W {
+        unreachable!("only asked for where rows are taken one by one")
+    }
     /// The sums as eight values.
-    unsafe fn sum_whole(acc: Self::W) -> Self::F;
+    unsafe fn sum_whole(_acc: Self::W) -> Self::F {
+        unreachable!("only asked for where rows are taken one by one")
+    }
 
     unsafe fn load8(p: *const f32) -> Self::F;
     unsafe fn store8(p: *mut f32, v: Self::F);

@@ -56,7 +56,12 @@ pub enum Isa {
 impl Isa {
     /// The widest set that this machine has, or the one that was chosen.
     pub fn best() -> Self {
-        *BEST.get_or_init(|| Self::available().next().unwrap_or(Self::Portable))
+        *BEST.get_or_init(Self::widest)
+    }
+
+    /// The widest set that this machine has.
+    pub(crate) fn widest() -> Self {
+        Self::available().next().unwrap_or(Self::Portable)
     }
 
     /// Has [`Isa::best`] be the set of this name (`amx`, `avx512`, `avx2`, `neon`, `portable`), before it is asked for the
@@ -123,6 +128,11 @@ impl Isa {
     /// Whether its vectors have [`Bytes::dot_halves`].
     pub(crate) const fn gathers_halves(self) -> bool {
         matches!(self, Self::Avx2)
+    }
+
+    /// Whether whole sums of few tokens are formed for two rows at once (`quant/twin.rs`).
+    pub(crate) const fn takes_two_rows(self) -> bool {
+        matches!(self, Self::Amx | Self::Avx512)
     }
 
     /// Vector registers.

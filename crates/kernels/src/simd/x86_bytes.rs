@@ -168,24 +168,11 @@ impl Codes for Avx512 {
     codes!();
 }
 
-/// Which of 16 halves each half of 64 codes' products is multiplied with, for the four pairs of a chunk; groups of 32, of 16.
-static LEVELS: [[[i16; 32]; 4]; 2] = {
-    let mut all = [[[0; 32]; 4]; 2];
-    let mut i = 0;
-    while i < 128 {
-        let (pair, lane) = (i / 32, i % 32);
-        all[0][pair][lane] = (2 * pair + lane / 16) as i16;
-        all[1][pair][lane] = (4 * pair + lane / 8) as i16;
-        i += 1;
-    }
-    all
-};
-
 impl Bytes for Avx512 {
     shared!();
     type P = __m512;
-    type H = __m256i;
-    type W = __m512i;
+    type H = ();
+    type W = ();
     type I = __m512i;
     const BIASED: bool = true;
 
@@ -220,42 +207,6 @@ impl Bytes for Avx512 {
     unsafe fn sum_pair(acc: __m512) -> __m256 {
         _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps::<1>(acc))
     }
-    #[inline(always)]
-    unsafe fn widen_levels(bytes: [u64; 2]) -> __m256i {
-        _mm256_cvtepi8_epi16(_mm_set_epi64x(bytes[1] as i64, bytes[0] as i64))
-    }
-    #[inline(always)]
-    unsafe fn dot_levels(levels: __m256i, x: *const i16, n: usize) -> __m256 {
-        if n == 8 {
-            let four = _mm_madd_epi16(_mm256_castsi256_si128(levels), _mm_loadu_si128(x.cast()));
-            return _mm256_zextps128_ps256(_mm_cvtepi32_ps(four));
-        }
-        _mm256_cvtepi32_ps(_mm256_madd_epi16(levels, _mm256_loadu_si256(x.cast())))
-    }
-    #[inline(always)]
-    unsafe fn zero_whole() -> __m512i {
-        _mm512_setzero_si512()
-    }
-    #[inline(always)]
-    unsafe fn add_pair<const SMALL: bool>(
-        acc: __m512i,
-        a: __m256i,
-        b: __m256i,
-        x: *const u8,
-        levels: __m256i,
-        pair: usize,
-    ) -> __m512i {
-        let (codes, x) = (_mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b), _mm512_loadu_si512(x.cast()));
-        let which = _mm512_loadu_si512((&raw const LEVELS[SMALL as usize][pair]).cast());
-        let level = _mm512_permutexvar_epi16(which, _mm512_castsi256_si512(levels));
-        // Two products fit 16 bits: codes are at most 127.
-        _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(codes, x), level)
-    }
-    #[inline(always)]
-    unsafe fn sum_whole(acc: __m512i) -> __m256 {
-        _mm256_cvtepi32_ps(_mm256_add_epi32(_mm512_castsi512_si256(acc), _mm512_extracti64x4_epi64::<1>(acc)))
-    }
-
     #[inline(always)]
     unsafe fn spread_bits(bits: u32) -> __m256i {
         _mm256_movm_epi8(bits)
