@@ -144,14 +144,13 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     };
     // Repacked weights are a second copy beside the file's pages.
     let file_bytes = std::fs::metadata(&model).with_context(|| model.display().to_string())?.len();
-    let repacks = available_bytes().is_none_or(|available| 2 * file_bytes < available);
-    let modes = if repacks { 3 } else { 2 };
+    let fits = available_bytes().is_none_or(|available| 2 * file_bytes < available);
     // Why there are no figures of repacked weights.
-    let mut left_out = None;
-    if !repacks {
+    let mut left_out = (!fits).then_some("does not fit");
+    if !fits {
         common.note("llama.cpp's repacked weights do not fit into memory beside the file: that mode is left out");
-        left_out = Some("does not fit");
     }
+    let modes = if fits { 3 } else { 2 };
     // Neither is to pay for the file's first way into the system's cache.
     let mut progress = common.progress("bench", (modes * setting.repeat + 1) as u64, "runs");
     us()?;
@@ -159,21 +158,19 @@ pub fn compare(common: &Common, setting: &Setting, own: &[OsString]) -> Result<(
     let mut runs: [Vec<Speeds>; 3] = Default::default();
     for repeat in 0..setting.repeat {
         for (i, runs) in runs.iter_mut().enumerate().take(modes) {
-            match i {
-                0 => runs.push(us()?),
-                1 => runs.push(peer.run(&model, setting, false)?),
-                _ if left_out.is_some() => {}
-                _ => match peer.run(&model, setting, true) {
-                    Ok(speeds) => runs.push(speeds),
-                    Err(error) if !interrupted() => {
-                        common.note(&format!(
-                            "llama.cpp fails with its weights repacked, that mode is left out: {error:#}"
-                        ));
-                        left_out = Some("fails");
-                        runs.clear();
-                    }
-                    Err(error) => return Err(error),
-                },
+            let repack = i == 2;
+            if repack && left_out.is_some() {
+                continue;
+            }
+            match if i == 0 { us() } else { peer.run(&model, setting, repack) } {
+                Ok(speeds) => runs.push(speeds),
+                Err(error) if repack && !interrupted() => {
+                    common
+                        .note(&format!("llama.cpp fails with its weights repacked, that mode is left out: {error:#}"));
+                    left_out = Some("fails");
+                    runs.clear();
+                }
+                Err(error) => return Err(error),
             }
             progress.set((modes * repeat + i + 2) as u64);
             if interrupted() {
