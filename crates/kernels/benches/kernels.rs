@@ -101,6 +101,9 @@ impl Bench {
             for n in [1, 2, 4] {
                 self.product(dtype, n, many, cols, ", 512 MiB");
             }
+            for rows in [512, 2048, 8192] {
+                self.one_after_another(dtype, rows, cols, many);
+            }
             for n in [1, 2, 4, 8, 32, 96] {
                 self.product(dtype, n, 512, cols, ", in cache");
             }
@@ -120,6 +123,23 @@ impl Bench {
         let (x, mut y) = (noise(n * cols), vec![0.0; n * rows]);
         let flops = 2.0 * (n * rows * cols) as f64;
         self.case(&name, flops, data.len() as f64, |pool| matmul(pool, Pack::BySize, w, &x, n, None, &mut y));
+    }
+
+    /// Matrices of `rows` rows, `many` rows in all, as the layers of a model have them: what it costs to begin and to end each.
+    fn one_after_another(&self, dtype: DType, rows: usize, cols: usize, many: usize) {
+        let name = format!("matmul {} [1, {cols}] x [{cols}, {rows}], one after another, 512 MiB", dtype.name());
+        if !self.wants(&name) {
+            return;
+        }
+        let each = rows * dtype.row_bytes(cols).expect("whole blocks");
+        let data = matrix(dtype, many / rows * rows, cols);
+        let (x, mut y) = (noise(cols), vec![0.0; rows]);
+        self.case(&name, 2.0 * (many * cols) as f64, data.len() as f64, |pool| {
+            for data in data.chunks_exact(each) {
+                let w = MatRef::new(dtype, rows, cols, data).expect("a matrix");
+                matmul(pool, Pack::BySize, w, &x, 1, None, &mut y);
+            }
+        });
     }
 
     fn experts(&self) {

@@ -88,8 +88,8 @@ pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegm
     let mut total = 0;
     blocks(&mut |_, cost| total += cost);
     let z = SendPtr(z.as_mut_ptr());
-    pool.run_parts(total as usize * shape.head_dim, |part, parts| {
-        let mut share = Share::new(total, part, parts);
+    pool.run_parts(total as usize * shape.head_dim, |part| {
+        let mut share = Share::new(total, part);
         blocks(&mut |block, cost| {
             if !share.take(1, cost).is_empty() {
                 // SAFETY: the lengths were checked, a block has rows and heads of its own.

@@ -124,36 +124,66 @@ impl Pool {
 /// Below this many operations (about 2 microseconds) waking the others costs more than it gives.
 const GRAIN: usize = 1 << 16;
 
-/// The most parts of one piece of work, per worker.
-const PARTS: usize = 8;
+/// The most units of one piece of work, per worker.
+const UNITS: usize = 64;
 
-/// The most workers that have parts of their own.
+/// The most workers that have units of their own.
 const OWNERS: usize = 64;
 
+/// Some neighbouring units of a piece of work.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    first: usize,
+    end: usize,
+    /// Units of the whole.
+    of: usize,
+}
+
+impl Part {
+    /// Units `units` of so many.
+    pub(crate) fn new(units: Range<usize>, of: usize) -> Part {
+        Part { first: units.start, end: units.end, of }
+    }
+
+    fn whole() -> Part {
+        Part::new(0..1, 1)
+    }
+
+    /// This part of `n` items, in units of `align`.
+    pub(crate) fn split(self, n: usize, align: usize) -> Range<usize> {
+        edge(n, self.first, self.of, align)..edge(n, self.end, self.of, align)
+    }
+}
+
+/// Takes half of what is left of `units`, at least one; its numbers.
+fn take_half(taken: &AtomicUsize, units: usize) -> Option<Range<usize>> {
+    let half = |taken: usize| (taken < units).then(|| taken + (units - taken).div_ceil(2));
+    let before = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, half).ok()?;
+    Some(before..half(before)?)
+}
+
 impl Pool {
-    /// Cuts work of so many `operations` into parts and calls `f(part, parts)` once for each.
+    /// Cuts work of so many `operations` into parts and calls `f` once for each.
     ///
-    /// A worker does its own parts first (they were its own the last time, so their data may
-    /// still be near) and then those that others have not come to. Hence `f` must give the same
-    /// result whatever worker calls it, and however many parts there are.
-    pub(crate) fn run_parts<F: Fn(usize, usize) + Sync>(&self, operations: usize, f: F) {
+    /// A worker does its own units first (they were its own the last time, so their data may
+    /// still be near), half of what is left at a time, and then in the same way those that others have not come to: few
+    /// parts, of which the last are small, so that all finish together. Hence `f` must give the same
+    /// result whatever worker calls it, and whatever the parts are.
+    pub(crate) fn run_parts<F: Fn(Part) + Sync>(&self, operations: usize, f: F) {
         let owners = self.threads().min(OWNERS);
         if owners == 1 || operations < GRAIN {
-            return f(0, 1);
+            return f(Part::whole());
         }
-        let each = (operations / GRAIN / owners).clamp(1, PARTS);
+        let units = (operations / GRAIN / owners).clamp(1, UNITS);
         let taken = [const { AtomicUsize::new(0) }; OWNERS];
         self.run(|worker, workers| {
             if workers == 1 {
-                return f(0, 1);
+                return f(Part::whole());
             }
             for owner in (worker..worker + owners).map(|w| w % owners) {
-                loop {
-                    let part = taken[owner].fetch_add(1, Ordering::Relaxed);
-                    if part >= each {
-                        break;
-                    }
-                    f(owner * each + part, owners * each);
+                while let Some(own) = take_half(&taken[owner], units) {
+                    let before = owner * units;
+                    f(Part::new(before + own.start..before + own.end, owners * units));
                 }
             }
         });
@@ -166,8 +196,8 @@ impl Pool {
         F: Fn(&mut [f32], usize) + Sync,
     {
         let (len, start) = (x.len(), SendPtr(x.as_mut_ptr()));
-        self.run_parts(len.saturating_mul(cost), |part, parts| {
-            let share = split(len, part, parts, cols);
+        self.run_parts(len.saturating_mul(cost), |part| {
+            let share = part.split(len, cols);
             // SAFETY: different parts do not overlap, and `x` is borrowed throughout.
             let rows = unsafe { std::slice::from_raw_parts_mut(start.get().add(share.start), share.len()) };
             f(rows, share.start);
@@ -204,10 +234,10 @@ pub(crate) struct Share {
 }
 
 impl Share {
-    /// One of `parts` of work that costs `total`.
-    pub(crate) fn new(total: u64, part: usize, parts: usize) -> Self {
-        let edge = |p: usize| (u128::from(total) * p as u128 / parts as u128) as u64;
-        Self { start: edge(part), end: edge(part + 1), passed: 0 }
+    /// A part of work that costs `total`.
+    pub(crate) fn new(total: u64, part: Part) -> Self {
+        let edge = |unit: usize| (u128::from(total) * unit as u128 / part.of as u128) as u64;
+        Self { start: edge(part.first), end: edge(part.end), passed: 0 }
     }
 
     /// Which items of the next group, of `items` at `cost` each, are in this part. Every item is in
@@ -334,7 +364,10 @@ fn spin_until(done: impl Fn() -> bool) -> bool {
 /// If `worker >= workers` or `align` is 0.
 pub fn split(n: usize, worker: usize, workers: usize, align: usize) -> Range<usize> {
     assert!(worker < workers, "worker {worker} of {workers}");
-    let units = n.div_ceil(align);
-    let edge = |w: usize| (units * w / workers * align).min(n);
-    edge(worker)..edge(worker + 1)
+    edge(n, worker, workers, align)..edge(n, worker + 1, workers, align)
+}
+
+/// Where unit `unit` of `units` begins among `n` items, which are cut at multiples of `align` only.
+fn edge(n: usize, unit: usize, units: usize, align: usize) -> usize {
+    (n.div_ceil(align) * unit / units * align).min(n)
 }

@@ -162,8 +162,8 @@ impl Product<'_> {
         let y = SendPtr(self.y.as_mut_ptr());
         self.with_rounded(pool, rounded, |product, rounded| {
             let place = Place { rounded, y };
-            pool.run_parts(operations, |part, parts| {
-                let mut share = Share::new(total, part, parts);
+            pool.run_parts(operations, |part| {
+                let mut share = Share::new(total, part);
                 for g in 0..groups {
                     let group = product.group(isa, g, &weights);
                     let cells = share.take(group.cells, group.cost);
@@ -184,8 +184,8 @@ impl Product<'_> {
         let rows = self.x.len().checked_div(cols).unwrap_or(0);
         scratch::rounded(rows * each, |chunks| {
             let (x, out) = (self.x, SendPtr(chunks.as_mut_ptr()));
-            pool.run_parts(x.len().saturating_mul(2), |part, parts| {
-                for row in split(rows, part, parts, 1) {
+            pool.run_parts(x.len().saturating_mul(2), |part| {
+                for row in part.split(rows, 1) {
                     let x = &x[row * cols..][..cols];
                     // SAFETY: the set was detected, and the rows of different parts do not overlap.
                     unsafe { round_row(isa, x.as_ptr(), cols, extent, out.get().add(row * each)) }

@@ -341,6 +341,12 @@ impl Weights {
         loaded + self.stream.as_ref().map_or(0, |cache| cache.resident_in(layer))
     }
 
+    /// All matrices that stay in memory: those outside the routed experts, and then those of the experts that are loaded (of
+    /// streamed ones none).
+    pub fn resident_matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.matrices.values().chain(self.resident_experts().flat_map(|e| [&e.gate, &e.up, &e.down]))
+    }
+
     fn resident_experts(&self) -> impl Iterator<Item = &Expert> {
         self.experts.iter().flatten().flatten()
     }

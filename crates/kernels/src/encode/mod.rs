@@ -7,7 +7,7 @@ mod search;
 mod small;
 mod super_blocks;
 
-use crate::pool::{Pool, SendPtr, split};
+use crate::pool::{Pool, SendPtr};
 use crate::simd::kernel;
 use crate::{DType, KernelError};
 
@@ -52,8 +52,8 @@ pub fn encode(
     assert!(dtype.is_writable(), "{} is only read", dtype.name());
     check(dtype, cols, src)?;
     let start = SendPtr(out.as_mut_ptr());
-    pool.run_parts(src.len().saturating_mul(COST), |part, parts| {
-        for row in split(rows, part, parts, 1) {
+    pool.run_parts(src.len().saturating_mul(COST), |part| {
+        for row in part.split(rows, 1) {
             // SAFETY: different rows do not overlap, and `out` is borrowed throughout; the pool's set is the machine's.
             unsafe {
                 let out = std::slice::from_raw_parts_mut(start.get().add(row * row_bytes), row_bytes);

@@ -22,6 +22,9 @@ mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod twin;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use twin::TwinLevels;
+
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
 pub(crate) use dots::rounded_dots;
@@ -89,6 +92,19 @@ pub(crate) trait Quant {
     /// There must be a block.
     unsafe fn levels(_: *const u8) -> Levels {
         unreachable!("only asked for where there are levels")
+    }
+
+    /// As [`Quant::levels`], of a block of each of two rows.
+    ///
+    /// # Safety
+    /// As for [`Quant::levels`], in each row; the machine must have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels
+    where
+        Self: Sized,
+    {
+        TwinLevels::of::<Self>(p)
     }
 
     /// As [`Quant::codes`], of a block of each of two rows, if [`Quant::LEVELS`].

@@ -2,6 +2,8 @@
 
 #![allow(non_camel_case_types, reason = "the usual names")]
 
+#[cfg(target_arch = "x86_64")]
+use super::TwinLevels;
 use super::blocks::NONLINEAR;
 use super::{GROUPS, Levels, Quant, Sink};
 use crate::DType;
@@ -164,6 +166,11 @@ impl Quant for Q4_K {
     unsafe fn levels(p: *const u8) -> Levels {
         six_bit_pairs(p)
     }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels {
+        TwinLevels::of_six_bit_pairs(p)
+    }
 }
 
 impl Q4_K {
@@ -188,6 +195,11 @@ impl Quant for Q5_K {
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
         six_bit_pairs(p)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels {
+        TwinLevels::of_six_bit_pairs(p)
     }
 }
 

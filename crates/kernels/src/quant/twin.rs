@@ -10,15 +10,71 @@ use super::{CHUNK, Quant, Rounded, Sink, chunk_bytes};
 use crate::simd::{Avx512, Twin};
 use crate::tile::Rows;
 
-/// Which of 32 levels, 16 of each row, each half of 32 codes' products is multiplied with; groups of 32, of 16.
-static LEVELS: [[[i16; 32]; 8]; 2] = {
-    let mut all = [[[0; 32]; 8]; 2];
+/// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
+#[derive(Clone, Copy)]
+pub(crate) struct TwinLevels {
+    /// Bytes as in [`Levels::scales`](super::Levels::scales), and as its mins: 16 of each row.
+    pub scales: __m256i,
+    pub mins: __m256i,
+    /// The halves `d` and `dmin` of the first row, and of the second.
+    pub factors: __m128i,
+}
+
+impl TwinLevels {
+    /// What [`Quant::levels`] gives for each row.
+    #[inline(always)]
+    pub(super) unsafe fn of<Q: Quant>(p: [*const u8; 2]) -> TwinLevels {
+        let (a, b) = (Q::levels(p[0]), Q::levels(p[1]));
+        let bytes = |a: [u64; 2], b: [u64; 2]| _mm256_set_epi64x(b[1] as i64, b[0] as i64, a[1] as i64, a[0] as i64);
+        let pair = |d: u16, dmin: u16| i32::from(d as i16) & 0xffff | i32::from(dmin as i16) << 16;
+        let factors = _mm_set_epi32(0, 0, pair(b.d, b.dmin), pair(a.d, a.dmin));
+        TwinLevels { scales: bytes(a.scales, b.scales), mins: bytes(a.mins, b.mins), factors }
+    }
+
+    /// Of blocks that begin with two halves and twelve bytes of scales and mins of 6 bits.
+    #[inline(always)]
+    pub(super) unsafe fn of_six_bit_pairs(p: [*const u8; 2]) -> TwinLevels {
+        let head = |p: *const u8| _mm_loadu_si128(p.cast());
+        let heads = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(head(p[0])), head(p[1]));
+        // Of each row: four scales' low bits, four's nibbles, and the same of mins; then the two upper bits of those with nibbles.
+        let low = _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+        let top = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+        let words = |a: i32, b: i32, c: i32, d: i32| _mm256_setr_epi32(a, b, c, d, a, b, c, d);
+        let low = _mm256_srlv_epi32(_mm256_shuffle_epi8(heads, low), words(0, 0, 0, 4));
+        let low = _mm256_and_si256(low, words(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f));
+        let top = _mm256_srli_epi32::<2>(_mm256_shuffle_epi8(heads, top));
+        let both = _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(0x30)));
+        let halves = |p: *const u8| p.cast::<i32>().read_unaligned();
+        TwinLevels {
+            scales: both,
+            mins: _mm256_bsrli_epi128::<8>(both),
+            factors: _mm_set_epi32(0, 0, halves(p[1]), halves(p[0])),
+        }
+    }
+
+    /// The scales as words, so that the `i`-th of every quarter belong to the `i`-th 32 codes: those of a row are the same
+    /// in both of its quarters, or with groups of 16 the even and the odd ones.
+    #[inline(always)]
+    unsafe fn by_codes<Q: Quant>(&self) -> __m512i {
+        if Q::GROUP == 32 {
+            let twice = _mm512_castsi256_si512(self.scales);
+            let twice = _mm512_shuffle_i32x4::<0b01_01_00_00>(twice, twice);
+            let widen = _mm_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7, -1);
+            _mm512_shuffle_epi8(twice, _mm512_broadcast_i32x4(widen))
+        } else {
+            let sort = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(self.scales, _mm256_broadcastsi128_si256(sort)))
+        }
+    }
+}
+
+/// The words that the halves of a quarter become, for the `i`-th pair of 32 codes.
+static WORDS: [[[u8; 2]; 8]; 4] = {
+    let mut all = [[[0; 2]; 8]; 4];
     let mut i = 0;
-    while i < 256 {
-        let (codes, lane) = (i / 32, i % 32);
-        let row = lane / 16 * 16;
-        all[0][codes][lane] = (row + codes) as i16;
-        all[1][codes][lane] = (row + 2 * codes + lane % 16 / 8) as i16;
+    while i < 32 {
+        let word = 2 * (i / 8) + i % 8 / 4;
+        all[i / 8][i % 8] = [2 * word as u8, 2 * word as u8 + 1];
         i += 1;
     }
     all
@@ -64,20 +120,17 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
         let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
         prefetch::<Avx512, Q>(p[0], ahead);
         prefetch::<Avx512, Q>(p[1], ahead);
-        let (a, b) = (Q::levels(p[0]), Q::levels(p[1]));
-        let levels = _mm512_cvtepi8_epi16(both(a.scales, b.scales));
+        let levels = Q::twin_levels(p);
         let mut dot = Dot::<Q, T> {
             x: std::array::from_fn(|t| Rounded::codes(x[t].add(c))),
-            levels,
-            sums: [[_mm512_setzero_si512(); 2]; T],
+            levels: levels.by_codes::<Q>(),
+            even: [_mm512_setzero_si512(); T],
+            sums: [_mm512_setzero_si512(); T],
             of: std::marker::PhantomData,
         };
         Q::twins(p, &mut dot);
-        // Factors of scales, and then of mins.
-        let pair = |a: u16, b: u16| u64::from(a) | u64::from(b) << 16;
-        let halves = pair(a.d, b.d) | pair(a.dmin, b.dmin) << 32;
-        let factors = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(halves as i64)));
-        let which = |i: i32| _mm512_mask_mov_epi32(_mm512_set1_epi32(i), 0xff00, _mm512_set1_epi32(i + 1));
+        let factors = _mm512_castps128_ps512(_mm_cvtph_ps(levels.factors));
+        let which = |i: i32| _mm512_mask_mov_epi32(_mm512_set1_epi32(i), 0xff00, _mm512_set1_epi32(i + 2));
         let d = _mm512_permutexvar_ps(which(0), factors);
         for t in 0..T {
             let x = x[t].add(c);
@@ -89,16 +142,16 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
                     _mm512_broadcast_i64x4(_mm256_loadu_si256(Rounded::sums(x, 16).cast()))
                 }
             };
-            let mut all = _mm512_add_epi32(dot.sums[t][0], dot.sums[t][1]);
+            let mut all = dot.sums[t];
             if Q::OFFSET > 0 {
-                let less = _mm512_madd_epi16(levels, of_groups());
+                let less = _mm512_madd_epi16(_mm512_cvtepi8_epi16(levels.scales), of_groups());
                 all = _mm512_sub_epi32(all, _mm512_mullo_epi32(less, _mm512_set1_epi32(i32::from(Q::OFFSET))));
             }
             let mut sum = _mm512_mul_ps(_mm512_cvtepi32_ps(all), d);
             if Q::MINS {
-                let mins = _mm512_cvtepu8_epi16(both(a.mins, b.mins));
+                let mins = _mm512_cvtepu8_epi16(levels.mins);
                 let less = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins, of_groups()));
-                sum = _mm512_fnmadd_ps(less, _mm512_permutexvar_ps(which(2), factors), sum);
+                sum = _mm512_fnmadd_ps(less, _mm512_permutexvar_ps(which(1), factors), sum);
             }
             sums[t] = _mm512_fmadd_ps(sum, worth, sums[t]);
         }
@@ -106,32 +159,55 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
     sums
 }
 
-/// Bytes of two rows, 16 of each.
-#[inline(always)]
-unsafe fn both(a: [u64; 2], b: [u64; 2]) -> __m256i {
-    let row = |[low, high]: [u64; 2]| _mm_set_epi64x(high as i64, low as i64);
-    _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row(a)), row(b))
+/// The bytes of every quarter that `which` names. The intrinsic will not do: the compiler knows `which` and takes two shuffles of
+/// words instead, of which the processor can do as few at once.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn shuffled(bytes: __m512i, which: __m512i) -> __m512i {
+    let out;
+    // SAFETY: the processor has it, and nothing but registers is touched.
+    std::arch::asm!("vpshufb {}, {}, {}", out(zmm_reg) out, in(zmm_reg) bytes, in(zmm_reg) which,
+        options(pure, nomem, nostack, preserves_flags));
+    out
+}
+
+/// Adds the products of pairs of words. The compiler makes two instructions of the intrinsic, a product and a sum.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn dot_words(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: as above.
+    std::arch::asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
+        options(pure, nomem, nostack, preserves_flags));
+    sum
 }
 
 /// Multiplies codes of two rows with `T` tokens, and sums with the levels of their groups.
 struct Dot<Q, const T: usize> {
     x: [*const u8; T],
+    /// As [`TwinLevels::by_codes`] gives them.
     levels: __m512i,
-    /// Of even and odd codes: two chains that do not wait for each other.
-    sums: [[__m512i; 2]; T],
+    /// The products of the last codes of an even number, each four added.
+    even: [__m512i; T],
+    sums: [__m512i; T],
     of: std::marker::PhantomData<Q>,
 }
 
 impl<Q: Quant, const T: usize> Sink<Twin> for Dot<Q, T> {
     #[inline(always)]
     unsafe fn take(&mut self, i: usize, codes: __m512i) {
-        let which = _mm512_loadu_si512((&raw const LEVELS[(Q::GROUP == 16) as usize][i]).cast());
-        let level = _mm512_permutexvar_epi16(which, self.levels);
-        for t in 0..T {
+        const { assert!(Q::SIGNED || 4 * Q::MOST as i32 * 127 <= i16::MAX as i32, "four products fit 16 bits") };
+        let fours: [__m512i; T] = std::array::from_fn(|t| {
             let x = _mm512_broadcast_i64x4(_mm256_loadu_si256(self.x[t].add(32 * i).cast()));
-            // Two products fit 16 bits: codes are at most 127.
-            let sum = &mut self.sums[t][i % 2];
-            *sum = _mm512_dpwssd_epi32(*sum, _mm512_maddubs_epi16(codes, x), level);
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x)
+        });
+        if i.is_multiple_of(2) {
+            self.even = fours;
+            return;
+        }
+        let which = _mm512_broadcast_i32x4(_mm_loadu_si128(WORDS[i / 2].as_ptr().cast()));
+        let levels = shuffled(self.levels, which);
+        for t in 0..T {
+            self.sums[t] = dot_words(self.sums[t], _mm512_packs_epi32(self.even[t], fours[t]), levels);
         }
     }
 }

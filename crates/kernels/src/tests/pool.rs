@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
-use crate::pool::Share;
+use crate::pool::{Part, Share};
 
 #[test]
 fn every_worker_runs_once() {
@@ -73,19 +73,15 @@ fn callers_take_turns() {
 }
 
 #[test]
-fn every_part_runs_once() {
+fn every_item_is_in_one_part() {
     for threads in [1, 2, 3, 70] {
         let pool = Pool::new(threads);
         for operations in [0, 1 << 17, 1 << 19, usize::MAX] {
             let calls: Vec<_> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-            let count = AtomicUsize::new(0);
-            pool.run_parts(operations, |part, parts| {
-                calls[part].fetch_add(1, Ordering::Relaxed);
-                count.store(parts, Ordering::Relaxed);
+            pool.run_parts(operations, |part| {
+                calls[part.split(1000, 1)].iter().for_each(|c| _ = c.fetch_add(1, Ordering::Relaxed));
             });
-            let count = count.into_inner();
-            let calls: Vec<_> = calls.into_iter().map(AtomicUsize::into_inner).collect();
-            assert!(calls[..count].iter().all(|c| *c == 1) && calls[count..].iter().all(|c| *c == 0));
+            assert!(calls.into_iter().all(|c| c.into_inner() == 1));
         }
     }
 }
@@ -113,7 +109,7 @@ fn shares_cover_everything_once() {
         let groups: Vec<_> = (0..1 + random.below(9)).map(|_| (random.below(20), random.below(30) as u64)).collect();
         let total = groups.iter().map(|(items, cost)| *items as u64 * cost).sum();
         let workers = 1 + random.below(6);
-        let mut shares: Vec<_> = (0..workers).map(|w| Share::new(total, w, workers)).collect();
+        let mut shares: Vec<_> = (0..workers).map(|w| Share::new(total, Part::new(w..w + 1, workers))).collect();
         for (items, cost) in groups {
             let mut next = 0;
             for share in &mut shares {

@@ -16,13 +16,11 @@ use quorate_model::{KvCache, Lens, LogitRows, Model, NoLens, PREFILL_CHUNK, Segm
 use quorate_residency::StreamStats;
 use serde_json::{Value, json};
 
-use crate::common::{
-    Common, available_bytes, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, rss_bytes, say,
-};
+use crate::common::{Common, disk_read_bytes, human_bytes, interrupted, parse_count, peak_rss_bytes, say};
 use crate::experts::{Beside, ExpertArgs, open};
 use crate::stream;
 use compare::{PeerArg, Setting};
-use roofline::Need;
+use roofline::{Bandwidth, Need};
 
 /// Arguments of `bench`.
 #[derive(Args)]
@@ -113,6 +111,8 @@ impl Bench {
         let mut runs: Vec<Run> = Vec::new();
         let mut progress = common.progress("bench", (self.repeat * self.lens.len()) as u64, "runs");
         let first_run = self.once(&model, LensArg::None)?; // warms caches and buffers
+        let mut bandwidth = Bandwidth::of(&model);
+        bandwidth.measure(model.pool());
         for repeat in 0..self.repeat {
             for (i, &lens) in self.lens.iter().enumerate() {
                 runs.push(self.once(&model, lens)?);
@@ -121,6 +121,7 @@ impl Bench {
                     bail!("interrupted");
                 }
             }
+            bandwidth.measure(model.pool());
         }
         progress.finish();
         let stages = if self.stages { Some(self.staged(&model)?) } else { None };
@@ -141,13 +142,10 @@ impl Bench {
             })
             .collect();
         let peak_rss = peak_rss_bytes();
-        // What the model may not take, the measurement must not take either.
-        let room = self.experts.memory.map_or(u64::MAX, |limit| limit.saturating_sub(rss_bytes().unwrap_or(limit)));
-        let (prefill, decode) =
-            (median(first.iter().map(|r| r.prefill).collect()), median(first.iter().map(|r| r.decode).collect()));
-        let bandwidth = roofline::read_bandwidth(model.pool(), room.min(available_bytes().unwrap_or(u64::MAX)));
+        let decodes: Vec<f64> = first.iter().map(|r| r.decode).collect();
+        let (prefill, decode) = (median(first.iter().map(|r| r.prefill).collect()), median(decodes.clone()));
         let need = Need::of(&model);
-        let machine = need.report(&model, prefill, decode, self.prefill + self.decode / 2, bandwidth);
+        let machine = need.report(&model, prefill, &decodes, self.prefill + self.decode / 2, &bandwidth);
         let document = json!({
             "model": common.model_path()?, "threads": model.pool().threads(),
             "instructions": model.pool().isa().name(), "memory_limit": self.experts.memory,

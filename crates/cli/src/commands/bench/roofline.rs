@@ -6,33 +6,67 @@ use std::time::Instant;
 use quorate_formats::Role;
 use quorate_kernels::{Pool, read_through, split};
 use quorate_model::Model;
-use quorate_residency::{Bytes, skeleton_bytes};
+use quorate_residency::skeleton_bytes;
 use serde_json::{Value, json};
 
-/// Bytes that are read to measure the memory: far more than any cache holds.
-const BYTES: u64 = 1 << 30;
+use super::median;
+
+/// Bytes that are read to measure the memory, if there are so many.
+const BYTES: usize = 1 << 30;
 
 /// Fewer would measure the cache.
-const BYTES_LEAST: u64 = 128 << 20;
+const BYTES_LEAST: usize = 128 << 20;
 
-/// Rounds of reading; the median counts.
-const ROUNDS: usize = 9;
+/// Rounds of reading at a time; the median counts.
+const ROUNDS: usize = 3;
 
-/// Bytes a second that all threads read from memory, each its own part in order; `None` if there is no room to measure it.
-pub fn read_bandwidth(pool: &Pool, room_bytes: u64) -> Option<f64> {
-    let bytes = Some(BYTES.min(room_bytes / 2)).filter(|&bytes| bytes >= BYTES_LEAST)?;
-    let memory = Bytes::filled(usize::try_from(bytes).ok()?, 1).ok()?;
-    let mut rates: Vec<f64> = (0..ROUNDS)
-        .map(|_| {
+/// How fast the machine reads the model's own weights from memory, measured before and after every run: other users of the
+/// machine change it from one second to the next.
+pub struct Bandwidth<'a> {
+    weights: Vec<&'a [u8]>,
+    bytes: usize,
+    /// Bytes a second, of each time.
+    rates: Vec<f64>,
+}
+
+impl<'a> Bandwidth<'a> {
+    pub fn of(model: &'a Model) -> Bandwidth<'a> {
+        let mut bytes = 0;
+        let enough = model.weights().resident_matrices().take_while(|m| {
+            bytes += m.data().len();
+            bytes - m.data().len() < BYTES
+        });
+        let weights = enough.map(|m| &m.data()[..]).collect::<Vec<_>>();
+        Bandwidth { bytes: weights.iter().map(|w| w.len()).sum(), weights, rates: Vec::new() }
+    }
+
+    /// All threads read the weights, each its own part in order.
+    pub fn measure(&mut self, pool: &Pool) {
+        if self.bytes < BYTES_LEAST {
+            return;
+        }
+        let rates = (0..ROUNDS).map(|_| {
             let start = Instant::now();
             pool.run(|worker, workers| {
-                black_box(read_through(&memory[split(memory.len(), worker, workers, 4096)]));
+                let own = split(self.bytes, worker, workers, 4096);
+                let mut passed = 0;
+                for w in &self.weights {
+                    let within = |at: usize| at.saturating_sub(passed).min(w.len());
+                    black_box(read_through(&w[within(own.start)..within(own.end)]));
+                    passed += w.len();
+                }
             });
-            bytes as f64 / start.elapsed().as_secs_f64()
-        })
-        .collect();
-    rates.sort_by(f64::total_cmp);
-    Some(rates[ROUNDS / 2])
+            self.bytes as f64 / start.elapsed().as_secs_f64()
+        });
+        let rate = median(rates.collect());
+        self.rates.push(rate);
+    }
+
+    /// Bytes a second around run `i`: the mean of what was measured before and after it. `None` if the weights are too few to
+    /// tell memory from caches.
+    fn around(&self, i: usize) -> Option<f64> {
+        Some((self.rates.get(i)? + self.rates.get(i + 1)?) / 2.0)
+    }
 }
 
 /// What passes need at least.
@@ -64,15 +98,26 @@ impl Need {
         Need { token_bytes, token_operations: 2.0 * weights as f64 }
     }
 
-    /// What speeds (tokens a second) are in bytes and operations a second, and as shares of what the memory gives.
-    /// `context` is the mean number of positions that a decoded token sees.
-    pub fn report(&self, model: &Model, prefill: f64, decode: f64, context: usize, bandwidth: Option<f64>) -> Value {
+    /// What speeds (tokens a second; those of decoding run by run) are in bytes and operations a second, and as shares of what
+    /// the memory gave around each run. `context` is the mean number of positions that a decoded token sees.
+    pub fn report(
+        &self,
+        model: &Model,
+        prefill: f64,
+        decode: &[f64],
+        context: usize,
+        bandwidth: &Bandwidth<'_>,
+    ) -> Value {
         let kv = model.cache_layout().bytes(context);
-        let read = (self.token_bytes + kv) as f64 * decode;
+        let read = |decode: f64| (self.token_bytes + kv) as f64 * decode;
+        let shares: Vec<f64> =
+            decode.iter().enumerate().filter_map(|(i, &d)| Some(read(d) / bandwidth.around(i)?)).collect();
+        let known = |values: &[f64]| (!values.is_empty()).then(|| median(values.to_vec()));
         json!({
-            "read_bandwidth_bytes_per_s": bandwidth,
+            "read_bandwidth_bytes_per_s": known(&bandwidth.rates),
             "decode_token_weight_bytes": self.token_bytes, "decode_token_kv_bytes": kv,
-            "decode_bytes_per_s": read, "decode_share_of_bandwidth": bandwidth.map(|all| read / all),
+            "decode_bytes_per_s": read(median(decode.to_vec())),
+            "decode_share_of_bandwidth": known(&shares), "decode_shares_of_bandwidth": shares,
             "prefill_operations_per_s": self.token_operations * prefill,
         })
     }
