@@ -132,7 +132,8 @@ impl Bench {
             return;
         }
         let each = rows * dtype.row_bytes(cols).expect("whole blocks");
-        let data = matrix(dtype, many / rows * rows, cols);
+        let many = many / rows * rows;
+        let data = matrix(dtype, many, cols);
         let (x, mut y) = (noise(cols), vec![0.0; rows]);
         self.case(&name, 2.0 * (many * cols) as f64, data.len() as f64, |pool| {
             for data in data.chunks_exact(each) {

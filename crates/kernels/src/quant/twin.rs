@@ -26,7 +26,7 @@ impl TwinLevels {
     pub(super) unsafe fn of<Q: Quant>(p: [*const u8; 2]) -> TwinLevels {
         let (a, b) = (Q::levels(p[0]), Q::levels(p[1]));
         let bytes = |a: [u64; 2], b: [u64; 2]| _mm256_set_epi64x(b[1] as i64, b[0] as i64, a[1] as i64, a[0] as i64);
-        let pair = |d: u16, dmin: u16| i32::from(d as i16) & 0xffff | i32::from(dmin as i16) << 16;
+        let pair = |d: u16, dmin: u16| (u32::from(d) | u32::from(dmin) << 16) as i32;
         let factors = _mm_set_epi32(0, 0, pair(b.d, b.dmin), pair(a.d, a.dmin));
         TwinLevels { scales: bytes(a.scales, b.scales), mins: bytes(a.mins, b.mins), factors }
     }
@@ -160,7 +160,7 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
 }
 
 /// The bytes of every quarter that `which` names. The intrinsic will not do: the compiler knows `which` and takes two shuffles of
-/// words instead, of which the processor can do as few at once.
+/// words instead, each of which costs as much as this one.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn shuffled(bytes: __m512i, which: __m512i) -> __m512i {

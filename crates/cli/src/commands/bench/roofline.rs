@@ -31,13 +31,15 @@ pub struct Bandwidth<'a> {
 
 impl<'a> Bandwidth<'a> {
     pub fn of(model: &'a Model) -> Bandwidth<'a> {
-        let mut bytes = 0;
-        let enough = model.weights().resident_matrices().take_while(|m| {
-            bytes += m.data().len();
-            bytes - m.data().len() < BYTES
-        });
-        let weights = enough.map(|m| &m.data()[..]).collect::<Vec<_>>();
-        Bandwidth { bytes: weights.iter().map(|w| w.len()).sum(), weights, rates: Vec::new() }
+        let (mut weights, mut bytes) = (Vec::new(), 0);
+        for matrix in model.weights().resident_matrices() {
+            if bytes >= BYTES {
+                break;
+            }
+            weights.push(&matrix.data()[..]);
+            bytes += matrix.data().len();
+        }
+        Bandwidth { weights, bytes, rates: Vec::new() }
     }
 
     /// All threads read the weights, each its own part in order.
