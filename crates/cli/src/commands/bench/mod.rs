@@ -198,7 +198,7 @@ impl Bench {
         let giga = |name: &str| machine[name].as_f64().map_or(f64::NAN, |v| v / 1e9);
         if let Some(share) = machine["decode_share_of_bandwidth"].as_f64() {
             say!(
-                "memory gives {:.1} GB/s; decoding reads {} a token, {:.1} GB/s, {:.0} % of it; the prompt {:.0} Gop/s",
+                "memory gives {:.1} GB/s; decoding reads {} a token, {:.1} GB/s, {:.0} % of what was read around each run; the prompt {:.0} Gop/s",
                 giga("read_bandwidth_bytes_per_s"),
                 human_bytes(need.token_bytes),
                 giga("decode_bytes_per_s"),
