@@ -5,9 +5,9 @@
 
 use std::arch::x86_64::*;
 
-use super::dots::{AHEAD, prefetch};
+use super::dots::AHEAD;
 use super::{CHUNK, Quant, Rounded, Sink, chunk_bytes};
-use crate::simd::{Avx512, Twin};
+use crate::simd::{Avx512, MAX_LANES, Simd, Twin};
 use crate::tile::Rows;
 
 /// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
@@ -93,17 +93,53 @@ pub(super) unsafe fn dots<Q: Quant, const T: usize>(
     out: *mut f32,
     width: usize,
 ) {
-    // What is asked for ahead is the same place of a later pair of rows.
-    let pair = 2 * w.stride;
-    let ahead = AHEAD.map(|bytes| bytes.div_ceil(pair) * pair);
-    for r in (0..count).step_by(2) {
-        let other = (r + 1).min(count - 1);
+    // Each half is read in order, so that the processor sees two streams that go on from row to row.
+    let half = count.div_ceil(2);
+    let mut all = [[_mm512_setzero_ps(); MAX_LANES]; T];
+    // How many rows ahead of each is asked for: whole tiles, in which a stream goes on in the same half, and rows.
+    let ahead = AHEAD.map(|bytes| bytes.div_ceil(w.stride)).map(|rows| (rows / half * count, rows % half));
+    for r in 0..half {
+        let other = (r + half).min(count - 1);
+        let ahead = ahead.map(|(tiles, rows)| {
+            let skipped = if r + rows < half { 0 } else { count - half };
+            (tiles + rows + skipped) * w.stride
+        });
         let sums = two_rows::<Q, T>([w.row(first + r), w.row(first + other)], w.cols, ahead, x);
         for t in 0..T {
-            let out = out.add(t * width);
-            *out.add(r) = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(0x00ff, sums[t]));
-            *out.add(other) = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(0xff00, sums[t]));
+            all[t][r] = sums[t];
         }
+    }
+    for t in 0..T {
+        let [low, high] = sum_halves(&mut all[t]);
+        let out = out.add(t * width);
+        _mm512_mask_storeu_ps(out, ((1_u32 << half) - 1) as u16, low);
+        _mm512_mask_storeu_ps(out.add(half), ((1_u32 << (count - half)) - 1) as u16, high);
+    }
+}
+
+/// The sums of the lower halves of sixteen vectors, and of the upper ones.
+#[inline(always)]
+unsafe fn sum_halves(v: &mut [__m512; MAX_LANES]) -> [__m512; 2] {
+    macro_rules! join {
+        ($lanes:literal, $pairs:literal) => {
+            for i in 0..$pairs {
+                let (a, b) = Avx512::swap::<$lanes>(v[2 * i], v[2 * i + 1]);
+                v[i] = _mm512_add_ps(a, b);
+            }
+        };
+    }
+    join!(1, 8);
+    join!(2, 4);
+    join!(4, 2);
+    [_mm512_shuffle_f32x4::<0b01_00_01_00>(v[0], v[1]), _mm512_shuffle_f32x4::<0b11_10_11_10>(v[0], v[1])]
+}
+
+/// Asks for what lies ahead of these cache lines, as far as [`AHEAD`] says.
+#[inline(always)]
+unsafe fn ask(lines: [*const u8; 2], ahead: [usize; 2]) {
+    for line in lines {
+        Avx512::prefetch(line.wrapping_add(ahead[0]));
+        Avx512::prefetch_far(line.wrapping_add(ahead[1]));
     }
 }
 
@@ -118,8 +154,16 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
     let mut sums = [_mm512_setzero_ps(); T];
     for c in 0..cols / CHUNK {
         let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
-        prefetch::<Avx512, Q>(p[0], ahead);
-        prefetch::<Avx512, Q>(p[1], ahead);
+        // As many cache lines as the chunk has, and now and then one more.
+        let bytes = const { chunk_bytes::<Q>() };
+        let line = c * bytes / 64;
+        let lines = rows.map(|row| row.wrapping_add(64 * line));
+        for i in 0..const { chunk_bytes::<Q>() / 64 } {
+            ask(lines.map(|at| at.wrapping_add(64 * i)), ahead);
+        }
+        if (c + 1) * bytes / 64 - line > bytes / 64 {
+            ask(lines.map(|at| at.wrapping_add(bytes / 64 * 64)), ahead);
+        }
         let levels = Q::twin_levels(p);
         let mut dot = Dot::<Q, T> {
             x: std::array::from_fn(|t| Rounded::codes(x[t].add(c))),
@@ -156,6 +200,9 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
             sums[t] = _mm512_fmadd_ps(sum, worth, sums[t]);
         }
     }
+    // Rows that begin within a cache line may reach into one more.
+    let rest = cols / CHUNK * chunk_bytes::<Q>() / 64 * 64;
+    ask(rows.map(|row| row.wrapping_add(rest)), ahead);
     sums
 }
 
