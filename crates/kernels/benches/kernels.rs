@@ -110,6 +110,7 @@ impl Bench {
             for n in [32, 512] {
                 self.product(dtype, n, 4096, cols, "");
             }
+            self.product(dtype, 512, 1536, 8960, "");
         }
     }
 

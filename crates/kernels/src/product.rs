@@ -80,10 +80,18 @@ struct Group<'w> {
     /// Whether tiles are packed, and whether a matrix is multiplied with rounded tokens.
     packed: bool,
     rounded: bool,
-    /// Cells are numbered tile by tile; a tile has one for each chunk of tokens.
+    /// Chunks that the tokens are cut into, and cells, one for each tile and chunk.
     chunks: usize,
     cells: usize,
     cost: u64,
+}
+
+impl Group<'_> {
+    /// The tile and the chunk of tokens of a cell. Tiles of blocks are packed anew for each cell, so it is the tokens that stay near.
+    fn place(&self, cell: usize) -> (usize, usize) {
+        let tiles = self.cells / self.chunks;
+        if self.rounded { (cell % tiles, cell / tiles) } else { (cell / self.chunks, cell % self.chunks) }
+    }
 }
 
 /// Where inputs and results lie.
@@ -110,7 +118,7 @@ impl Product<'_> {
         let rounded = weights.iter().flatten().any(|w| self.rounds(w.dtype));
         // Columns are only ever multiplied from packed tiles.
         let packed = self.transposed || self.pack.packs(tokens, rounded);
-        let most = if rounded { CELL_ROUNDED } else { CELL_TOKENS };
+        let most = if rounded { self.cell_rounded() } else { CELL_TOKENS };
         let chunks = if packed { tokens.div_ceil(most) } else { tokens.min(1) };
         let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
         let pack_cost = match (packed, rounded) {
@@ -120,6 +128,13 @@ impl Product<'_> {
         };
         let cost = (tokens.div_ceil(chunks.max(1)) + pack_cost) as u64;
         Group { weights, start, tokens, packed, rounded, chunks, cells, cost }
+    }
+
+    /// The most tokens of a cell with weights in blocks: they are to stay in the second cache from tile to tile.
+    fn cell_rounded(&self) -> usize {
+        const SECOND_CACHE: usize = 1 << 20;
+        let token = self.cols.div_ceil(CHUNK) * Rounded::LINES * 64;
+        (SECOND_CACHE / token.max(1)).clamp(CELL_TOKENS, CELL_ROUNDED)
     }
 
     /// Whether weights of this type are multiplied with rounded tokens.
@@ -220,7 +235,8 @@ impl Product<'_> {
             let mut packed_tile = usize::MAX;
             let mut batch = Batch::new();
             for cell in cells {
-                let first = cell / group.chunks * width;
+                let (tile_at, chunk) = group.place(cell);
+                let first = tile_at * width;
                 let count = width.min(self.rows - first);
                 if group.packed && packed_tile != first {
                     packed_tile = first;
@@ -232,7 +248,7 @@ impl Product<'_> {
                         }
                     }
                 }
-                let tokens = split(group.tokens, cell % group.chunks, group.chunks, 1);
+                let tokens = split(group.tokens, chunk, group.chunks, 1);
                 let blocks = tokens.len().div_ceil(most);
                 for block in 0..blocks {
                     let part = split(tokens.len(), block, blocks, 1);
@@ -343,7 +359,7 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 /// With weights in blocks every 32 values of `x` are rounded to signed bytes of a common scale, so that a value is off by
 /// at most 1/254 of the greatest magnitude among its 32, and codes are multiplied as whole numbers; the sums of
 /// blocks are gathered in `f32`. With the K types and `IQ4_XS`, whose scales are whole numbers within a block, it is every
-/// 256 values (as in llama.cpp), and the sums of a block are whole numbers too. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
+/// 256 values (as in llama.cpp), and a block's factor is applied to the sum of its groups. A row of `x` that is not finite gives NaN. (So does `MXFP4` with a scale
 /// beyond 2^100 or so, even if all its codes are 0.)
 ///
 /// # Panics

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::pack::{CODES, Form, PLANE, SCALES};
-use super::tiles::{Next, add_chunk, add_mins};
+use super::tiles::{Next, add_chunk, add_mins, from_whole};
 use super::{CHUNK, Rounded};
 use crate::simd::amx::{ROWS, Tiles};
 use crate::simd::{Avx512, Simd};
@@ -39,7 +39,7 @@ unsafe fn split<const SIGNED: bool>(packed: *mut f32, form: Form, next: Next) {
         for half in 0..2 {
             next.prefetch::<Avx512>(2 * g + half, 2 * form.groups);
             let at = |unit: usize| packed.add((2 * unit + half) * 16).cast::<__m512i>();
-            let scale = _mm512_load_si512(at(SCALES + g));
+            let scale = _mm512_cvtps_epi32(_mm512_load_ps(at(SCALES + g).cast()));
             let scale = _mm512_mask_mov_epi16(scale, 0xaaaa_aaaa, _mm512_slli_epi32::<16>(scale));
             for u in g * form.group / 4..(g + 1) * form.group / 4 {
                 let codes = _mm512_load_si512(at(CODES + u));
@@ -142,7 +142,7 @@ unsafe fn finish<const M: usize>(
     if form.mins {
         add_mins::<Avx512, M>(packed, form, tokens, &mut less);
     }
-    add_chunk::<Avx512, M>(packed, form, tokens, &all, &less, out);
+    add_chunk::<Avx512, M>(packed, form, tokens, &from_whole::<Avx512, M>(&all), &less, out);
 }
 
 /// The bytes from each of some rows to the next, if they are all the same.

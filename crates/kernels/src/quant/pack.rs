@@ -7,24 +7,23 @@ use crate::tile::Rows;
 /// A packed chunk is made of units, each a value of four bytes of every row. First the codes, four to a unit.
 pub(super) const CODES: usize = 0;
 
-/// Of every group the scale: `f32`, or whole if the type has [`Quant::LEVELS`].
+/// Of every group the scale, `f32`; with [`Form::halves`] twice in the halves of a whole number.
 pub(super) const SCALES: usize = CHUNK / 4;
 
 /// Without levels, mins: `f32`, of every group of 32.
 pub(super) const MINS: usize = SCALES + 8;
 
-/// Without levels, what every group's sum of products begins with (see [`Form::signed`]).
+/// What every group's sum of products begins with (see [`Form::signed`]).
 pub(super) const STARTS: usize = SCALES + GROUPS;
 
 /// With levels, whole mins: two groups to a unit.
-pub(super) const MIN_PAIRS: usize = SCALES + GROUPS;
+pub(super) const MIN_PAIRS: usize = STARTS + GROUPS;
 
-/// With levels, the factors of scales and of mins, `f32`, and what the sum begins with.
+/// With levels, the factors of scales and of mins, `f32`.
 pub(super) const FACTOR: usize = MIN_PAIRS + GROUPS / 2;
 pub(super) const MIN_FACTOR: usize = FACTOR + 1;
-pub(super) const START: usize = FACTOR + 2;
 
-const UNITS: usize = STARTS + GROUPS;
+const UNITS: usize = FACTOR + 2;
 
 /// With AMX, the upper plane of codes times scales, as the lower one takes the place of codes: four to a unit.
 #[cfg(target_arch = "x86_64")]
@@ -51,6 +50,8 @@ pub(super) struct Form {
     /// pairs of halves then, and what is taken from codes is in the whole mins: minus scale times [`Quant::OFFSET`].
     pub halves: usize,
     pub offset: bool,
+    /// Whether a chunk's sums are to be whole numbers, since with AMX they are with many tokens.
+    pub whole: bool,
 }
 
 impl Form {
@@ -58,7 +59,17 @@ impl Form {
         let halves = if isa.gathers_halves() { halves::<Q>() } else { 0 };
         let offset = Q::OFFSET > 0;
         let signed = Q::SIGNED || offset && halves == 0;
-        Self { group: Q::GROUP, groups: cols / Q::GROUP, signed, mins: Q::MINS, levels: Q::LEVELS, halves, offset }
+        let whole = matches!(isa, Isa::Amx);
+        Self {
+            whole,
+            group: Q::GROUP,
+            groups: cols / Q::GROUP,
+            signed,
+            mins: Q::MINS,
+            levels: Q::LEVELS,
+            halves,
+            offset,
+        }
     }
 }
 
@@ -242,15 +253,14 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
         }
         return;
     }
-    let mut all = S::splat_i32(0);
     let mut less = [S::splat_i32(0); GROUPS];
     for g in 0..CHUNK / Q::GROUP {
         // The byte with its sign.
         let scale = S::sar_i32(S::shl_i32(upright[g / 4], 24 - 8 * (g % 4) as i32), 24);
-        put(SCALES + g, if in_halves::<S, Q>() { pair_of(scale, scale) } else { scale });
+        put(SCALES + g, if in_halves::<S, Q>() { pair_of(scale, scale) } else { S::as_i32(S::from_i32(scale)) });
         less[g] = S::mul_i32(scale, S::splat_i32(-i32::from(Q::OFFSET)));
         if sums_wanted::<S, Q>() {
-            all = S::add_i32(all, S::mul_i32(scale, sums[g]));
+            put(STARTS + g, start::<S>(sums[g]));
         }
     }
     if in_halves::<S, Q>() && Q::OFFSET > 0 {
@@ -267,5 +277,4 @@ unsafe fn pack_records<S: Simd, Q: Quant>(
         put(MIN_FACTOR, S::as_i32(S::load_f16(min_factors.as_ptr().cast())));
     }
     put(FACTOR, S::as_i32(S::load_f16(factors.as_ptr().cast())));
-    put(START, start::<S>(all));
 }

@@ -23,29 +23,35 @@ pub(crate) enum Extent {
 #[repr(C, align(64))]
 pub(crate) struct Rounded {
     codes: [i8; CHUNK],
+    /// The sums of the codes of every 32 values, and of every 16; with [`Extent::Chunk`] what all codes are worth. They fit one cache line.
+    sums32: [i16; 8],
+    sums16: [i16; 16],
+    scale: f32,
     /// The codes with 128 added.
-    biased: [u8; CHUNK],
+    biased: Biased,
     /// What a code is worth: for every 32 values, and for every 16 (the same twice).
     scale32: [f32; 8],
     scale16: [f32; 16],
     /// Minus the sum of the rounded values: of every 32, and of every 16.
     less32: [f32; 8],
     less16: [f32; 16],
-    /// The sum of the codes.
-    sums32: [i16; 8],
-    sums16: [i16; 16],
 }
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Biased([u8; CHUNK]);
 
 impl Rounded {
     pub(crate) const ZERO: Self = Self {
         codes: [0; CHUNK],
-        biased: [128; CHUNK],
+        sums32: [0; 8],
+        sums16: [0; 16],
+        scale: 0.0,
+        biased: Biased([128; CHUNK]),
         scale32: [0.0; 8],
         scale16: [0.0; 16],
         less32: [0.0; 8],
         less16: [0.0; 16],
-        sums32: [0; 8],
-        sums16: [0; 16],
     };
 
     /// The codes of the chunk at `p`.
@@ -63,7 +69,17 @@ impl Rounded {
     /// What all codes are worth, if they were rounded to [`Extent::Chunk`].
     #[inline(always)]
     pub(super) const unsafe fn scale(p: *const Self) -> f32 {
-        (*p).scale32[0]
+        (*p).scale
+    }
+
+    /// Cache lines that products of chunks with one scale read: the codes, and what lies behind them.
+    pub(crate) const LINES: usize = CHUNK / 64 + 1;
+
+    /// Asks for the `i`-th of [`Rounded::LINES`].
+    #[inline(always)]
+    pub(super) unsafe fn prefetch<S: Simd>(p: *const Self, biased: bool, i: usize) {
+        let codes = if biased { Self::biased(p) } else { Self::codes(p) };
+        S::prefetch(if i < CHUNK / 64 { codes.wrapping_add(64 * i) } else { p.wrapping_byte_add(CHUNK).cast() });
     }
 
     /// What the codes of each `group` values are worth, and minus their sums.
@@ -131,11 +147,12 @@ unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded)
             let mut most = [magnitude::<S>(x, CHUNK); MAX_LANES];
             greatest::<S>(&mut most, 1);
             let (scale, inverse_of) = scales::<S>(most[0]);
-            out.scale32 = [S::first(scale); 8];
+            out.scale = S::first(scale);
+            out.scale32 = [out.scale; 8];
             inverse = [S::first(inverse_of); 8];
         }
     }
-    let (codes, biased) = (out.codes.as_mut_ptr().cast::<u8>(), out.biased.as_mut_ptr());
+    let (codes, biased) = (out.codes.as_mut_ptr().cast::<u8>(), out.biased.0.as_mut_ptr());
     for g in 0..8 {
         let inverse = S::splat(inverse[g]);
         for i in (32 * g..32 * (g + 1)).step_by(S::LANES) {

@@ -1,7 +1,7 @@
 //! Products of tiles of rows of blocks with many tokens: a chunk of a tile is packed, and then multiplied with every token
 //! while it is in the nearest cache.
 
-use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, START, STARTS, pack_chunk};
+use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, STARTS, pack_chunk};
 use super::{CHUNK, Rounded, chunk_bytes, with_quant};
 #[cfg(target_arch = "x86_64")]
 use super::{Extent, amx, extent};
@@ -93,12 +93,14 @@ kernel! {
         for block in 0..blocks {
             next.prefetch::<S>(block, blocks);
             let end = (block + 1) * x.len() / blocks;
+            // Behind the last tokens come the first ones' next chunk.
+            let after = Tokens { x: &x[end % x.len()..], chunk: chunk + end / x.len() };
             let (x, out) = (&x[start..end], out.add(start * 2 * S::LANES));
             macro_rules! by_tokens {
                 ($($m:literal)*) => {
                     match (x.len(), form.signed) {
-                        $(($m, false) if $m <= most => outer::<S, $m, false>(packed, form, x, chunk, out),)*
-                        $(($m, true) if $m <= most => outer::<S, $m, true>(packed, form, x, chunk, out),)*
+                        $(($m, false) if $m <= most => outer::<S, $m, false>(packed, form, x, chunk, after, out),)*
+                        $(($m, true) if $m <= most => outer::<S, $m, true>(packed, form, x, chunk, after, out),)*
                         _ => {}
                     }
                 };
@@ -109,18 +111,28 @@ kernel! {
     }
 }
 
-/// [`multiply_chunk`] for `M` tokens.
+/// A chunk of some tokens, which need not be there.
+#[derive(Clone, Copy)]
+struct Tokens<'a> {
+    x: &'a [*const Rounded],
+    chunk: usize,
+}
+
+/// [`multiply_chunk`] for `M` tokens; `after` are the ones that come next.
 #[inline(always)]
 unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
     packed: *const f32,
     form: Form,
     x: &[*const Rounded],
     chunk: usize,
+    after: Tokens<'_>,
     out: *mut f32,
 ) {
     let (mut tokens, mut codes) = ([std::ptr::null(); M], [std::ptr::null(); M]);
+    let mut next = [std::ptr::null(); M];
     for t in 0..M {
         tokens[t] = x[t].add(chunk);
+        next[t] = after.x[t.min(after.x.len() - 1)].wrapping_add(after.chunk);
         // As `dot4` wants them.
         codes[t] = if SIGNED && S::BIASED { Rounded::biased(tokens[t]) } else { Rounded::codes(tokens[t]) };
     }
@@ -130,7 +142,11 @@ unsafe fn outer<S: Simd, const M: usize, const SIGNED: bool>(
             _ => outer_halves::<S, M, false>(packed, form, tokens, codes, out),
         }
     } else if form.levels {
-        outer_levels::<S, M, SIGNED>(packed, form, tokens, codes, out);
+        if S::ISA == Isa::Avx512 && form.whole {
+            outer_levels::<S, M, SIGNED, true>(packed, form, tokens, codes, next, out);
+        } else {
+            outer_levels::<S, M, SIGNED, false>(packed, form, tokens, codes, next, out);
+        }
     } else {
         outer_plain::<S, M, SIGNED>(packed, form, tokens, codes, out);
     }
@@ -180,11 +196,7 @@ unsafe fn outer_plain<S: Simd, const M: usize, const SIGNED: bool>(
         }
     }
     for g in 0..groups {
-        let mut whole = [[S::splat_i32(0); 2]; M];
-        if SIGNED && S::BIASED {
-            let start = [0, 1].map(|half| S::load_i32(unit::<S>(packed, STARTS + g, half).cast()));
-            whole = [start; M];
-        }
+        let mut whole = starts::<S, M, SIGNED>(packed, g);
         add_group::<S, M, SIGNED>(packed, group, g, codes, &mut whole);
         for half in 0..2 {
             let scale = S::load(unit::<S>(packed, SCALES + g, half));
@@ -209,34 +221,69 @@ unsafe fn outer_plain<S: Simd, const M: usize, const SIGNED: bool>(
     }
 }
 
-/// [`outer`] with whole scales for each group of weights, and one scale for all activations of the chunk: all sums of a
-/// chunk are whole numbers.
+/// [`outer`] with whole scales for each group of weights, and one scale for all activations of the chunk. A group's sums are whole numbers;
+/// with `WHOLE` so are a chunk's, and else rounded to `f32`, which is faster.
 #[inline(always)]
-unsafe fn outer_levels<S: Simd, const M: usize, const SIGNED: bool>(
+unsafe fn outer_levels<S: Simd, const M: usize, const SIGNED: bool, const WHOLE: bool>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
     codes: [*const u8; M],
+    next: [*const Rounded; M],
     out: *mut f32,
 ) {
     let Form { group, groups, mins, .. } = form;
-    let start = [0, 1].map(|half| S::load_i32(unit::<S>(packed, START, half).cast()));
-    let mut all = [start; M];
+    let mut all = [[S::zero(); 2]; M];
+    let mut all_whole = [[S::splat_i32(0); 2]; M];
     for g in 0..groups {
-        let mut whole = [[S::splat_i32(0); 2]; M];
-        add_group::<S, M, SIGNED>(packed, group, g, codes, &mut whole);
-        for half in 0..2 {
-            let scale = S::load_i32(unit::<S>(packed, SCALES + g, half).cast());
+        if g < Rounded::LINES {
             for t in 0..M {
-                all[t][half] = S::add_i32(all[t][half], S::mul_i32(whole[t][half], scale));
+                Rounded::prefetch::<S>(next[t], SIGNED && S::BIASED, g);
             }
         }
+        let mut whole = starts::<S, M, SIGNED>(packed, g);
+        add_group::<S, M, SIGNED>(packed, group, g, codes, &mut whole);
+        for half in 0..2 {
+            let scale = S::load(unit::<S>(packed, SCALES + g, half));
+            for t in 0..M {
+                if WHOLE {
+                    let scaled = S::mul_i32(whole[t][half], S::to_i32(scale));
+                    all_whole[t][half] = S::add_i32(all_whole[t][half], scaled);
+                } else {
+                    all[t][half] = S::fma(S::from_i32(whole[t][half]), scale, all[t][half]);
+                }
+            }
+        }
+    }
+    if WHOLE {
+        all = from_whole::<S, M>(&all_whole);
     }
     let mut less = [[S::splat_i32(0); 2]; M];
     if mins {
         add_mins::<S, M>(packed, form, tokens, &mut less);
     }
     add_chunk::<S, M>(packed, form, tokens, &all, &less, out);
+}
+
+/// The same numbers, rounded to `f32`.
+#[inline(always)]
+pub(super) unsafe fn from_whole<S: Simd, const M: usize>(whole: &[[S::I; 2]; M]) -> [[S::V; 2]; M] {
+    let mut all = [[S::zero(); 2]; M];
+    for t in 0..M {
+        for half in 0..2 {
+            all[t][half] = S::from_i32(whole[t][half]);
+        }
+    }
+    all
+}
+
+/// What the sums of group `g` begin with.
+#[inline(always)]
+unsafe fn starts<S: Simd, const M: usize, const SIGNED: bool>(packed: *const f32, g: usize) -> [[S::I; 2]; M] {
+    if !(SIGNED && S::BIASED) {
+        return [[S::splat_i32(0); 2]; M];
+    }
+    [[0, 1].map(|half| S::load_i32(unit::<S>(packed, STARTS + g, half).cast())); M]
 }
 
 /// [`outer_levels`] for unsigned codes, where products of two (if `TWO`) or more units are first added up in halves.
@@ -280,7 +327,7 @@ unsafe fn outer_halves<S: Simd, const M: usize, const TWO: bool>(
     } else if form.mins {
         add_mins::<S, M>(packed, form, tokens, &mut less);
     }
-    add_chunk::<S, M>(packed, form, tokens, &all, &less, out);
+    add_chunk::<S, M>(packed, form, tokens, &from_whole::<S, M>(&all), &less, out);
 }
 
 /// Adds the products of whole mins with the sums of activations.
@@ -302,13 +349,13 @@ pub(super) unsafe fn add_mins<S: Simd, const M: usize>(
     }
 }
 
-/// Adds a chunk's whole sums, of codes and (if there are mins) of mins, to `out`.
+/// Adds a chunk's sums, of codes and (if there are mins, whole) of mins, to `out`.
 #[inline(always)]
 pub(super) unsafe fn add_chunk<S: Simd, const M: usize>(
     packed: *const f32,
     form: Form,
     tokens: [*const Rounded; M],
-    all: &[[S::I; 2]; M],
+    all: &[[S::V; 2]; M],
     less: &[[S::I; 2]; M],
     out: *mut f32,
 ) {
@@ -316,7 +363,7 @@ pub(super) unsafe fn add_chunk<S: Simd, const M: usize>(
         let factor = S::load(unit::<S>(packed, FACTOR, half));
         let min_factor = if form.mins { S::load(unit::<S>(packed, MIN_FACTOR, half)) } else { S::zero() };
         for t in 0..M {
-            let mut sum = S::mul(S::from_i32(all[t][half]), factor);
+            let mut sum = S::mul(all[t][half], factor);
             if form.mins {
                 let less = S::sub(S::zero(), S::from_i32(less[t][half]));
                 sum = S::fma(less, min_factor, sum);

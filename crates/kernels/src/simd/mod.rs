@@ -59,9 +59,10 @@ impl Isa {
         *BEST.get_or_init(Self::widest)
     }
 
-    /// The widest set that this machine has.
+    /// The widest set that this machine has. Asked for once: on a virtual machine the processor's answer takes microseconds.
     pub(crate) fn widest() -> Self {
-        Self::available().next().unwrap_or(Self::Portable)
+        static WIDEST: OnceLock<Isa> = OnceLock::new();
+        *WIDEST.get_or_init(|| Self::available().next().unwrap_or(Self::Portable))
     }
 
     /// Has [`Isa::best`] be the set of this name (`amx`, `avx512`, `avx2`, `neon`, `portable`), before it is asked for the
@@ -171,6 +172,8 @@ pub(crate) trait Simd: Bytes {
     unsafe fn load_i8(p: *const u8) -> Self::V;
     /// Widens whole numbers; exact up to 2^24.
     unsafe fn from_i32(v: Self::I) -> Self::V;
+    /// The nearest whole numbers.
+    unsafe fn to_i32(v: Self::V) -> Self::I;
     /// The same bits.
     unsafe fn as_i32(v: Self::V) -> Self::I;
     /// The same bits.

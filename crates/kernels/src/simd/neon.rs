@@ -58,6 +58,10 @@ impl Simd for Neon {
         vcvtq_f32_s32(v)
     }
     #[inline(always)]
+    unsafe fn to_i32(v: Self::V) -> Self::I {
+        vcvtnq_s32_f32(v)
+    }
+    #[inline(always)]
     unsafe fn as_i32(v: Self::V) -> Self::I {
         vreinterpretq_s32_f32(v)
     }

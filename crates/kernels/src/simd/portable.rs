@@ -60,6 +60,10 @@ impl Simd for Portable {
         v.map(|x| x as f32)
     }
     #[inline(always)]
+    unsafe fn to_i32(v: Self::V) -> Self::I {
+        v.map(|x| x.round_ties_even() as i32)
+    }
+    #[inline(always)]
     unsafe fn as_i32(v: Self::V) -> Self::I {
         v.map(|x| x.to_bits() as i32)
     }

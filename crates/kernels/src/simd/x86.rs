@@ -61,6 +61,10 @@ impl Simd for Avx512 {
         _mm512_cvtepi32_ps(v)
     }
     #[inline(always)]
+    unsafe fn to_i32(v: Self::V) -> Self::I {
+        _mm512_cvtps_epi32(v)
+    }
+    #[inline(always)]
     unsafe fn as_i32(v: Self::V) -> Self::I {
         _mm512_castps_si512(v)
     }
@@ -169,6 +173,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::V {
         _mm256_cvtepi32_ps(v)
+    }
+    #[inline(always)]
+    unsafe fn to_i32(v: Self::V) -> Self::I {
+        _mm256_cvtps_epi32(v)
     }
     #[inline(always)]
     unsafe fn as_i32(v: Self::V) -> Self::I {

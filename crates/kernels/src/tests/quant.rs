@@ -336,14 +336,32 @@ fn neither_threads_nor_neighbours_change_products_of_blocks() {
     }
 }
 
-/// With AMX sums of whole numbers are formed in another way, and are the same; also for tokens that lie apart in memory.
+/// Many tokens are cut into chunks, each of which meets all rows.
+#[test]
+fn chunks_of_tokens_do_not_change_products_of_blocks() {
+    let (mut random, pool) = (Random(48), Pool::new(2));
+    for (dtype, blocks) in block_types() {
+        let (n, few, rows, cols) = (421, 30, 70, dtype.block_len().max(64));
+        let w = Weights::of_blocks(&mut random, dtype, &blocks, Kind::Real, rows, cols);
+        let x = tokens(&mut random, n, cols);
+        let product = |x: &[f32]| {
+            let mut y = vec![f32::NAN; x.len() / cols * rows];
+            matmul(&pool, Pack::Always, w.get(), x, x.len() / cols, None, &mut y);
+            y
+        };
+        let parts: Vec<f32> = x.chunks(few * cols).flat_map(product).collect();
+        identical(&[product(&x), parts], dtype.name());
+    }
+}
+
+/// With AMX many tokens are multiplied in another way than few, with the same results; also tokens that lie apart in memory.
 #[test]
 fn tiles_of_whole_numbers_are_those_of_vectors() {
-    let has = |isa| Isa::available().any(|i| i == isa);
-    if !has(Isa::Amx) {
+    if !Isa::available().any(|isa| isa == Isa::Amx) {
         return;
     }
-    let (mut random, n) = (Random(47), 90);
+    let (mut random, n, few) = (Random(47), 90, 5);
+    let pool = Pool::with_isa(2, Isa::Amx);
     for (dtype, blocks) in block_types() {
         for kind in [Kind::Real, Kind::Extreme] {
             let (rows, cols) = (45, 2 * dtype.block_len().max(256));
@@ -352,11 +370,14 @@ fn tiles_of_whole_numbers_are_those_of_vectors() {
             let x = tokens(&mut random, n, cols);
             let ids: Vec<u32> = (0..n).map(|t| if t < 33 { 0 } else { random.below(3) as u32 }).collect();
             let refs: Vec<_> = experts.iter().map(|w| Some(w.get())).collect();
-            let [tiles, vectors] = [Isa::Amx, Isa::Avx512].map(|isa| {
-                let mut y = vec![f32::NAN; n * rows];
-                slot_products(&Pool::with_isa(2, isa), Side::Rows, &refs, &x, 1, &ids, &mut y).unwrap();
+            let products = |x: &[f32], ids: &[u32]| {
+                let mut y = vec![f32::NAN; ids.len() * rows];
+                slot_products(&pool, Side::Rows, &refs, x, 1, ids, &mut y).unwrap();
                 y
-            });
+            };
+            let tiles = products(&x, &ids);
+            let vectors: Vec<f32> =
+                x.chunks(few * cols).zip(ids.chunks(few)).flat_map(|(x, ids)| products(x, ids)).collect();
             assert_eq!(tiles, vectors, "{} {kind:?}", dtype.name());
         }
     }
