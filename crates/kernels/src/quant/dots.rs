@@ -80,7 +80,7 @@ unsafe fn row_of_scales<S: Simd, Q: Quant, const T: usize>(
     let (mut s, mut m) = ([0.0; GROUPS], [0.0; GROUPS]);
     for c in 0..cols.div_ceil(CHUNK) {
         let p = w.add(c * chunk_bytes::<Q>());
-        prefetch::<S, Q>(p, AHEAD);
+        prefetch::<S, Q>(p);
         let n = blocks_of::<Q>((cols - c * CHUNK).min(CHUNK));
         Q::scales::<S>(p, n, &mut s, &mut m);
         let mut dot = Dot::<S, Q, T> {
@@ -133,7 +133,7 @@ unsafe fn row_of_levels<S: Simd, Q: Quant, const T: usize>(
     let mut sums = [S::splat8(0.0); T];
     for c in 0..cols / CHUNK {
         let p = w.add(c * chunk_bytes::<Q>());
-        prefetch::<S, Q>(p, AHEAD);
+        prefetch::<S, Q>(p);
         let Levels { scales, mins, d, dmin } = Q::levels(p);
         let levels = S::widen_levels(scales);
         let mut dot = WholeDot::<S, Q, T> {
@@ -168,9 +168,10 @@ unsafe fn row_of_levels<S: Simd, Q: Quant, const T: usize>(
     sums
 }
 
-/// Asks for what lies so far ahead of a chunk (see [`AHEAD`]).
+/// Asks for what lies [`AHEAD`] of a chunk.
 #[inline(always)]
-pub(super) unsafe fn prefetch<S: Simd, Q: Quant>(chunk: *const u8, [near, far]: [usize; 2]) {
+unsafe fn prefetch<S: Simd, Q: Quant>(chunk: *const u8) {
+    let [near, far] = AHEAD;
     for line in (0..const { chunk_bytes::<Q>() }).step_by(64) {
         S::prefetch(chunk.wrapping_add(near + line));
         S::prefetch_far(chunk.wrapping_add(far + line));

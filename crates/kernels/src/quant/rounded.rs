@@ -14,7 +14,7 @@ const LEAST: f32 = 1e-35;
 pub(crate) enum Extent {
     /// Every 32.
     Group,
-    /// Every [`CHUNK`]: for weights whose scales are whole numbers within a chunk, so that all sums of it are.
+    /// Every [`CHUNK`]: for weights whose scales are whole numbers within a chunk, so that only the chunk has a factor.
     Chunk,
 }
 

@@ -154,11 +154,11 @@ unsafe fn two_rows<Q: Quant, const T: usize>(
     let mut sums = [_mm512_setzero_ps(); T];
     for c in 0..cols / CHUNK {
         let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
-        // As many cache lines as the chunk has, and now and then one more.
+        // As many cache lines as the chunk has, and now and then one more (a loop whose end varies costs more than it spares).
         let bytes = const { chunk_bytes::<Q>() };
         let line = c * bytes / 64;
         let lines = rows.map(|row| row.wrapping_add(64 * line));
-        for i in 0..const { chunk_bytes::<Q>() / 64 } {
+        for i in 0..bytes / 64 {
             ask(lines.map(|at| at.wrapping_add(64 * i)), ahead);
         }
         if (c + 1) * bytes / 64 - line > bytes / 64 {
