@@ -105,6 +105,7 @@ impl Bench {
                 self.one_after_another(dtype, rows, cols, many);
             }
             for n in [1, 2, 4, 8, 32, 96] {
+                self.product(dtype, n, 128, cols, ", near");
                 self.product(dtype, n, 512, cols, ", in cache");
             }
             for n in [32, 512] {
@@ -212,13 +213,13 @@ impl Bench {
                 let mut z = vec![0.0; len * width];
                 let pairs = (1..=len).map(|i| pos0 + i).sum::<usize>() * width;
                 for dtype in [DType::F32, DType::F16] {
-                    let data = matrix(dtype, pos0 + len, n_kv_heads * head_dim);
-                    let k = MatRef::new(dtype, pos0 + len, n_kv_heads * head_dim, &data).expect("a matrix");
+                    let mut k = KvPages::new(dtype, n_kv_heads, head_dim);
+                    k.extend(&noise(cache));
                     let name =
                         format!("attention {n_heads}/{n_kv_heads} x {head_dim}, {len} after {pos0}, {}", dtype.name());
                     let bytes = 2 * cache * dtype.block_bytes();
                     self.case(&name, 4.0 * pairs as f64, bytes as f64, |pool| {
-                        let segment = AttnSegment { row0: 0, len, pos0, k, v: k };
+                        let segment = AttnSegment { row0: 0, len, pos0, k: &k, v: &k };
                         attention(pool, &shape, &q, &[segment], &mut z);
                     });
                 }

@@ -14,16 +14,13 @@ use crate::scratch;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
 use crate::weight::{Weight, widen, with_weight};
-use crate::{DType, MatRef};
+use crate::{DType, KvPages};
 
 /// Rows of queries in a block.
 const QUERIES: usize = 64;
 
-/// Keys in a block: a multiple of every tile's rows.
-const KEYS: usize = 64;
-
-/// Keys that all heads of a block take before the next ones, if rows are few: a multiple of 8.
-const KEYS_AT_ONCE: usize = 16;
+/// Keys in a block: a page of the cache.
+const KEYS: usize = KvPages::PAGE;
 
 /// From this many rows on keys are packed.
 const PACK_FROM: usize = 9;
@@ -55,10 +52,10 @@ pub struct AttnSegment<'a> {
     pub len: usize,
     /// Position of its first row.
     pub pos0: usize,
-    /// Keys of positions `0..pos0 + len`: `[pos0 + len, n_kv_heads * head_dim]`; a head must be whole blocks of the type.
-    pub k: MatRef<'a>,
+    /// Keys of positions `0..pos0 + len`.
+    pub k: &'a KvPages,
     /// Values, likewise.
-    pub v: MatRef<'a>,
+    pub v: &'a KvPages,
 }
 
 /// `z = softmax(scale q k) v` for each row and head: a row at position `p` sees the keys
@@ -107,11 +104,9 @@ fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) 
     assert_eq!(q.len(), z.len(), "lengths of queries and results");
     for (i, s) in segments.iter().enumerate() {
         assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
-        for m in [&s.k, &s.v] {
-            assert_eq!((m.rows, m.cols), (s.pos0 + s.len, n_kv_heads * head_dim), "cache of segment {i}");
-            // Which has the bytes of its shape, or this panics.
-            m.row_bytes();
-            assert!(head_dim.is_multiple_of(m.dtype.block_len()), "cache of segment {i}");
+        for m in [s.k, s.v] {
+            let shape = (m.len(), m.heads(), m.head_dim());
+            assert_eq!(shape, (s.pos0 + s.len, n_kv_heads, head_dim), "cache of segment {i}");
         }
         let apart = |o: &AttnSegment<'_>| s.row0 + s.len <= o.row0 || o.row0 + o.len <= s.row0;
         assert!(segments[..i].iter().all(apart), "segment {i} overlaps another");
@@ -121,8 +116,7 @@ fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) 
 /// Some rows of some key heads, [`QUERIES`] at most. Row `r` of a key head is the `r % group`-th
 /// of its heads for token `r / group`.
 ///
-/// Rows of one key head lie far apart in the caches, so a block takes several if they have few
-/// queries: else every row of every head would be a page of its own, looked up anew.
+/// A block takes several key heads if they have few queries, since what they have of a page of positions lies side by side.
 struct Block<'a> {
     shape: &'a AttnShape,
     segment: &'a AttnSegment<'a>,
@@ -165,7 +159,7 @@ impl Block<'_> {
             let (scores, rest) = rest.split_at_mut(lengths[1]);
             // Of keys that must be widened, and then of values.
             let (packed, copy) = rest.split_at_mut(lengths[2]);
-            sums.fill(0.0);
+            sums[..self.kv_heads.len() * n * padded].fill(0.0);
             let mut state = [(f32::MIN, 0.0); QUERIES];
             let mut queries = [std::ptr::null(); QUERIES];
             let mut weights = [std::ptr::null(); QUERIES];
@@ -173,27 +167,29 @@ impl Block<'_> {
                 *weights = scores.as_ptr().add(i * KEYS);
             }
             let all = self.keys();
-            let few = n < PACK_FROM && !self.segment.k.dtype.is_quantized() && !self.segment.v.dtype.is_quantized();
+            let straight = n < PACK_FROM && !self.segment.v.dtype().is_quantized();
             for first in all.clone().step_by(KEYS) {
                 let keys = first..(first + KEYS).min(all.end);
-                if few {
-                    self.attend_few(isa, &keys, q, scores, &mut state, sums, padded);
-                    continue;
-                }
                 for kv_head in self.kv_heads.clone() {
                     for (query, row) in queries.iter_mut().zip(self.rows.clone()) {
                         *query = q.as_ptr().add(self.offset(kv_head, row));
                     }
-                    let mut k = self.rows_of(&self.segment.k, kv_head, &keys);
+                    let mut k = self.segment.k.rows(kv_head, &keys);
                     if k.dtype.is_quantized() {
                         let data = self.copied(isa, &k, padded, copy).data.cast();
-                        k = Rows { dtype: DType::F32, data, stride: 4 * padded, ahead: 0, ..k };
+                        k = Rows { dtype: DType::F32, data, stride: 4 * padded, ..k };
                     }
                     self.scores(isa, &k, &queries[..n], packed, scores);
                     let at = (kv_head - self.kv_heads.start) * n;
                     let sums = &mut sums[at * padded..];
                     self.soften(isa, &keys, scores, &mut state[at..], sums, padded);
-                    let v = self.rows_of(&self.segment.v, kv_head, &keys);
+                    let v = self.segment.v.rows(kv_head, &keys);
+                    if straight {
+                        for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
+                            mix(isa, &v, weights, sums.as_mut_ptr().add(i * DOT_TOKENS * padded), padded);
+                        }
+                        continue;
+                    }
                     let b = self.copied(isa, &v, padded, copy);
                     for c in (0..padded).step_by(tile) {
                         let b = Columns { data: b.data.add(c), ..b };
@@ -210,57 +206,6 @@ impl Block<'_> {
                 }
             }
         });
-    }
-
-    /// A block of keys for few rows of each head. All heads take some keys before the next ones are touched, since what the
-    /// heads have of a position lies side by side: memory is read in order, once.
-    ///
-    /// # Safety
-    /// As for [`Block::attend`]; `scores` must have [`KEYS`] values for each row of each head.
-    #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-    unsafe fn attend_few(
-        &self,
-        isa: Isa,
-        keys: &Range<usize>,
-        q: &[f32],
-        scores: &mut [f32],
-        state: &mut [(f32, f32)],
-        sums: &mut [f32],
-        padded: usize,
-    ) {
-        let n = self.rows.len();
-        let parts = || keys.clone().step_by(KEYS_AT_ONCE).map(|first| first..(first + KEYS_AT_ONCE).min(keys.end));
-        let scores_at = |head: usize, row: usize, key: usize| ((head * n + row) * KEYS) + key - keys.start;
-        for part in parts() {
-            for (head, kv_head) in self.kv_heads.clone().enumerate() {
-                let k = self.rows_of(&self.segment.k, kv_head, &part);
-                let mut query = [std::ptr::null(); PACK_FROM];
-                for (query, row) in query.iter_mut().zip(self.rows.clone()) {
-                    *query = q.as_ptr().add(self.offset(kv_head, row));
-                }
-                for (i, query) in query[..n].chunks(DOT_TOKENS).enumerate() {
-                    let out = scores.as_mut_ptr().add(scores_at(head, i * DOT_TOKENS, part.start));
-                    dots(isa, &k, 0, k.rows, query, out, KEYS);
-                }
-            }
-        }
-        for head in 0..self.kv_heads.len() {
-            let at = head * n;
-            self.soften(isa, keys, &mut scores[at * KEYS..], &mut state[at..], &mut sums[at * padded..], padded);
-        }
-        for part in parts() {
-            for (head, kv_head) in self.kv_heads.clone().enumerate() {
-                let v = self.rows_of(&self.segment.v, kv_head, &part);
-                let mut weights = [std::ptr::null(); PACK_FROM];
-                for (row, weights) in weights[..n].iter_mut().enumerate() {
-                    *weights = scores.as_ptr().add(scores_at(head, row, part.start));
-                }
-                for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
-                    let out = sums.as_mut_ptr().add((head * n + i * DOT_TOKENS) * padded);
-                    mix(isa, &v, weights, out, padded);
-                }
-            }
-        }
     }
 
     /// [`soften`] for each row of a key head.
@@ -309,16 +254,6 @@ impl Block<'_> {
             copy[d..].fill(0.0);
         }
         Columns { data: copy.as_ptr(), stride: padded, k: rows.rows }
-    }
-
-    /// What a key head has of some positions.
-    unsafe fn rows_of(&self, cache: &MatRef<'_>, kv_head: usize, keys: &Range<usize>) -> Rows {
-        let (d, stride) = (self.shape.head_dim, cache.row_bytes());
-        let head = d / cache.dtype.block_len() * cache.dtype.block_bytes();
-        let data = cache.data.as_ptr().add(keys.start * stride + kv_head * head);
-        // The next heads' parts of a row lie behind this one's.
-        let ahead = 2 * head;
-        Rows { dtype: cache.dtype, data, stride, ahead, rows: keys.len(), cols: d }
     }
 }
 
@@ -388,13 +323,14 @@ unsafe fn mix_columns<S: Simd, W: Weight, const C: usize, const T: usize>(
             sums[t][i] = S::load(out.add(t * width + i * S::LANES));
         }
     }
+    let ahead = v.ahead(1);
     for j in 0..v.rows {
         let row = v.data.add(j * v.stride);
         let mut value = [S::zero(); C];
         for i in 0..C {
             value[i] = W::load::<S>(row, first + i * S::LANES);
             if i * const { S::LANES * W::DTYPE.block_bytes() / W::DTYPE.block_len() } % 64 == 0 {
-                v.prefetch::<S, W>(row, first + i * S::LANES);
+                Rows::prefetch::<S, W>(row, first + i * S::LANES, ahead);
             }
         }
         for t in 0..T {

@@ -9,6 +9,7 @@
 //! - [`DType`], [`MatRef`], [`encode`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
 //! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
+//! - [`KvPages`]: keys and values, as [`attention`] reads them.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
 //!
 //! Results depend neither on the number of threads nor on timing. A length that does not fit its
@@ -26,6 +27,7 @@ mod encode;
 mod error;
 mod experts;
 mod heap;
+mod kv_pages;
 mod math;
 mod pool;
 mod product;
@@ -44,6 +46,7 @@ pub use encode::encode;
 pub use error::KernelError;
 pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_hidden, slot_products};
 pub use heap::{give_back_freed_memory, keep_freed_memory};
+pub use kv_pages::KvPages;
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
 pub use product::{Pack, gated_hidden, matmul, matmul_transposed};

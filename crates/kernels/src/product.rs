@@ -40,6 +40,9 @@ const CELL_TOKENS: usize = 96;
 /// The same for weights in blocks, whose tiles are packed anew for each cell.
 const CELL_ROUNDED: usize = 192;
 
+/// Tiles that are multiplied at once if they are not packed.
+const PLAIN_TILES: usize = 4;
+
 /// The cost of packing a tile, in tokens' worth of multiplying it.
 const PACK_COST: usize = 8;
 
@@ -80,7 +83,7 @@ struct Group<'w> {
     /// Whether tiles are packed, and whether a matrix is multiplied with rounded tokens.
     packed: bool,
     rounded: bool,
-    /// Chunks that the tokens are cut into, and cells, one for each tile and chunk.
+    /// Chunks that the tokens are cut into (one, unless tiles are packed), and cells, one for each tile and chunk.
     chunks: usize,
     cells: usize,
     cost: u64,
@@ -215,17 +218,32 @@ impl Product<'_> {
     /// # Safety
     /// The weights must be valid, all lengths fit, and nobody else touch the cells' outputs.
     unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, place: Place) {
-        let width = isa.tile_rows();
         let weights = group.weights.map(|w| w.map(|w| as_rows(&w)));
-        let most = match (group.packed, group.rounded) {
-            (false, _) => DOT_TOKENS,
-            (true, false) => isa.tile_tokens(),
-            (true, true) => CELL_ROUNDED,
-        };
+        if group.packed {
+            self.packed_cells(isa, group, &weights, cells, place);
+        } else {
+            self.plain_cells(isa, group, &weights, cells, place);
+        }
+    }
+
+    /// [`Product::cells`] from packed tiles.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn packed_cells(
+        &self,
+        isa: Isa,
+        group: &Group<'_>,
+        weights: &[Option<Rows>; 2],
+        cells: Range<usize>,
+        place: Place,
+    ) {
+        let width = isa.tile_rows();
+        let most = if group.rounded { CELL_ROUNDED } else { isa.tile_tokens() };
         let tile_len = |w: &Option<Rows>| match w {
-            Some(w) if group.packed && self.rounds(w.dtype) => packed_len(isa),
-            Some(_) if group.packed => self.cols * width,
-            _ => 0,
+            Some(w) if self.rounds(w.dtype) => packed_len(isa),
+            Some(_) => self.cols * width,
+            None => 0,
         };
         let lens = [tile_len(&weights[0]), tile_len(&weights[1])];
         scratch::floats(lens[0] + lens[1] + 2 * most * width, |scratch| {
@@ -238,7 +256,7 @@ impl Product<'_> {
                 let (tile_at, chunk) = group.place(cell);
                 let first = tile_at * width;
                 let count = width.min(self.rows - first);
-                if group.packed && packed_tile != first {
+                if packed_tile != first {
                     packed_tile = first;
                     for (w, tile) in weights.iter().zip(tile) {
                         match w {
@@ -255,11 +273,56 @@ impl Product<'_> {
                     let start = group.start + tokens.start;
                     self.gather(start + part.start..start + part.end, place, &mut batch);
                     for (i, w) in weights.iter().enumerate() {
-                        if let Some(w) = w {
-                            self.sums(isa, w, first, count, &batch, group.packed, tile[i], sums[i]);
+                        match w {
+                            Some(w) if self.rounds(w.dtype) => {
+                                multiply_rounded(isa, w, first, batch.rounded(), tile[i], sums[i]);
+                            }
+                            Some(_) => {
+                                let b = Columns { data: tile[i], stride: width, k: self.cols };
+                                multiply(isa, &b, batch.x(), sums[i], width, false);
+                            }
+                            None => {}
                         }
                     }
-                    finish_tile(isa, sums[0], sums[1], batch.out(), first, count, self.finish);
+                    finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
+                }
+            }
+        });
+    }
+
+    /// [`Product::cells`] from rows as they lie, some tiles at a time: what is done once for them is not done for each.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn plain_cells(
+        &self,
+        isa: Isa,
+        group: &Group<'_>,
+        weights: &[Option<Rows>; 2],
+        cells: Range<usize>,
+        place: Place,
+    ) {
+        let width = PLAIN_TILES * isa.tile_rows();
+        scratch::floats(2 * DOT_TOKENS * width, |scratch| {
+            let sums = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(DOT_TOKENS * width)];
+            let mut batch = Batch::new();
+            let blocks = group.tokens.div_ceil(DOT_TOKENS);
+            let rows = cells.start * isa.tile_rows()..self.rows.min(cells.end * isa.tile_rows());
+            for first in rows.clone().step_by(width) {
+                let count = width.min(rows.end - first);
+                for block in 0..blocks {
+                    let part = split(group.tokens, block, blocks, 1);
+                    self.gather(group.start + part.start..group.start + part.end, place, &mut batch);
+                    for (i, w) in weights.iter().enumerate() {
+                        match w {
+                            Some(w) if self.rounds(w.dtype) => {
+                                rounded_dots(isa, w, first, count, batch.rounded(), sums[i], width);
+                            }
+                            Some(w) => dots(isa, w, first, count, batch.x(), sums[i], width),
+                            None => {}
+                        }
+                    }
+                    finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
                 }
             }
         });
@@ -278,34 +341,6 @@ impl Product<'_> {
             batch.x[i].write(self.x.as_ptr().add(row * self.cols));
             batch.rounded[i].write(place.rounded.wrapping_add(row * chunks));
             batch.out[i].write(place.y.get().add(slot * self.rows));
-        }
-    }
-
-    /// The products of a tile with a batch, from its packed form or from its rows.
-    ///
-    /// # Safety
-    /// As for [`Product::cells`]; `tile` and `sums` must have their lengths.
-    #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-    unsafe fn sums(
-        &self,
-        isa: Isa,
-        w: &Rows,
-        first: usize,
-        count: usize,
-        batch: &Batch,
-        packed: bool,
-        tile: *mut f32,
-        sums: *mut f32,
-    ) {
-        let width = isa.tile_rows();
-        match (self.rounds(w.dtype), packed) {
-            (true, true) => multiply_rounded(isa, w, first, batch.rounded(), tile, sums),
-            (true, false) => rounded_dots(isa, w, first, count, batch.rounded(), sums, width),
-            (false, true) => {
-                let b = Columns { data: tile, stride: width, k: self.cols };
-                multiply(isa, &b, batch.x(), sums, width, false);
-            }
-            (false, false) => dots(isa, w, first, count, batch.x(), sums, width),
         }
     }
 }
@@ -345,12 +380,8 @@ impl Batch {
     }
 }
 
-/// How many rows ahead weights are asked for: no fewer than are multiplied at once.
-const ROWS_AHEAD: usize = 8;
-
 fn as_rows(w: &MatRef<'_>) -> Rows {
-    let stride = w.row_bytes();
-    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride, ahead: ROWS_AHEAD * stride, rows: w.rows, cols: w.cols }
+    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride: w.row_bytes(), rows: w.rows, cols: w.cols }
 }
 
 /// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is

@@ -28,6 +28,9 @@ impl Isa {
 /// The most that [`Isa::tile_tokens`] is.
 pub(crate) const MAX_TOKENS: usize = 12;
 
+/// How far ahead weights are asked for, in bytes: into the nearest cache, and before that into the next one.
+pub(crate) const AHEAD: [usize; 2] = [2048, 8192];
+
 /// The most tokens that [`dots`] takes.
 pub(crate) const DOT_TOKENS: usize = 4;
 
@@ -38,9 +41,6 @@ pub(crate) struct Rows {
     pub data: *const u8,
     /// Bytes from one row to the next.
     pub stride: usize,
-    /// Bytes from what is read in dot products to what is asked for then, since it will be wanted soon: processors guess how
-    /// one row goes on, but not that others will be wanted. What lies four times as far is asked for into the next cache.
-    pub ahead: usize,
     pub rows: usize,
     pub cols: usize,
 }
@@ -52,12 +52,21 @@ impl Rows {
         self.data.add(r.min(self.rows - 1) * self.stride)
     }
 
-    /// Asks for what lies ahead of column `c` of `row`; once per cache line is enough.
+    /// How far ahead rows are asked for, in bytes, if `together` of them are multiplied at once: into the nearest cache, and before
+    /// that into the next one. Long rows go on by themselves; otherwise it is rows that will be wanted, which processors do not guess.
     #[inline(always)]
-    pub(crate) unsafe fn prefetch<S: Simd, W: Weight>(&self, row: *const u8, c: usize) {
+    pub(crate) fn ahead(&self, together: usize) -> [usize; 2] {
+        let rows = |bytes: usize| bytes.div_ceil(self.stride.max(1)).next_multiple_of(together) * self.stride;
+        let [near, far] = AHEAD;
+        [if self.stride < near { rows(near) } else { near }, rows(far)]
+    }
+
+    /// Asks for what lies so far ahead of column `c` of `row`; once per cache line is enough.
+    #[inline(always)]
+    pub(crate) unsafe fn prefetch<S: Simd, W: Weight>(row: *const u8, c: usize, ahead: [usize; 2]) {
         let at = row.wrapping_add(c * W::DTYPE.block_bytes() / W::DTYPE.block_len());
-        S::prefetch(at.wrapping_add(self.ahead));
-        S::prefetch_far(at.wrapping_add(4 * self.ahead));
+        S::prefetch(at.wrapping_add(ahead[0]));
+        S::prefetch_far(at.wrapping_add(ahead[1]));
     }
 }
 
@@ -265,7 +274,7 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
 ) {
     let mut tokens = [std::ptr::null(); T];
     tokens.copy_from_slice(x);
-    let whole = w.cols - w.cols % S::LANES;
+    let (whole, ahead) = (w.cols - w.cols % S::LANES, w.ahead(R));
     for r in (0..count).step_by(R) {
         let mut rows = [w.data; R];
         for i in 0..R {
@@ -278,7 +287,7 @@ unsafe fn dot_rows<S: Simd, W: Weight, const R: usize, const T: usize>(
         let mut c = 0;
         while c < lines {
             for i in 0..R {
-                w.prefetch::<S, W>(rows[i], c);
+                Rows::prefetch::<S, W>(rows[i], c, ahead);
             }
             for c in (c..c + line).step_by(S::LANES) {
                 add_column::<S, W, R, T>(&rows, &tokens, c, &mut sums);
@@ -348,22 +357,20 @@ pub(crate) enum Finish<'a> {
 }
 
 kernel! {
-    /// Finishes a tile's sums, `sums[t * tile_rows + r]`, and stores them: token `t` goes to
-    /// `out[t]`, rows `first..first + count`. `others` are the sums of the second product, if
-    /// `finish` has two.
+    /// Finishes sums, `sums[0][t * width + r]`, and stores them: token `t` goes to `out[t]`, rows
+    /// `first..first + count`. The sums of the second product, if `finish` has two, are `sums[1]`.
     ///
     /// # Safety
-    /// `sums` and `others` must hold `tile_rows` values per token, each of `out` and a bias
-    /// `first + count`.
+    /// `sums` must hold `width` values per token, no fewer than `count` up to a multiple of the
+    /// vector; each of `out` and a bias `first + count`.
     pub(crate) unsafe fn finish_tile<S>(
-        sums: *const f32, others: *const f32, out: &[*mut f32], first: usize, count: usize,
-        finish: Finish<'_>,
+        sums: [*mut f32; 2], width: usize, out: &[*mut f32], first: usize, count: usize, finish: Finish<'_>,
     ) {
         for (t, &out) in out.iter().enumerate() {
             for r in (0..count).step_by(S::LANES) {
-                let at = t * 2 * S::LANES + r;
+                let at = t * width + r;
                 let n = count - r;
-                let sum = S::load(sums.add(at));
+                let sum = S::load(sums[0].add(at));
                 let sum = match finish {
                     Finish::Bias(None) => sum,
                     Finish::Bias(Some(bias)) => {
@@ -372,7 +379,7 @@ kernel! {
                         S::add(sum, if whole { S::load(bias) } else { S::load_part(bias, n) })
                     }
                     Finish::Gated(act) => {
-                        S::mul(activate::<S>(act, sum), S::load(others.add(at)))
+                        S::mul(activate::<S>(act, sum), S::load(sums[1].add(at)))
                     }
                 };
                 let out = out.add(first + r);

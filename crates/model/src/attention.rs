@@ -1,7 +1,6 @@
 //! Causal attention over the KV cache: at once by the kernel, or step by step where a lens wants its scores or pattern; and
 //! the way of the gradient through both.
 
-use std::borrow::Cow;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
@@ -149,7 +148,7 @@ impl Attention<'_> {
     }
 
     /// Keys and values of each span's sequence.
-    fn cached(&self) -> Vec<KeysValues<'_>> {
+    fn cached(&self) -> Vec<(Vec<f32>, Vec<f32>)> {
         self.rows.spans.iter().map(|span| self.cache.layer_values(span.slot, self.layer)).collect()
     }
 
@@ -157,14 +156,11 @@ impl Attention<'_> {
     fn back(&self) -> Back {
         let rows = |span: &Span| {
             let (k, v) = self.cache.layer_values(span.slot, self.layer);
-            Sequence { span: *span, k: k.into_owned(), v: v.into_owned() }
+            Sequence { span: *span, k, v }
         };
         Back { shape: self.shape(), longest: self.longest(), sequences: self.rows.spans.iter().map(rows).collect() }
     }
 }
-
-/// Keys and values of a sequence in one layer.
-type KeysValues<'a> = (Cow<'a, [f32]>, Cow<'a, [f32]>);
 
 /// Heads, widths, and which keys are seen.
 #[derive(Clone, Copy)]
@@ -193,13 +189,13 @@ fn number(shape: &Shape, key: usize, h: usize) -> usize {
     key * shape.n_kv_heads + h / (shape.n_heads / shape.n_kv_heads)
 }
 
-/// Where the key that head `h` reads lies in a cache.
+/// Where the key that head `h` reads lies among a cache's values.
 fn at(shape: &Shape, key: usize, h: usize) -> Range<usize> {
     let start = number(shape, key, h) * shape.head_dim;
     start..start + shape.head_dim
 }
 
-/// Where the value that head `h` reads lies in a cache.
+/// Where the value that head `h` reads lies among a cache's values.
 fn value_at(shape: &Shape, key: usize, h: usize) -> Range<usize> {
     let start = number(shape, key, h) * shape.v_dim;
     start..start + shape.v_dim

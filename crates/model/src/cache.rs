@@ -4,10 +4,8 @@
 //! follow: 576 numbers a token and layer of DeepSeek-V3 in place of 40,960. Where a lens has changed keys or
 //! values, or a gradient goes through them, they are kept in full.
 
-use std::borrow::Cow;
-
 use quorate_formats::spec::{LayerSpec, ModelSpec};
-use quorate_kernels::{DType, MatRef, dequantize, quantize};
+use quorate_kernels::{DType, KvPages};
 
 /// Type of the numbers of a [`KvCache`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,10 +29,10 @@ impl KvType {
         }
     }
 
-    /// Bytes of so many numbers.
+    /// Bytes of so many numbers of a position.
     pub(crate) fn bytes(self, numbers: usize) -> u64 {
         let dtype = self.dtype();
-        row_len(dtype, numbers.next_multiple_of(dtype.block_len())) as u64
+        (numbers.div_ceil(dtype.block_len()) * dtype.block_bytes()) as u64
     }
 }
 
@@ -42,7 +40,7 @@ impl KvType {
 #[derive(Clone, Debug)]
 pub struct KvCache {
     kv_type: KvType,
-    widths: Vec<Widths>,
+    kept: Vec<Kept>,
     /// Whether some layer has a state that cannot be taken back.
     recurrent: bool,
     slots: Vec<Slot>,
@@ -54,85 +52,16 @@ struct Slot {
     layers: Vec<LayerCache>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct LayerCache {
     /// Keys; or, unless `full`, latent vectors and shared keys.
-    k: Numbers,
-    v: Numbers,
+    k: KvPages,
+    v: KvPages,
     /// Whether a layer with latent attention has keys and values all the same.
     full: bool,
     state: State,
     /// The state after the pass under way.
     next: Option<State>,
-}
-
-/// Rows of numbers of one type.
-#[derive(Clone, Debug)]
-enum Numbers {
-    F32(Vec<f32>),
-    /// Of another type, as bytes.
-    Packed(DType, Vec<u8>),
-}
-
-impl Default for Numbers {
-    fn default() -> Self {
-        Numbers::F32(Vec::new())
-    }
-}
-
-/// Bytes of so many numbers, which are whole blocks: models with others are refused when they are opened.
-fn row_len(dtype: DType, numbers: usize) -> usize {
-    dtype.row_bytes(numbers).expect("rows of heads are whole blocks")
-}
-
-impl Numbers {
-    fn new(kv_type: KvType) -> Self {
-        match kv_type {
-            KvType::F32 => Numbers::F32(Vec::new()),
-            other => Numbers::Packed(other.dtype(), Vec::new()),
-        }
-    }
-
-    fn truncate(&mut self, len: usize) {
-        match self {
-            Numbers::F32(values) => values.truncate(len),
-            Numbers::Packed(dtype, bytes) => bytes.truncate(row_len(*dtype, len)),
-        }
-    }
-
-    fn extend(&mut self, new: &[f32]) {
-        match self {
-            Numbers::F32(values) => values.extend_from_slice(new),
-            Numbers::Packed(dtype, bytes) => {
-                let start = bytes.len();
-                bytes.resize(start + row_len(*dtype, new.len()), 0);
-                quantize(*dtype, new, &mut bytes[start..]);
-            }
-        }
-    }
-
-    /// As rows of `width` numbers.
-    fn rows(&self, width: usize) -> MatRef<'_> {
-        let rows = |len: usize, row: usize| len.checked_div(row).unwrap_or(0);
-        match self {
-            Numbers::F32(values) => MatRef::of_f32(rows(values.len(), width), width, values),
-            Numbers::Packed(dtype, data) => {
-                let rows = rows(data.len(), row_len(*dtype, width));
-                MatRef { dtype: *dtype, rows, cols: width, data }
-            }
-        }
-    }
-
-    fn values(&self) -> Cow<'_, [f32]> {
-        match self {
-            Numbers::F32(values) => Cow::Borrowed(values),
-            Numbers::Packed(dtype, bytes) => {
-                let mut values = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_len()];
-                dequantize(*dtype, bytes, &mut values);
-                Cow::Owned(values)
-            }
-        }
-    }
 }
 
 /// State of a layer with linear attention.
@@ -146,25 +75,31 @@ pub(crate) struct State {
 
 /// What a layer keeps of a token.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Widths {
-    /// A row of keys and one of values; nothing if the layer has a recurrent state.
-    full: [usize; 2],
+pub(crate) struct Kept {
+    /// Heads of keys and values, and numbers of each; nothing if the layer has a recurrent state.
+    heads: usize,
+    dims: [usize; 2],
     /// Latent vector and shared key.
     latent: Option<usize>,
 }
 
-impl Widths {
-    pub(crate) fn new(layer: &LayerSpec) -> Widths {
+impl Kept {
+    pub(crate) fn new(layer: &LayerSpec) -> Kept {
         let attn = &layer.attn;
-        let full = match layer.delta {
-            Some(_) => [0, 0],
-            None => [attn.n_kv_heads * attn.head_dim, attn.n_kv_heads * attn.v_head_dim()],
+        let (heads, dims) = match layer.delta {
+            Some(_) => (0, [0, 0]),
+            None => (attn.n_kv_heads, [attn.head_dim, attn.v_head_dim()]),
         };
-        Widths { full, latent: attn.mla.map(|mla| mla.kv_lora_rank + attn.rope.dim) }
+        Kept { heads, dims, latent: attn.mla.map(|mla| mla.kv_lora_rank + attn.rope.dim) }
     }
 
-    fn of(self, cache: &LayerCache) -> [usize; 2] {
-        if cache.full { self.full } else { self.least() }
+    /// Empty pages, for keys and values or for as little as will do.
+    fn pages(self, kv_type: KvType, full: bool) -> [KvPages; 2] {
+        let (heads, dims) = match self.latent {
+            Some(latent) if !full => (1, [latent, 0]),
+            _ => (self.heads, self.dims),
+        };
+        dims.map(|dim| KvPages::new(kv_type.dtype(), heads, dim))
     }
 
     /// Whether rows of heads can be kept in this type.
@@ -174,9 +109,9 @@ impl Widths {
         layer.delta.is_some() || [attn.head_dim, attn.v_head_dim(), latent].iter().all(|n| n.is_multiple_of(block))
     }
 
-    /// What is kept as long as nothing needs to be kept in full.
-    pub(crate) fn least(self) -> [usize; 2] {
-        self.latent.map_or(self.full, |latent| [latent, 0])
+    /// Numbers that are kept as long as nothing needs to be kept in full.
+    pub(crate) fn least(self) -> usize {
+        self.latent.unwrap_or(self.heads * self.dims.iter().sum::<usize>())
     }
 }
 
@@ -188,11 +123,14 @@ impl KvCache {
 
     /// An empty cache with `slots` sequences. Recurrent states are f32 in any case.
     pub fn of_type(spec: &ModelSpec, slots: usize, kv_type: KvType) -> KvCache {
-        let widths: Vec<Widths> = spec.layers.iter().map(Widths::new).collect();
+        let kept: Vec<Kept> = spec.layers.iter().map(Kept::new).collect();
         let recurrent = spec.layers.iter().any(|l| l.delta.is_some());
-        let layer = LayerCache { k: Numbers::new(kv_type), v: Numbers::new(kv_type), ..LayerCache::default() };
-        let slot = Slot { tokens: Vec::new(), layers: vec![layer; widths.len()] };
-        KvCache { kv_type, widths, recurrent, slots: vec![slot; slots] }
+        let layer = |kept: &Kept| {
+            let [k, v] = kept.pages(kv_type, false);
+            LayerCache { k, v, full: false, state: State::default(), next: None }
+        };
+        let slot = Slot { tokens: Vec::new(), layers: kept.iter().map(layer).collect() };
+        KvCache { kv_type, kept, recurrent, slots: vec![slot; slots] }
     }
 
     /// Number of slots.
@@ -226,15 +164,17 @@ impl KvCache {
         let slot = &mut self.slots[slot];
         let len = if self.recurrent && len < slot.tokens.len() { 0 } else { len };
         slot.tokens.truncate(len);
-        if slot.tokens.is_empty() {
-            for layer in &mut slot.layers {
-                (layer.state, layer.full) = (State::default(), false);
+        let empty = slot.tokens.is_empty();
+        for (layer, kept) in slot.layers.iter_mut().zip(&self.kept) {
+            layer.k.truncate(slot.tokens.len());
+            layer.v.truncate(slot.tokens.len());
+            if empty {
+                layer.state = State::default();
             }
-        }
-        for (layer, widths) in slot.layers.iter_mut().zip(&self.widths) {
-            let width = widths.of(layer);
-            layer.k.truncate(slot.tokens.len() * width[0]);
-            layer.v.truncate(slot.tokens.len() * width[1]);
+            if empty && layer.full {
+                layer.full = false;
+                [layer.k, layer.v] = kept.pages(self.kv_type, false);
+            }
         }
     }
 
@@ -242,38 +182,34 @@ impl KvCache {
     pub(crate) fn append(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let slot = &mut self.slots[slot];
         let cache = &mut slot.layers[layer];
-        let kept = self.widths[layer].of(cache).map(|width| slot.tokens.len() * width);
-        cache.k.truncate(kept[0]);
-        cache.v.truncate(kept[1]);
-        cache.k.extend(k);
-        cache.v.extend(v);
+        for (pages, rows) in [(&mut cache.k, k), (&mut cache.v, v)] {
+            pages.truncate(slot.tokens.len());
+            pages.extend(rows);
+        }
     }
 
-    /// Keys `[tokens, n_kv_heads * head_dim]` and values `[tokens, n_kv_heads * v_head_dim]` of one layer of a slot; of one
-    /// that is latent twice the same rows, which are keys and values at once.
-    pub(crate) fn layer(&self, slot: usize, layer: usize) -> (MatRef<'_>, MatRef<'_>) {
+    /// Keys and values of one layer of a slot; of one that is latent twice the same, which are keys and values at once.
+    pub(crate) fn layer(&self, slot: usize, layer: usize) -> (&KvPages, &KvPages) {
         let cache = &self.slots[slot].layers[layer];
-        let [k, v] = self.widths[layer].of(cache);
-        let keys = cache.k.rows(k);
-        (keys, if self.is_latent(slot, layer) { keys } else { cache.v.rows(v) })
+        (&cache.k, if self.is_latent(slot, layer) { &cache.k } else { &cache.v })
     }
 
-    /// The same as plain values.
-    pub(crate) fn layer_values(&self, slot: usize, layer: usize) -> (Cow<'_, [f32]>, Cow<'_, [f32]>) {
-        let cache = &self.slots[slot].layers[layer];
-        let latent = self.is_latent(slot, layer);
-        (cache.k.values(), if latent { cache.k.values() } else { cache.v.values() })
+    /// The same as plain values, `[tokens, n_kv_heads, head_dim]` and `[tokens, n_kv_heads, v_head_dim]`.
+    pub(crate) fn layer_values(&self, slot: usize, layer: usize) -> (Vec<f32>, Vec<f32>) {
+        let (k, v) = self.layer(slot, layer);
+        (k.values(), v.values())
     }
 
     /// Whether latent vectors are kept of this layer.
     pub(crate) fn is_latent(&self, slot: usize, layer: usize) -> bool {
-        self.widths[layer].latent.is_some() && !self.slots[slot].layers[layer].full
+        self.kept[layer].latent.is_some() && !self.slots[slot].layers[layer].full
     }
 
     /// Replaces the latent rows of a slot's tokens by their keys and values.
     pub(crate) fn keep_in_full(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
         let cache = &mut self.slots[slot].layers[layer];
-        (cache.k, cache.v, cache.full) = (Numbers::new(self.kv_type), Numbers::new(self.kv_type), true);
+        cache.full = true;
+        [cache.k, cache.v] = self.kept[layer].pages(self.kv_type, true);
         cache.k.extend(k);
         cache.v.extend(v);
     }

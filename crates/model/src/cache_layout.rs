@@ -1,14 +1,17 @@
 //! What the keys and values of a context take, from the architecture alone.
 
 use quorate_formats::spec::{LayerSpec, ModelSpec};
+use quorate_kernels::KvPages;
 
 use crate::KvType;
-use crate::cache::Widths;
+use crate::cache::Kept;
 
 /// How a context is kept, layer by layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheLayout {
     layers: Vec<LayerLayout>,
+    /// Positions come so many at a time.
+    unit: usize,
     /// Bytes that do not depend on the length: matrices and windows of layers with linear attention, f32.
     pub state_bytes: u64,
 }
@@ -21,32 +24,31 @@ struct LayerLayout {
 }
 
 impl CacheLayout {
-    /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: all positions, of multi-head
-    /// latent attention the latent vector and the rotated key.
+    /// As [`KvCache`](crate::KvCache) keeps it as long as no lens changes keys or values: all positions in whole pages, of
+    /// multi-head latent attention the latent vector and the rotated key.
     pub fn own(spec: &ModelSpec, kv_type: KvType) -> CacheLayout {
-        CacheLayout::of(spec, kv_type, |_| None)
+        CacheLayout::of(spec, kv_type, KvPages::PAGE, |_| None)
     }
 
     /// The least that computes the same with numbers of 16 bits: of sliding windows and chunks just the positions that can
     /// still be seen.
     pub fn compact(spec: &ModelSpec) -> CacheLayout {
-        CacheLayout::of(spec, KvType::F16, |l| match (l.attn.sliding_window, l.attn.extra.chunk) {
+        CacheLayout::of(spec, KvType::F16, 1, |l| match (l.attn.sliding_window, l.attn.extra.chunk) {
             (Some(window), Some(chunk)) => Some(window.min(chunk)),
             (window, chunk) => window.or(chunk),
         })
     }
 
-    fn of(spec: &ModelSpec, kv_type: KvType, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
-        let of_layer = |l: &LayerSpec| {
-            let numbers = Widths::new(l).least().iter().sum();
-            LayerLayout { token_bytes: kv_type.bytes(numbers), window: window(l) }
-        };
-        CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), state_bytes: state_bytes(spec) }
+    fn of(spec: &ModelSpec, kv_type: KvType, unit: usize, window: impl Fn(&LayerSpec) -> Option<usize>) -> CacheLayout {
+        let of_layer =
+            |l: &LayerSpec| LayerLayout { token_bytes: kv_type.bytes(Kept::new(l).least()), window: window(l) };
+        CacheLayout { layers: spec.layers.iter().map(of_layer).collect(), unit, state_bytes: state_bytes(spec) }
     }
 
     /// Bytes of a context of `tokens` tokens.
     pub fn bytes(&self, tokens: usize) -> u64 {
-        let kept = |l: &LayerLayout| l.window.map_or(tokens, |w| w.min(tokens)) as u64;
+        let units = |positions: usize| (positions.div_ceil(self.unit) as u64).saturating_mul(self.unit as u64);
+        let kept = |l: &LayerLayout| units(l.window.map_or(tokens, |w| w.min(tokens)));
         self.layers.iter().map(|l| l.token_bytes.saturating_mul(kept(l))).fold(self.state_bytes, u64::saturating_add)
     }
 
@@ -84,7 +86,10 @@ mod tests {
         // 61 layers of 512 + 64 numbers.
         let r1 = preset("deepseek-r1");
         assert_eq!(CacheLayout::compact(&r1).bytes_per_token(), 61 * 576 * 2);
-        assert_eq!(CacheLayout::own(&r1, KvType::F32).bytes_per_token(), 61 * 576 * 4);
+        let own = CacheLayout::own(&r1, KvType::F32);
+        assert_eq!(own.bytes_per_token(), 61 * 576 * 4);
+        assert_eq!([1, 64, 65].map(|n| own.bytes(n)), [64, 64, 128].map(|n| n * 61 * 576 * 4));
+        assert_eq!(own.bytes(usize::MAX), u64::MAX);
         // Every second layer sees 128 positions.
         let oss = CacheLayout::compact(&preset("gpt-oss-20b"));
         let token = 2 * 8 * 64 * 2;

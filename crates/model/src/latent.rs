@@ -109,7 +109,8 @@ impl<'a> Pass<'a> {
         let width = mla.kv_lora_rank + attn.rope.dim;
         for span in self.rows.spans.iter().filter(|span| cache.is_latent(span.slot, l)).copied().collect::<Vec<_>>() {
             // Shared keys in the cache are rotated already.
-            let held = cache.layer_values(span.slot, l).0[..span.pos0 * width].to_vec();
+            let mut held = cache.layer(span.slot, l).0.values();
+            held.truncate(span.pos0 * width);
             if span.pos0 == 0 {
                 cache.keep_in_full(span.slot, l, &[], &[]);
                 continue;

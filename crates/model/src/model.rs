@@ -9,7 +9,7 @@ use quorate_kernels::Pool;
 pub use quorate_residency::Progress as LoadProgress;
 use quorate_residency::{Expert, StreamOptions, Weights};
 
-use crate::cache::Widths;
+use crate::cache::Kept;
 use crate::ffn::{Gated, is_clamped};
 use crate::overlay::{Installed, Linear, Overlay, Vector};
 use crate::text::Tokenizer;
@@ -73,7 +73,7 @@ impl Model {
             .roles()
             .any(|role| checkpoint.tensor(role).is_ok_and(|t| matches!(t.dtype, StoredDType::Blocks(_))));
         let kv_type = kv_type.unwrap_or(if rounded { KvType::F16 } else { KvType::F32 });
-        if let Some(layer) = checkpoint.spec().layers.iter().position(|l| !Widths::allow(l, kv_type)) {
+        if let Some(layer) = checkpoint.spec().layers.iter().position(|l| !Kept::allow(l, kv_type)) {
             return Err(ModelError::KvType { layer, dtype: kv_type.dtype().name() });
         }
         // As `Tokenizer::of_model` has it, but a file's metadata are read already.

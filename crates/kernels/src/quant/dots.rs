@@ -5,10 +5,7 @@
 use super::twin;
 use super::{CHUNK, GROUPS, Levels, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
 use crate::simd::{Isa, Simd, kernel};
-use crate::tile::Rows;
-
-/// How far ahead the weights are asked for: into the nearest cache, and before that into the next one.
-pub(super) const AHEAD: [usize; 2] = [2048, 8192];
+use crate::tile::{AHEAD, Rows};
 
 /// `out[t * width + r]` is the product of row `first + r` and token `x[t]`, for `r` in `0..count`.
 ///
@@ -31,9 +28,9 @@ pub(crate) unsafe fn rounded_dots(
     if isa.takes_two_rows() {
         with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
             return match last {
-                0 => twin::dots::<Q, 1>(w, first, count, x, out, width),
-                1 => twin::dots::<Q, 2>(w, first, count, x, out, width),
-                _ => twin::dots::<Q, 4>(w, first, count, x, out, width),
+                0 => twin::dots::<Q, 1>(isa, w, first, count, x, out, width),
+                1 => twin::dots::<Q, 2>(isa, w, first, count, x, out, width),
+                _ => twin::dots::<Q, 4>(isa, w, first, count, x, out, width),
             };
         }, else {});
     }

@@ -23,7 +23,7 @@ mod tiles;
 mod twin;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use twin::TwinLevels;
+pub(crate) use twin::{TwinLevels, TwoRows};
 
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
@@ -34,8 +34,6 @@ pub(crate) use super_blocks::*;
 pub(crate) use tiles::multiply_rounded;
 
 use crate::DType;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::Twin;
 use crate::simd::{Codes, Simd, Turned, Upright};
 
 /// Values in a chunk.
@@ -97,7 +95,7 @@ pub(crate) trait Quant {
     /// As [`Quant::levels`], of a block of each of two rows.
     ///
     /// # Safety
-    /// As for [`Quant::levels`], in each row; the machine must have AVX-512.
+    /// As for [`Quant::levels`], in each row; the machine must have AVX2.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels
@@ -112,7 +110,7 @@ pub(crate) trait Quant {
     /// # Safety
     /// As for [`Quant::scales`], in each row.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn twins(_: [*const u8; 2], _: &mut impl Sink<Twin>) {
+    unsafe fn twins<S: TwoRows>(_: [*const u8; 2], _: &mut impl Sink<S>) {
         unreachable!("only asked for where there are levels")
     }
 

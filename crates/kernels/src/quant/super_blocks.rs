@@ -2,13 +2,11 @@
 
 #![allow(non_camel_case_types, reason = "the usual names")]
 
-#[cfg(target_arch = "x86_64")]
-use super::TwinLevels;
 use super::blocks::NONLINEAR;
 use super::{GROUPS, Levels, Quant, Sink};
-use crate::DType;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::Twin;
+use super::{TwinLevels, TwoRows};
+use crate::DType;
 use crate::simd::{Codes, Simd, Turned, Upright};
 
 const LOW2: u64 = 0x0303_0303_0303_0303;
@@ -48,8 +46,8 @@ macro_rules! super_block {
         }
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
-        unsafe fn twins(from: [*const u8; 2], sink: &mut impl Sink<Twin>) {
-            Self::unpack::<Twin>(from, sink);
+        unsafe fn twins<S: TwoRows>(from: [*const u8; 2], sink: &mut impl Sink<S>) {
+            Self::unpack::<S>(from, sink);
         }
         #[inline(always)]
         unsafe fn turned<S: Simd>(from: Upright, _: usize, sink: &mut impl Sink<Turned<S>>) {

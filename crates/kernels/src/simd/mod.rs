@@ -16,8 +16,6 @@ mod portable_bytes;
 mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_bytes;
-#[cfg(target_arch = "x86_64")]
-mod x86_twin;
 
 pub(crate) use bytes::{Bytes, Codes, Turned, Upright};
 #[cfg(target_arch = "aarch64")]
@@ -25,8 +23,6 @@ pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
-#[cfg(target_arch = "x86_64")]
-pub(crate) use x86_twin::Twin;
 
 use std::sync::OnceLock;
 
@@ -131,9 +127,9 @@ impl Isa {
         matches!(self, Self::Avx2)
     }
 
-    /// Whether whole sums of few tokens are formed for two rows at once (`quant/twin.rs`).
+    /// Whether whole sums of few tokens are formed for two rows at once (`quant/twin`).
     pub(crate) const fn takes_two_rows(self) -> bool {
-        matches!(self, Self::Amx | Self::Avx512)
+        matches!(self, Self::Amx | Self::Avx512 | Self::Avx2)
     }
 
     /// Vector registers.

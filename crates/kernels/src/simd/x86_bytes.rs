@@ -295,56 +295,8 @@ impl Codes for Avx2 {
 impl Bytes for Avx2 {
     shared!();
     pair_of_halves!();
-    type H = [i16; 16];
-    type W = [__m256i; 2];
-
-    #[inline(always)]
-    unsafe fn widen_levels(bytes: [u64; 2]) -> [i16; 16] {
-        let mut halves = [0; 16];
-        let wide = _mm256_cvtepi8_epi16(_mm_set_epi64x(bytes[1] as i64, bytes[0] as i64));
-        _mm256_storeu_si256(halves.as_mut_ptr().cast(), wide);
-        halves
-    }
-    #[inline(always)]
-    unsafe fn dot_levels(levels: [i16; 16], x: *const i16, n: usize) -> __m256 {
-        let p = levels.as_ptr();
-        if n == 8 {
-            let four = _mm_madd_epi16(_mm_loadu_si128(p.cast()), _mm_loadu_si128(x.cast()));
-            return _mm256_zextps128_ps256(_mm_cvtepi32_ps(four));
-        }
-        _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(x.cast())))
-    }
-    #[inline(always)]
-    unsafe fn zero_whole() -> [__m256i; 2] {
-        [_mm256_setzero_si256(); 2]
-    }
-    #[inline(always)]
-    unsafe fn add_pair<const SMALL: bool>(
-        mut acc: [__m256i; 2],
-        a: __m256i,
-        b: __m256i,
-        x: *const u8,
-        levels: [i16; 16],
-        pair: usize,
-    ) -> [__m256i; 2] {
-        let both = [a, b];
-        for i in 0..2 {
-            let x = _mm256_loadu_si256(x.add(32 * i).cast());
-            let level = if SMALL {
-                let two = [0, 1].map(|j| levels[4 * pair + 2 * i + j]);
-                _mm256_set_m128i(_mm_set1_epi16(two[1]), _mm_set1_epi16(two[0]))
-            } else {
-                _mm256_set1_epi16(levels[2 * pair + i])
-            };
-            // Two products fit 16 bits: codes are at most 127.
-            acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(both[i], x), level));
-        }
-        acc
-    }
-    #[inline(always)]
-    unsafe fn sum_whole(acc: [__m256i; 2]) -> __m256 {
-        _mm256_cvtepi32_ps(_mm256_add_epi32(acc[0], acc[1]))
-    }
+    type H = ();
+    type W = ();
     type I = __m256i;
     const BIASED: bool = false;
 

@@ -7,9 +7,9 @@ fn attend(shape: &AttnShape, s: &AttnSegment<'_>, row: usize, head: usize, q: &[
     let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
     let cached = |j: usize| (j * n_kv_heads + head / (n_heads / n_kv_heads)) * d;
     let q = &q[((s.row0 + row) * n_heads + head) * d..][..d];
-    let (k, v) = (widen(s.k.dtype, s.k.data), widen(s.v.dtype, s.v.data));
+    let (k, v) = (s.k.values(), s.v.values());
     let score = |j: usize| {
-        let sum: f64 = q.iter().zip(&k[cached(j)..]).map(|(q, k)| f64::from(*q) * k).sum();
+        let sum: f64 = q.iter().zip(&k[cached(j)..]).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
         sum * f64::from(scale)
     };
     let scores: Vec<f64> = (first..=position).map(score).collect();
@@ -19,10 +19,16 @@ fn attend(shape: &AttnShape, s: &AttnSegment<'_>, row: usize, head: usize, q: &[
     let mut z = vec![0.0; d];
     for (j, weight) in (first..=position).zip(weights) {
         for (z, v) in z.iter_mut().zip(&v[cached(j)..]) {
-            *z += weight / sum * v;
+            *z += weight / sum * f64::from(*v);
         }
     }
     z
+}
+
+fn pages(dtype: DType, shape: &AttnShape, rows: &[f32]) -> KvPages {
+    let mut pages = KvPages::new(dtype, shape.n_kv_heads, shape.head_dim);
+    pages.extend(rows);
+    pages
 }
 
 /// Segments as rows and cached positions before them, one row apart, with values times `size`.
@@ -30,13 +36,12 @@ fn check(shape: AttnShape, lens: &[(usize, usize)], size: f32, seed: u64, pools:
     let mut random = Random(seed);
     let d = shape.head_dim;
     let mut values = |n: usize| random.values(n).iter().map(|x| x * size).collect::<Vec<f32>>();
-    let width = shape.n_kv_heads * d;
     let dtype = if d.is_multiple_of(32) && seed.is_multiple_of(4) { DType::Q8_0 } else { TYPES[seed as usize % 3] };
-    let mut cache = |rows: usize| Weights::new(dtype, rows, width, &values(rows * width));
+    let mut cache = |rows: usize| pages(dtype, &shape, &values(rows * shape.n_kv_heads * d));
     let caches: Vec<_> = lens.iter().map(|(len, pos0)| (cache(pos0 + len), cache(pos0 + len))).collect();
     let (mut segments, mut row0) = (Vec::new(), 0);
     for (&(len, pos0), (k, v)) in lens.iter().zip(&caches) {
-        segments.push(AttnSegment { row0, len, pos0, k: k.get(), v: v.get() });
+        segments.push(AttnSegment { row0, len, pos0, k, v });
         row0 += len + 1;
     }
     let q = values(row0 * shape.n_heads * d);
@@ -106,11 +111,10 @@ fn threads_do_not_change_attention() {
     let q = random.values(301 * 96);
     let run = |threads: usize| {
         let mut z = vec![0.0; q.len()];
-        fn of(rows: usize, x: &[f32]) -> MatRef<'_> {
-            MatRef::of_f32(rows, 48, &x[..rows * 48])
-        }
-        let many = AttnSegment { row0: 0, len: 300, pos0: 0, k: of(300, &k), v: of(300, &v) };
-        let one = AttnSegment { row0: 300, len: 1, pos0: 300, k: of(301, &k), v: of(301, &v) };
+        let of = |rows: usize, x: &[f32]| pages(DType::F32, &shape, &x[..rows * 48]);
+        let (of_many, of_one) = ([of(300, &k), of(300, &v)], [of(301, &k), of(301, &v)]);
+        let many = AttnSegment { row0: 0, len: 300, pos0: 0, k: &of_many[0], v: &of_many[1] };
+        let one = AttnSegment { row0: 300, len: 1, pos0: 300, k: &of_one[0], v: &of_one[1] };
         attention(&Pool::new(threads), &shape, &q, &[many, one], &mut z);
         z
     };
@@ -121,8 +125,8 @@ fn threads_do_not_change_attention() {
 #[should_panic(expected = "segment 1 overlaps another")]
 fn attention_refuses_overlapping_segments() {
     let (k, q, mut z) = ([0.0; 16], [0.0; 24], [0.0; 24]);
-    let k = MatRef::of_f32(2, 8, &k);
-    let segment = AttnSegment { row0: 0, len: 2, pos0: 0, k, v: k };
+    let k = pages(DType::F32, &shape(1, 1, 8), &k);
+    let segment = AttnSegment { row0: 0, len: 2, pos0: 0, k: &k, v: &k };
     let other = AttnSegment { row0: 1, ..segment };
     attention(&Pool::new(1), &shape(1, 1, 8), &q, &[segment, other], &mut z);
 }
@@ -130,4 +134,29 @@ fn attention_refuses_overlapping_segments() {
 #[test]
 fn attention_of_nothing() {
     attention(&Pool::new(1), &shape(1, 1, 8), &[], &[], &mut []);
+}
+
+/// Pages give back what was put in, whatever the pieces it came in and whatever was taken back in between.
+#[test]
+fn pages_keep_what_they_get() {
+    let mut random = Random(11);
+    let (heads, dim) = (3, 32);
+    let rows = random.values(200 * heads * dim);
+    for dtype in [DType::F32, DType::F16, DType::Q8_0] {
+        let bytes = dtype.row_bytes(rows.len()).unwrap();
+        let mut rounded = vec![0; bytes];
+        quantize(dtype, &rows, &mut rounded);
+        let mut want = vec![0.0; rows.len()];
+        dequantize(dtype, &rounded, &mut want);
+        let mut pages = KvPages::new(dtype, heads, dim);
+        let width = heads * dim;
+        for (from, to) in [(0, 1), (1, 64), (64, 150), (100, 130), (128, 129), (129, 200)] {
+            pages.truncate(from);
+            pages.extend(&rows[from * width..to * width]);
+            assert_eq!((pages.len(), pages.is_empty()), (to, false));
+            assert!(pages.values() == want[..to * width], "{} up to {to}", dtype.name());
+        }
+        pages.truncate(300);
+        assert_eq!(pages.len(), 200);
+    }
 }

@@ -1,0 +1,244 @@
+//! Products of rows of blocks with a few tokens, two rows at once: what has to be done for every block besides its codes
+//! (levels, mins, factors) is done for two.
+
+#![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
+
+mod avx2;
+mod avx512;
+
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+
+use super::{CHUNK, Quant, Rounded, Sink, chunk_bytes};
+use crate::simd::{Codes, Isa, MAX_LANES};
+use crate::tile::{AHEAD, Rows};
+
+/// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
+#[derive(Clone, Copy)]
+pub(crate) struct TwinLevels {
+    /// Bytes as in [`Levels::scales`](super::Levels::scales), and as its mins: 16 of each row.
+    pub scales: __m256i,
+    pub mins: __m256i,
+    /// The halves `d` and `dmin` of the first row, and of the second.
+    pub factors: __m128i,
+}
+
+impl TwinLevels {
+    /// What [`Quant::levels`] gives for each row.
+    #[inline(always)]
+    pub(super) unsafe fn of<Q: Quant>(p: [*const u8; 2]) -> TwinLevels {
+        let (a, b) = (Q::levels(p[0]), Q::levels(p[1]));
+        let bytes = |a: [u64; 2], b: [u64; 2]| _mm256_set_epi64x(b[1] as i64, b[0] as i64, a[1] as i64, a[0] as i64);
+        let pair = |d: u16, dmin: u16| (u32::from(d) | u32::from(dmin) << 16) as i32;
+        let factors = _mm_set_epi32(0, 0, pair(b.d, b.dmin), pair(a.d, a.dmin));
+        TwinLevels { scales: bytes(a.scales, b.scales), mins: bytes(a.mins, b.mins), factors }
+    }
+
+    /// Of blocks that begin with two halves and twelve bytes of scales and mins of 6 bits.
+    #[inline(always)]
+    pub(super) unsafe fn of_six_bit_pairs(p: [*const u8; 2]) -> TwinLevels {
+        let head = |p: *const u8| _mm_loadu_si128(p.cast());
+        let heads = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(head(p[0])), head(p[1]));
+        // Of each row: four scales' low bits, four's nibbles, and the same of mins; then the two upper bits of those with nibbles.
+        let low = _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+        let top = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+        let words = |a: i32, b: i32, c: i32, d: i32| _mm256_setr_epi32(a, b, c, d, a, b, c, d);
+        let low = _mm256_srlv_epi32(_mm256_shuffle_epi8(heads, low), words(0, 0, 0, 4));
+        let low = _mm256_and_si256(low, words(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f));
+        let top = _mm256_srli_epi32::<2>(_mm256_shuffle_epi8(heads, top));
+        let both = _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(0x30)));
+        let halves = |p: *const u8| p.cast::<i32>().read_unaligned();
+        TwinLevels {
+            scales: both,
+            mins: _mm256_bsrli_epi128::<8>(both),
+            factors: _mm_set_epi32(0, 0, halves(p[1]), halves(p[0])),
+        }
+    }
+}
+
+/// Codes of two rows, and sums of their products.
+///
+/// # Safety
+/// As for [`Codes`].
+#[allow(clippy::missing_safety_doc, reason = "stated once, above")]
+pub(crate) trait TwoRows: Codes<From = [*const u8; 2]> {
+    /// Parts of a product of each row: half of them belong to the first.
+    type Sum: Copy;
+    /// The same as whole numbers.
+    type Whole: Copy;
+    /// Levels of all groups of a block of each row.
+    type Levels: Copy;
+    /// Those of 64 codes of each row.
+    type Pair: Copy;
+
+    /// Rows of half a tile.
+    const HALF: usize;
+
+    unsafe fn zero() -> Self::Sum;
+    unsafe fn zero_whole() -> Self::Whole;
+    unsafe fn levels<Q: Quant>(levels: &TwinLevels) -> Self::Levels;
+    /// The levels of pair `i` of 32 codes.
+    unsafe fn pair(levels: Self::Levels, i: usize) -> Self::Pair;
+    /// Adds the products of 64 codes, `even` and then `odd`, with the 64 signed bytes at `x`, each times its level. Codes are
+    /// unsigned, up to 31, or up to 63 with groups of 16.
+    unsafe fn add(sum: Self::Whole, even: Self::B, odd: Self::B, x: *const u8, levels: Self::Pair) -> Self::Whole;
+    /// Adds what a chunk comes to: the sum of its codes with levels, less mins and offset, times its factors.
+    unsafe fn close<Q: Quant>(sum: Self::Sum, levels: &TwinLevels, whole: Self::Whole, x: *const Rounded) -> Self::Sum;
+    /// Stores the products of `half` first rows at `out`, and those of `rest` second rows behind them; anything may lie behind
+    /// these, up to a tile's rows.
+    unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], half: usize, rest: usize, out: *mut f32);
+    /// Asks for what lies so far ahead of a cache line, nearer and farther.
+    unsafe fn ask(line: *const u8, ahead: [usize; 2]);
+}
+
+/// [`rounded_dots`](super::rounded_dots) for the first `T` tokens, of types whose codes are unsigned and whose scales are levels.
+///
+/// # Safety
+/// As for [`rounded_dots`](super::rounded_dots); the set must be one that [takes two rows](Isa::takes_two_rows).
+pub(super) unsafe fn dots<Q: Quant, const T: usize>(
+    isa: Isa,
+    w: &Rows,
+    first: usize,
+    count: usize,
+    x: [*const Rounded; 4],
+    out: *mut f32,
+    width: usize,
+) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    unsafe fn wide<Q: Quant, const T: usize>(w: &Rows, rows: [usize; 2], x: [*const Rounded; 4], out: [*mut f32; 4]) {
+        tiles::<avx512::Twin, Q, T>(w, rows, x, out);
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn narrow<Q: Quant, const T: usize>(w: &Rows, rows: [usize; 2], x: [*const Rounded; 4], out: [*mut f32; 4]) {
+        tiles::<avx2::Twin, Q, T>(w, rows, x, out);
+    }
+    let out = [0, 1, 2, 3].map(|t| out.wrapping_add(t * width));
+    match isa {
+        Isa::Avx2 => narrow::<Q, T>(w, [first, count], x, out),
+        _ => wide::<Q, T>(w, [first, count], x, out),
+    }
+}
+
+/// The products of `count` rows from `first` on, tile by tile.
+#[inline(always)]
+unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(
+    w: &Rows,
+    [first, count]: [usize; 2],
+    x: [*const Rounded; 4],
+    out: [*mut f32; 4],
+) {
+    let ahead = AHEAD.map(|bytes| bytes.div_ceil(w.stride));
+    for start in (0..count).step_by(2 * S::HALF) {
+        let count = (count - start).min(2 * S::HALF);
+        let data = w.data.add((first + start) * w.stride);
+        tile::<S, Q, T>(data, w, count, ahead, x, out.map(|out| out.wrapping_add(start)));
+    }
+}
+
+/// The products of the `count` rows at `data`, two at a time. Each half is read in order, so that the processor sees two streams
+/// that go on from row to row.
+#[inline(always)]
+unsafe fn tile<S: TwoRows, Q: Quant, const T: usize>(
+    data: *const u8,
+    w: &Rows,
+    count: usize,
+    ahead: [usize; 2],
+    x: [*const Rounded; 4],
+    out: [*mut f32; 4],
+) {
+    let half = count.div_ceil(2);
+    let mut all = [[S::zero(); MAX_LANES]; T];
+    // How far ahead of each is asked for: whole tiles, in which a stream goes on in the same half, and rows.
+    let turns = ahead.map(|rows| half - rows % half);
+    let same = ahead.map(|rows| (rows / half * count + rows % half) * w.stride);
+    let skipped = (count - half) * w.stride;
+    let mut rows = [data, data.wrapping_add(half * w.stride)];
+    for r in 0..half {
+        if r == count - half {
+            // An odd row is its own second.
+            rows[1] = rows[0];
+        }
+        let ahead = [0, 1].map(|i| if r < turns[i] { same[i] } else { same[i] + skipped });
+        let sums = two_rows::<S, Q, T>(rows, w.cols, ahead, x);
+        for t in 0..T {
+            all[t][r] = sums[t];
+        }
+        rows = rows.map(|row| row.wrapping_add(w.stride));
+    }
+    for t in 0..T {
+        S::store(&mut all[t], half, count - half, out[t]);
+    }
+}
+
+/// Asks for what lies ahead of these cache lines, as far as [`AHEAD`] says.
+#[inline(always)]
+unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], ahead: [usize; 2]) {
+    for line in lines {
+        S::ask(line, ahead);
+    }
+}
+
+/// The products of two rows with `T` tokens, in parts.
+#[inline(always)]
+unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
+    rows: [*const u8; 2],
+    cols: usize,
+    ahead: [usize; 2],
+    x: [*const Rounded; 4],
+) -> [S::Sum; T] {
+    let mut sums = [S::zero(); T];
+    for c in 0..cols / CHUNK {
+        let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
+        // As many cache lines as the chunk has, and now and then one more (a loop whose end varies costs more than it spares).
+        let bytes = const { chunk_bytes::<Q>() };
+        let line = c * bytes / 64;
+        let lines = rows.map(|row| row.wrapping_add(64 * line));
+        for i in 0..bytes / 64 {
+            ask::<S>(lines.map(|at| at.wrapping_add(64 * i)), ahead);
+        }
+        if (c + 1) * bytes / 64 - line > bytes / 64 {
+            ask::<S>(lines.map(|at| at.wrapping_add(bytes / 64 * 64)), ahead);
+        }
+        let levels = Q::twin_levels(p);
+        let mut dot = Dot::<S, Q, T> {
+            x: std::array::from_fn(|t| Rounded::codes(x[t].add(c))),
+            levels: S::levels::<Q>(&levels),
+            even: S::splat_byte(0),
+            sums: [S::zero_whole(); T],
+            of: PhantomData,
+        };
+        Q::twins::<S>(p, &mut dot);
+        for t in 0..T {
+            sums[t] = S::close::<Q>(sums[t], &levels, dot.sums[t], x[t].add(c));
+        }
+    }
+    // Rows that begin within a cache line may reach into one more.
+    let rest = cols / CHUNK * chunk_bytes::<Q>() / 64 * 64;
+    ask::<S>(rows.map(|row| row.wrapping_add(rest)), ahead);
+    sums
+}
+
+/// Multiplies codes of two rows with `T` tokens, and sums with the levels of their groups.
+struct Dot<S: TwoRows, Q, const T: usize> {
+    x: [*const u8; T],
+    levels: S::Levels,
+    /// The last codes of an even number.
+    even: S::B,
+    sums: [S::Whole; T],
+    of: PhantomData<Q>,
+}
+
+impl<S: TwoRows, Q: Quant, const T: usize> Sink<S> for Dot<S, Q, T> {
+    #[inline(always)]
+    unsafe fn take(&mut self, i: usize, codes: S::B) {
+        const { assert!(Q::SIGNED || 4 * Q::MOST as i32 * 127 <= i16::MAX as i32, "four products fit 16 bits") };
+        if i.is_multiple_of(2) {
+            self.even = codes;
+            return;
+        }
+        let levels = S::pair(self.levels, i / 2);
+        for t in 0..T {
+            self.sums[t] = S::add(self.sums[t], self.even, codes, self.x[t].add(64 * (i / 2)), levels);
+        }
+    }
+}
