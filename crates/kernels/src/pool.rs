@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use crate::simd::Isa;
 
-/// How long a thread spins for work, or for the others to finish, before it sleeps.
-const SPIN: Duration = Duration::from_micros(30);
+/// How long a thread spins for work, or for the others to finish, before it sleeps. Waking it takes longer than what mostly
+/// lies between two products, and on a busy machine that takes longer than usual.
+const SPIN: Duration = Duration::from_micros(200);
 
 thread_local! {
     /// Whether this thread is now a worker of some pool.
