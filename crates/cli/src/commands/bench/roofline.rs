@@ -110,7 +110,9 @@ impl Need {
         context: usize,
         bandwidth: &Bandwidth<'_>,
     ) -> Value {
-        let kv = model.cache_layout().bytes(context);
+        // What is read: of the last page of positions only those that there are.
+        let layout = model.cache_layout();
+        let kv = layout.state_bytes + layout.bytes_per_token() * context as u64;
         let read = |decode: f64| (self.token_bytes + kv) as f64 * decode;
         let shares: Vec<f64> =
             decode.iter().enumerate().filter_map(|(i, &d)| Some(read(d) / bandwidth.around(i)?)).collect();
