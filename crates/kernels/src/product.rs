@@ -267,25 +267,16 @@ impl Product<'_> {
                     }
                 }
                 let tokens = split(group.tokens, chunk, group.chunks, 1);
-                let blocks = tokens.len().div_ceil(most);
-                for block in 0..blocks {
-                    let part = split(tokens.len(), block, blocks, 1);
-                    let start = group.start + tokens.start;
-                    self.gather(start + part.start..start + part.end, place, &mut batch);
-                    for (i, w) in weights.iter().enumerate() {
-                        match w {
-                            Some(w) if self.rounds(w.dtype) => {
-                                multiply_rounded(isa, w, first, batch.rounded(), tile[i], sums[i]);
-                            }
-                            Some(_) => {
-                                let b = Columns { data: tile[i], stride: width, k: self.cols };
-                                multiply(isa, &b, batch.x(), sums[i], width, false);
-                            }
-                            None => {}
-                        }
+                let tile_of = |i: usize, w: &Rows, batch: &Batch, sums: *mut f32| {
+                    if self.rounds(w.dtype) {
+                        multiply_rounded(isa, w, first, batch.rounded(), tile[i], sums);
+                    } else {
+                        let b = Columns { data: tile[i], stride: width, k: self.cols };
+                        multiply(isa, &b, batch.x(), sums, width, false);
                     }
-                    finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
-                }
+                };
+                let places = group.start + tokens.start..group.start + tokens.end;
+                self.batches(isa, weights, places, most, [first, count], width, sums, place, &mut batch, tile_of);
             }
         });
     }
@@ -306,26 +297,52 @@ impl Product<'_> {
         scratch::floats(2 * DOT_TOKENS * width, |scratch| {
             let sums = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(DOT_TOKENS * width)];
             let mut batch = Batch::new();
-            let blocks = group.tokens.div_ceil(DOT_TOKENS);
             let rows = cells.start * isa.tile_rows()..self.rows.min(cells.end * isa.tile_rows());
             for first in rows.clone().step_by(width) {
                 let count = width.min(rows.end - first);
-                for block in 0..blocks {
-                    let part = split(group.tokens, block, blocks, 1);
-                    self.gather(group.start + part.start..group.start + part.end, place, &mut batch);
-                    for (i, w) in weights.iter().enumerate() {
-                        match w {
-                            Some(w) if self.rounds(w.dtype) => {
-                                rounded_dots(isa, w, first, count, batch.rounded(), sums[i], width);
-                            }
-                            Some(w) => dots(isa, w, first, count, batch.x(), sums[i], width),
-                            None => {}
-                        }
+                let rows_of = |_: usize, w: &Rows, batch: &Batch, sums: *mut f32| {
+                    if self.rounds(w.dtype) {
+                        rounded_dots(isa, w, first, count, batch.rounded(), sums, width);
+                    } else {
+                        dots(isa, w, first, count, batch.x(), sums, width);
                     }
-                    finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
-                }
+                };
+                let places = group.start..group.start + group.tokens;
+                self.batches(isa, weights, places, DOT_TOKENS, [first, count], width, sums, place, &mut batch, rows_of);
             }
         });
+    }
+
+    /// Multiplies some rows (the first, and how many) with the tokens at `places`, up to `most` at a time: `product(i, w, batch, sums)`
+    /// writes the sums of matrix `i`, rows of `width`.
+    ///
+    /// # Safety
+    /// As for [`Product::cells`]; `most` must be at most [`CELL_ROUNDED`], and each of `sums` have as many rows of `width`.
+    #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
+    unsafe fn batches(
+        &self,
+        isa: Isa,
+        weights: &[Option<Rows>; 2],
+        places: Range<usize>,
+        most: usize,
+        [first, count]: [usize; 2],
+        width: usize,
+        sums: [*mut f32; 2],
+        place: Place,
+        batch: &mut Batch,
+        product: impl Fn(usize, &Rows, &Batch, *mut f32),
+    ) {
+        let blocks = places.len().div_ceil(most);
+        for block in 0..blocks {
+            let part = split(places.len(), block, blocks, 1);
+            self.gather(places.start + part.start..places.start + part.end, place, batch);
+            for (i, w) in weights.iter().enumerate() {
+                if let Some(w) = w {
+                    product(i, w, batch, sums[i]);
+                }
+            }
+            finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
+        }
     }
 
     /// Puts the tokens at some places of the order of slots into `batch`.
