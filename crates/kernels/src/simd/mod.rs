@@ -284,6 +284,29 @@ pub(crate) unsafe fn transpose<S: Simd>(v: &mut [S::V; MAX_LANES]) {
     step::<S, 8>(v);
 }
 
+/// One step of [`fold_lanes`], of lanes that are `L` apart.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn fold_step<S: Simd, const L: usize>(
+    v: &mut [S::V; MAX_LANES],
+    n: usize,
+    join: impl Fn(S::V, S::V) -> S::V,
+) {
+    if L < S::LANES {
+        let pairs = n / (2 * L);
+        if pairs == 0 {
+            let (a, b) = S::swap::<L>(v[0], v[0]);
+            v[0] = join(a, b);
+        }
+        for i in 0..pairs {
+            let (a, b) = S::swap::<L>(v[2 * i], v[2 * i + 1]);
+            v[i] = join(a, b);
+        }
+    }
+}
+
 /// Sums the lanes of each of the first `n` vectors, a power of two up to `LANES`, into the first
 /// `n` lanes of `v[0]`. The order of the additions is the same for every `n`.
 ///
@@ -304,24 +327,10 @@ pub(crate) unsafe fn fold_lanes<S: Simd>(
     n: usize,
     join: impl Fn(S::V, S::V) -> S::V + Copy,
 ) {
-    #[inline(always)]
-    unsafe fn step<S: Simd, const L: usize>(v: &mut [S::V; MAX_LANES], n: usize, join: impl Fn(S::V, S::V) -> S::V) {
-        if L < S::LANES {
-            let pairs = n / (2 * L);
-            if pairs == 0 {
-                let (a, b) = S::swap::<L>(v[0], v[0]);
-                v[0] = join(a, b);
-            }
-            for i in 0..pairs {
-                let (a, b) = S::swap::<L>(v[2 * i], v[2 * i + 1]);
-                v[i] = join(a, b);
-            }
-        }
-    }
-    step::<S, 1>(v, n, join);
-    step::<S, 2>(v, n, join);
-    step::<S, 4>(v, n, join);
-    step::<S, 8>(v, n, join);
+    fold_step::<S, 1>(v, n, join);
+    fold_step::<S, 2>(v, n, join);
+    fold_step::<S, 4>(v, n, join);
+    fold_step::<S, 8>(v, n, join);
 }
 
 /// Defines `unsafe fn name<S>(args) -> R { .. }` as a kernel: the body is compiled once per

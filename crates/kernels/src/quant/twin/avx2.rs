@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{TwinLevels, TwoRows};
 use crate::quant::{Quant, Rounded};
-use crate::simd::{Avx2, Codes, MAX_LANES, Simd};
+use crate::simd::{Avx2, Codes, MAX_LANES, Simd, fold_step};
 
 /// A vector for each of two rows.
 #[derive(Clone, Copy)]
@@ -140,24 +140,15 @@ impl TwoRows for Twin {
     }
     #[inline(always)]
     unsafe fn store(v: &mut [__m256; MAX_LANES], half: usize, _: usize, out: *mut f32) {
-        macro_rules! join {
-            ($lanes:literal, $pairs:literal) => {
-                for i in 0..$pairs {
-                    let (a, b) = Avx2::swap::<$lanes>(v[2 * i], v[2 * i + 1]);
-                    v[i] = _mm256_add_ps(a, b);
-                }
-            };
-        }
-        join!(1, 4);
-        join!(2, 2);
+        fold_step::<Avx2, 1>(v, 8, |a, b| Avx2::add(a, b));
+        fold_step::<Avx2, 2>(v, 8, |a, b| Avx2::add(a, b));
         let (first, second) = Avx2::swap::<4>(v[0], v[1]);
         _mm256_storeu_ps(out, first);
         _mm256_storeu_ps(out.add(half), second);
     }
     #[inline(always)]
     unsafe fn ask(line: *const u8, [_, far]: [usize; 2]) {
-        // From the second cache it comes by itself (Zen 3: 1.00 and 0.96 of the memory's speed with one and two threads, 0.94 and
-        // 0.92 where both are asked for).
+        // From the second cache it comes by itself (measured on Zen 3, see docs/performance.md).
         Avx2::prefetch_far(line.wrapping_add(far));
     }
 }

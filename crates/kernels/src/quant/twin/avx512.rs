@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{TwinLevels, TwoRows};
 use crate::quant::{Quant, Rounded};
-use crate::simd::{Avx512, Codes, MAX_LANES, Simd};
+use crate::simd::{Avx512, Codes, MAX_LANES, Simd, fold_step};
 
 /// Vectors of 64 bytes whose halves belong to two rows.
 #[derive(Clone, Copy)]
@@ -135,17 +135,9 @@ impl TwoRows for Twin {
     }
     #[inline(always)]
     unsafe fn store(v: &mut [__m512; MAX_LANES], half: usize, rest: usize, out: *mut f32) {
-        macro_rules! join {
-            ($lanes:literal, $pairs:literal) => {
-                for i in 0..$pairs {
-                    let (a, b) = Avx512::swap::<$lanes>(v[2 * i], v[2 * i + 1]);
-                    v[i] = _mm512_add_ps(a, b);
-                }
-            };
-        }
-        join!(1, 8);
-        join!(2, 4);
-        join!(4, 2);
+        fold_step::<Avx512, 1>(v, 16, |a, b| Avx512::add(a, b));
+        fold_step::<Avx512, 2>(v, 16, |a, b| Avx512::add(a, b));
+        fold_step::<Avx512, 4>(v, 16, |a, b| Avx512::add(a, b));
         let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(v[0], v[1]);
         let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(v[0], v[1]);
         _mm512_mask_storeu_ps(out, ((1_u32 << half) - 1) as u16, low);
