@@ -68,10 +68,12 @@ impl KvPages {
     /// If there is a part of a position.
     pub fn extend(&mut self, rows: &[f32]) {
         let width = self.heads * self.head_dim;
-        assert_eq!(rows.len().checked_rem(width).unwrap_or(rows.len()), 0, "positions of {width} numbers");
-        let n = rows.len().checked_div(width).unwrap_or(0);
-        self.data.resize((self.len + n).div_ceil(Self::PAGE) * self.page_bytes(), 0);
-        for row in rows.chunks_exact(width.max(1)) {
+        assert!(rows.len().is_multiple_of(width), "{} numbers as positions of {width}", rows.len());
+        if width == 0 {
+            return;
+        }
+        self.data.resize((self.len + rows.len() / width).div_ceil(Self::PAGE) * self.page_bytes(), 0);
+        for row in rows.chunks_exact(width) {
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
                 let at = self.offset(head, self.len);
                 let bytes = self.head_bytes();
