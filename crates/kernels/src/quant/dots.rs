@@ -42,7 +42,7 @@ pub(crate) unsafe fn rounded_dots(
 }
 
 /// Whether a chunk's sums are whole numbers. Signed codes would need more work for that than it saves.
-const fn sums_whole<Q: Quant>() -> bool {
+pub(super) const fn sums_whole<Q: Quant>() -> bool {
     Q::LEVELS && !Q::SIGNED
 }
 

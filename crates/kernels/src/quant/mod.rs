@@ -23,7 +23,7 @@ mod tiles;
 mod twin;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use twin::{TwinLevels, TwoRows};
+pub(crate) use twin::TwinLevels;
 
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
@@ -110,8 +110,21 @@ pub(crate) trait Quant {
     /// # Safety
     /// As for [`Quant::scales`], in each row.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn twins<S: TwoRows>(_: [*const u8; 2], _: &mut impl Sink<S>) {
+    unsafe fn twins<C: Codes<From = [*const u8; 2]>>(_: [*const u8; 2], _: &mut impl Sink<C>) {
         unreachable!("only asked for where there are levels")
+    }
+
+    /// Which 32 values of a block the halves of each of the vectors of [`Quant::wide`] hold.
+    const WIDE: [[usize; 2]; 4] = [[0, 1], [2, 3], [4, 5], [6, 7]];
+
+    /// The codes of the block at `p`, 64 to a vector in the order of [`Quant::WIDE`], if there are [`Quant::LEVELS`] and codes
+    /// are unsigned.
+    ///
+    /// # Safety
+    /// There must be a block, and the machine have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn wide(_: *const u8) -> [std::arch::x86_64::__m512i; 4] {
+        unreachable!("only asked for where there are levels, with unsigned codes")
     }
 
     /// As [`Quant::codes`], of all rows of `from`, if [`Quant::TURNS`].

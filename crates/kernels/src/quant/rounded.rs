@@ -4,7 +4,7 @@
 //! the nearest, ties to even. So an activation is off by at most 1/254 of the largest of those.
 
 use super::CHUNK;
-use crate::simd::{MAX_LANES, Simd, fold_lanes, kernel};
+use crate::simd::{Isa, MAX_LANES, Simd, fold_lanes, kernel};
 
 /// Below this magnitude 32 values count as zeros: the inverse of their scale would overflow.
 const LEAST: f32 = 1e-35;
@@ -35,6 +35,10 @@ pub(crate) struct Rounded {
     /// Minus the sum of the rounded values: of every 32, and of every 16.
     less32: [f32; 8],
     less16: [f32; 16],
+    /// With AVX-512 and [`Extent::Chunk`] the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
+    crossed: [i8; CHUNK],
+    /// So that the same chunk of neighbouring tokens lies in different sets of a cache.
+    _apart: [u8; 64],
 }
 
 #[derive(Clone, Copy)]
@@ -52,12 +56,21 @@ impl Rounded {
         scale16: [0.0; 16],
         less32: [0.0; 8],
         less16: [0.0; 16],
+        crossed: [0; CHUNK],
+        _apart: [0; 64],
     };
 
     /// The codes of the chunk at `p`.
     #[inline(always)]
     pub(super) const unsafe fn codes(p: *const Self) -> *const u8 {
         p.cast()
+    }
+
+    /// Two times 32 codes, one behind the other: those of groups `i` and `i + 2`, for `i` of 0, 1, 4, 5.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const unsafe fn crossed(p: *const Self, i: usize) -> *const u8 {
+        (&raw const (*p).crossed).cast::<u8>().add(32 * (i + i % 4))
     }
 
     /// The same with 128 added.
@@ -157,6 +170,11 @@ unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded)
         let inverse = S::splat(inverse[g]);
         for i in (32 * g..32 * (g + 1)).step_by(S::LANES) {
             S::store_i8(codes.add(i), biased.add(i), S::mul(S::load(x.add(i)), inverse));
+        }
+    }
+    if extent == Extent::Chunk && matches!(S::ISA, Isa::Avx512) {
+        for (i, group) in [0, 2, 1, 3, 4, 6, 5, 7].into_iter().enumerate() {
+            out.crossed[32 * i..][..32].copy_from_slice(&out.codes[32 * group..][..32]);
         }
     }
     let sums = sums_of_sixteen::<S>(codes);

@@ -2,10 +2,13 @@
 
 #![allow(non_camel_case_types, reason = "the usual names")]
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+#[cfg(target_arch = "x86_64")]
+use super::TwinLevels;
 use super::blocks::NONLINEAR;
 use super::{GROUPS, Levels, Quant, Sink};
-#[cfg(target_arch = "x86_64")]
-use super::{TwinLevels, TwoRows};
 use crate::DType;
 use crate::simd::{Codes, Simd, Turned, Upright};
 
@@ -46,8 +49,8 @@ macro_rules! super_block {
         }
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
-        unsafe fn twins<S: TwoRows>(from: [*const u8; 2], sink: &mut impl Sink<S>) {
-            Self::unpack::<S>(from, sink);
+        unsafe fn twins<C: Codes<From = [*const u8; 2]>>(from: [*const u8; 2], sink: &mut impl Sink<C>) {
+            Self::unpack::<C>(from, sink);
         }
         #[inline(always)]
         unsafe fn turned<S: Simd>(from: Upright, _: usize, sink: &mut impl Sink<Turned<S>>) {
@@ -81,6 +84,41 @@ unsafe fn bit<C: Codes, const FROM: i32, const TO: i32>(v: C::B) -> C::B {
     C::and(moved, C::splat_byte(1 << TO))
 }
 
+/// What [`Quant::wide`] is made of.
+#[cfg(target_arch = "x86_64")]
+mod wide {
+    use std::arch::x86_64::*;
+
+    #[inline(always)]
+    pub unsafe fn load(p: *const u8) -> __m512i {
+        _mm512_loadu_si512(p.cast())
+    }
+    /// The same 32 bytes in both halves.
+    #[inline(always)]
+    pub unsafe fn twice(p: *const u8) -> __m512i {
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    pub unsafe fn and(v: __m512i, mask: u8) -> __m512i {
+        _mm512_and_si512(v, _mm512_set1_epi8(mask as i8))
+    }
+    /// Bytes shifted right by `N`, of which `mask` stays.
+    #[inline(always)]
+    pub unsafe fn shr<const N: u32>(v: __m512i, mask: u8) -> __m512i {
+        and(_mm512_srli_epi32::<N>(v), mask)
+    }
+    /// Bytes of each half shifted left by so much, right if it is negative, of which `mask` stays.
+    #[inline(always)]
+    pub unsafe fn moved(v: __m512i, by: [i32; 2], mask: u8) -> __m512i {
+        let by = _mm512_inserti64x4::<1>(_mm512_set1_epi32(by[0]), _mm256_set1_epi32(by[1]));
+        and(_mm512_rolv_epi32(v, by), mask)
+    }
+    #[inline(always)]
+    pub unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_or_si512(a, b)
+    }
+}
+
 /// The 6-bit scales and mins of `Q4_K` and `Q5_K`: two halves, then twelve bytes.
 #[inline(always)]
 unsafe fn six_bit_pairs(p: *const u8) -> Levels {
@@ -97,12 +135,19 @@ impl Quant for Q2_K {
     const MOST: u8 = 3;
     const GROUP: usize = 16;
     const MINS: bool = true;
+    const WIDE: [[usize; 2]; 4] = [[0, 4], [1, 5], [2, 6], [3, 7]];
 
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
         let (a, b) = (word(p), word(p.add(8)));
         let (scales, mins) = ([a & LOW4, b & LOW4], [a >> 4 & LOW4, b >> 4 & LOW4]);
         Levels { scales, mins, d: half(p.add(80)), dmin: half(p.add(82)) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+        let q = wide::load(p.add(16));
+        [wide::and(q, 3), wide::shr::<2>(q, 3), wide::shr::<4>(q, 3), wide::shr::<6>(q, 3)]
     }
 }
 
@@ -127,6 +172,7 @@ impl Quant for Q3_K {
     const MOST: u8 = 7;
     const GROUP: usize = 16;
     const OFFSET: u8 = 4;
+    const WIDE: [[usize; 2]; 4] = [[0, 4], [1, 5], [2, 6], [3, 7]];
 
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
@@ -134,6 +180,17 @@ impl Quant for Q3_K {
         let first = low & LOW4 | (join(top, top >> 2) & LOW2) << 4;
         let second = low >> 4 & LOW4 | (join(top >> 4, top >> 6) & LOW2) << 4;
         Levels { scales: [less_32(first), less_32(second)], mins: [0; 2], d: half(p.add(108)), dmin: 0 }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+        let (high, q) = (wide::twice(p), wide::load(p.add(32)));
+        [
+            wide::or(wide::and(q, 3), wide::moved(high, [2, -2], 4)),
+            wide::or(wide::shr::<2>(q, 3), wide::moved(high, [1, -3], 4)),
+            wide::or(wide::shr::<4>(q, 3), wide::moved(high, [0, -4], 4)),
+            wide::or(wide::shr::<6>(q, 3), wide::moved(high, [-1, -5], 4)),
+        ]
     }
 }
 
@@ -159,6 +216,7 @@ impl Quant for Q4_K {
     const MOST: u8 = 15;
     const GROUP: usize = 32;
     const MINS: bool = true;
+    const WIDE: [[usize; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
 
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
@@ -168,6 +226,12 @@ impl Quant for Q4_K {
     #[inline(always)]
     unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels {
         TwinLevels::of_six_bit_pairs(p)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+        let (a, b) = (wide::load(p.add(16)), wide::load(p.add(80)));
+        [wide::and(a, 15), wide::shr::<4>(a, 15), wide::and(b, 15), wide::shr::<4>(b, 15)]
     }
 }
 
@@ -189,6 +253,7 @@ impl Quant for Q5_K {
     const MOST: u8 = 31;
     const GROUP: usize = 32;
     const MINS: bool = true;
+    const WIDE: [[usize; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
 
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
@@ -198,6 +263,17 @@ impl Quant for Q5_K {
     #[inline(always)]
     unsafe fn twin_levels(p: [*const u8; 2]) -> TwinLevels {
         TwinLevels::of_six_bit_pairs(p)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+        let (high, a, b) = (wide::twice(p.add(16)), wide::load(p.add(48)), wide::load(p.add(112)));
+        [
+            wide::or(wide::and(a, 15), wide::moved(high, [4, 2], 16)),
+            wide::or(wide::shr::<4>(a, 15), wide::moved(high, [3, 1], 16)),
+            wide::or(wide::and(b, 15), wide::moved(high, [0, -2], 16)),
+            wide::or(wide::shr::<4>(b, 15), wide::moved(high, [-1, -3], 16)),
+        ]
     }
 }
 
@@ -227,6 +303,18 @@ impl Quant for Q6_K {
     #[inline(always)]
     unsafe fn levels(p: *const u8) -> Levels {
         Levels { scales: [word(p.add(192)), word(p.add(200))], mins: [0; 2], d: half(p.add(208)), dmin: 0 }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+        let (a, b) = (wide::load(p), wide::load(p.add(64)));
+        let (low, high) = (wide::twice(p.add(128)), wide::twice(p.add(160)));
+        [
+            wide::or(wide::and(a, 15), wide::moved(low, [4, 2], 48)),
+            wide::or(wide::shr::<4>(a, 15), wide::moved(low, [0, -2], 48)),
+            wide::or(wide::and(b, 15), wide::moved(high, [4, 2], 48)),
+            wide::or(wide::shr::<4>(b, 15), wide::moved(high, [0, -2], 48)),
+        ]
     }
 }
 

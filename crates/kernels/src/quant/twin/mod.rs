@@ -7,10 +7,9 @@ mod avx2;
 mod avx512;
 
 use std::arch::x86_64::*;
-use std::marker::PhantomData;
 
-use super::{CHUNK, Quant, Rounded, Sink, chunk_bytes};
-use crate::simd::{Codes, Isa, MAX_LANES};
+use super::{CHUNK, Quant, Rounded, chunk_bytes};
+use crate::simd::{Isa, MAX_LANES};
 use crate::tile::{AHEAD, Rows};
 
 /// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
@@ -56,34 +55,21 @@ impl TwinLevels {
     }
 }
 
-/// Codes of two rows, and sums of their products.
+/// How a set takes two rows.
 ///
 /// # Safety
-/// As for [`Codes`].
+/// As for [`Simd`](crate::simd::Simd).
 #[allow(clippy::missing_safety_doc, reason = "stated once, above")]
-pub(crate) trait TwoRows: Codes<From = [*const u8; 2]> {
+trait TwoRows {
     /// Parts of a product of each row: half of them belong to the first.
     type Sum: Copy;
-    /// The same as whole numbers.
-    type Whole: Copy;
-    /// Levels of all groups of a block of each row.
-    type Levels: Copy;
-    /// Those of 64 codes of each row.
-    type Pair: Copy;
 
     /// Rows of half a tile.
     const HALF: usize;
 
     unsafe fn zero() -> Self::Sum;
-    unsafe fn zero_whole() -> Self::Whole;
-    unsafe fn levels<Q: Quant>(levels: &TwinLevels) -> Self::Levels;
-    /// The levels of pair `i` of 32 codes.
-    unsafe fn pair(levels: Self::Levels, i: usize) -> Self::Pair;
-    /// Adds the products of 64 codes, `even` and then `odd`, with the 64 signed bytes at `x`, each times its level. Codes are
-    /// unsigned, up to 31, or up to 63 with groups of 16.
-    unsafe fn add(sum: Self::Whole, even: Self::B, odd: Self::B, x: *const u8, levels: Self::Pair) -> Self::Whole;
-    /// Adds what a chunk comes to: the sum of its codes with levels, less mins and offset, times its factors.
-    unsafe fn close<Q: Quant>(sum: Self::Sum, levels: &TwinLevels, whole: Self::Whole, x: *const Rounded) -> Self::Sum;
+    /// Adds the products of the block of each row at `p` with the chunks at `x`.
+    unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], sums: &mut [Self::Sum; T]);
     /// Stores the products of `half` first rows at `out`, and those of `rest` second rows behind them; anything may lie behind
     /// these, up to a tile's rows.
     unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], half: usize, rest: usize, out: *mut f32);
@@ -199,46 +185,10 @@ unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
         if (c + 1) * bytes / 64 - line > bytes / 64 {
             ask::<S>(lines.map(|at| at.wrapping_add(bytes / 64 * 64)), ahead);
         }
-        let levels = Q::twin_levels(p);
-        let mut dot = Dot::<S, Q, T> {
-            x: std::array::from_fn(|t| Rounded::codes(x[t].add(c))),
-            levels: S::levels::<Q>(&levels),
-            even: S::splat_byte(0),
-            sums: [S::zero_whole(); T],
-            of: PhantomData,
-        };
-        Q::twins::<S>(p, &mut dot);
-        for t in 0..T {
-            sums[t] = S::close::<Q>(sums[t], &levels, dot.sums[t], x[t].add(c));
-        }
+        S::add::<Q, T>(p, std::array::from_fn(|t| x[t].add(c)), &mut sums);
     }
     // Rows that begin within a cache line may reach into one more.
     let rest = cols / CHUNK * chunk_bytes::<Q>() / 64 * 64;
     ask::<S>(rows.map(|row| row.wrapping_add(rest)), ahead);
     sums
-}
-
-/// Multiplies codes of two rows with `T` tokens, and sums with the levels of their groups.
-struct Dot<S: TwoRows, Q, const T: usize> {
-    x: [*const u8; T],
-    levels: S::Levels,
-    /// The last codes of an even number.
-    even: S::B,
-    sums: [S::Whole; T],
-    of: PhantomData<Q>,
-}
-
-impl<S: TwoRows, Q: Quant, const T: usize> Sink<S> for Dot<S, Q, T> {
-    #[inline(always)]
-    unsafe fn take(&mut self, i: usize, codes: S::B) {
-        const { assert!(Q::SIGNED || 4 * Q::MOST as i32 * 127 <= i16::MAX as i32, "four products fit 16 bits") };
-        if i.is_multiple_of(2) {
-            self.even = codes;
-            return;
-        }
-        let levels = S::pair(self.levels, i / 2);
-        for t in 0..T {
-            self.sums[t] = S::add(self.sums[t], self.even, codes, self.x[t].add(64 * (i / 2)), levels);
-        }
-    }
 }
