@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
-use crate::quant::{CHUNK, Extent, Rounded, extent, multiply_rounded, packed_len, round_row, rounded_dots};
+use crate::quant::{CHUNK, Extent, Piece, Rounded, extent, multiply_rounded, packed_len, round_row, rounded_dots};
 use crate::scratch;
 use crate::simd::Isa;
 use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
@@ -40,8 +40,8 @@ const CELL_TOKENS: usize = 96;
 /// The same for weights in blocks, whose tiles are packed anew for each cell.
 const CELL_ROUNDED: usize = 192;
 
-/// Tiles that are multiplied at once if they are not packed.
-const PLAIN_TILES: usize = 4;
+/// The most rows that are multiplied at once if tiles are not packed: a multiple of all tiles.
+const PLAIN_ROWS: usize = 1024;
 
 /// The cost of packing a tile, in tokens' worth of multiplying it.
 const PACK_COST: usize = 8;
@@ -94,6 +94,15 @@ impl Group<'_> {
     fn place(&self, cell: usize) -> (usize, usize) {
         let tiles = self.cells / self.chunks;
         if self.rounded { (cell % tiles, cell / tiles) } else { (cell / self.chunks, cell % self.chunks) }
+    }
+
+    /// What is multiplied at once from a cell on, if tiles are not packed.
+    fn piece(&self, isa: Isa, first: usize, cells: &Range<usize>) -> Piece {
+        let tile = isa.tile_rows();
+        let weights = self.weights.map(|w| w.map(|w| as_rows(&w)));
+        let rows = weights[0].map_or(0, |w| w.rows);
+        let end = rows.min(cells.end * tile);
+        Piece { weights, first: first * tile, count: PLAIN_ROWS.min(end - first * tile) }
     }
 }
 
@@ -182,14 +191,17 @@ impl Product<'_> {
             let place = Place { rounded, y };
             pool.run_parts(operations, |part| {
                 let mut share = Share::new(total, part);
-                for g in 0..groups {
+                let groups = (0..groups).filter_map(|g| {
                     let group = product.group(isa, g, &weights);
                     let cells = share.take(group.cells, group.cost);
-                    if !cells.is_empty() {
-                        // SAFETY: lengths were checked above; no two cells have the same outputs,
-                        // since a slot is in one group and a cell in one part.
-                        unsafe { product.cells(isa, &group, cells, place) }
-                    }
+                    (!cells.is_empty()).then_some((group, cells))
+                });
+                let mut groups = groups.peekable();
+                while let Some((group, cells)) = groups.next() {
+                    let next = groups.peek().map(|(group, cells)| group.piece(isa, cells.start, cells));
+                    // SAFETY: lengths were checked above; no two cells have the same outputs,
+                    // since a slot is in one group and a cell in one part.
+                    unsafe { product.cells(isa, &group, cells, next, place) }
                 }
             });
         });
@@ -217,12 +229,12 @@ impl Product<'_> {
     ///
     /// # Safety
     /// The weights must be valid, all lengths fit, and nobody else touch the cells' outputs.
-    unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, place: Place) {
-        let weights = group.weights.map(|w| w.map(|w| as_rows(&w)));
+    unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
         if group.packed {
+            let weights = group.weights.map(|w| w.map(|w| as_rows(&w)));
             self.packed_cells(isa, group, &weights, cells, place);
         } else {
-            self.plain_cells(isa, group, &weights, cells, place);
+            self.plain_cells(isa, group, cells, next, place);
         }
     }
 
@@ -281,34 +293,37 @@ impl Product<'_> {
         });
     }
 
-    /// [`Product::cells`] from rows as they lie, some tiles at a time: what is done once for them is not done for each.
+    /// [`Product::cells`] from rows as they lie, many at a time: what is done once for them is not done for each tile.
     ///
     /// # Safety
     /// As there.
-    unsafe fn plain_cells(
-        &self,
-        isa: Isa,
-        group: &Group<'_>,
-        weights: &[Option<Rows>; 2],
-        cells: Range<usize>,
-        place: Place,
-    ) {
-        let width = PLAIN_TILES * isa.tile_rows();
+    unsafe fn plain_cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
+        let width = PLAIN_ROWS.min(self.rows.next_multiple_of(isa.tile_rows()));
         scratch::floats(2 * DOT_TOKENS * width, |scratch| {
             let sums = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(DOT_TOKENS * width)];
             let mut batch = Batch::new();
-            let rows = cells.start * isa.tile_rows()..self.rows.min(cells.end * isa.tile_rows());
-            for first in rows.clone().step_by(width) {
-                let count = width.min(rows.end - first);
-                let rows_of = |_: usize, w: &Rows, batch: &Batch, sums: *mut f32| {
-                    if self.rounds(w.dtype) {
-                        rounded_dots(isa, w, first, count, batch.rounded(), sums, width);
-                    } else {
-                        dots(isa, w, first, count, batch.x(), sums, width);
-                    }
-                };
+            let step = PLAIN_ROWS / isa.tile_rows();
+            for cell in cells.clone().step_by(step) {
+                let piece = group.piece(isa, cell, &cells);
+                let next = if cell + step < cells.end { Some(group.piece(isa, cell + step, &cells)) } else { next };
                 let places = group.start..group.start + group.tokens;
-                self.batches(isa, weights, places, DOT_TOKENS, [first, count], width, sums, place, &mut batch, rows_of);
+                let blocks = places.len().div_ceil(DOT_TOKENS);
+                for block in 0..blocks {
+                    let part = split(places.len(), block, blocks, 1);
+                    self.gather(places.start + part.start..places.start + part.end, place, &mut batch);
+                    // Other tokens meet the same rows first.
+                    let next = if block + 1 < blocks { Some(&piece) } else { next.as_ref() };
+                    rounded_dots(isa, &piece, next, batch.rounded(), sums, width);
+                    for (w, sums) in piece.weights.iter().zip(sums) {
+                        match w {
+                            Some(w) if !self.rounds(w.dtype) => {
+                                dots(isa, w, piece.first, piece.count, batch.x(), sums, width);
+                            }
+                            _ => {}
+                        }
+                    }
+                    finish_tile(isa, sums, width, batch.out(), piece.first, piece.count, self.finish);
+                }
             }
         });
     }

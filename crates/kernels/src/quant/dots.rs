@@ -2,38 +2,121 @@
 //! once, into a register. What this costs is reading the weights.
 
 #[cfg(target_arch = "x86_64")]
-use super::twin;
+use super::twin::{self, Streams};
 use super::{CHUNK, GROUPS, Levels, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{AHEAD, Rows};
 
-/// `out[t * width + r]` is the product of row `first + r` and token `x[t]`, for `r` in `0..count`.
+/// Some neighbouring rows of one matrix, or of two of the same shape.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece {
+    pub weights: [Option<Rows>; 2],
+    pub first: usize,
+    pub count: usize,
+}
+
+impl Piece {
+    /// Both matrices, if they can be multiplied side by side.
+    #[cfg(target_arch = "x86_64")]
+    fn both(&self) -> Option<[Rows; 2]> {
+        match self.weights {
+            [Some(a), Some(b)] if a.dtype == b.dtype => Some([a, b]),
+            _ => None,
+        }
+    }
+
+    /// Where the two streams of this piece begin: the rows of both matrices, or else the halves of the first.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn streams(&self) -> Option<[*const u8; 2]> {
+        Some(match self.both() {
+            Some(both) => both.map(|w| w.row(self.first)),
+            None => {
+                let w = self.weights[0].as_ref()?;
+                [w.row(self.first), w.row(self.first + self.count.div_ceil(2))]
+            }
+        })
+    }
+}
+
+/// `out[i][t * width + r]` is the product of row `first + r` of matrix `i` and token `x[t]`, for all matrices whose rows are in
+/// blocks and `r` in `0..count`; `next` are rows that will be multiplied then.
 ///
 /// # Safety
-/// The machine must have `isa`; `w` must be valid, of a type with blocks, and have these rows; there
-/// may be up to [`DOT_TOKENS`](crate::tile::DOT_TOKENS) tokens, each of `cols` values in chunks;
-/// `out` must have a row of `width`, which is at least `count`, for four.
+/// The machine must have `isa`; the weights must be valid and have these rows; there may be up to
+/// [`DOT_TOKENS`](crate::tile::DOT_TOKENS) tokens, each of `cols` values in chunks; each of `out` must have a row of `width`,
+/// which is at least `count`, for four.
 pub(crate) unsafe fn rounded_dots(
     isa: Isa,
-    w: &Rows,
-    first: usize,
-    count: usize,
+    piece: &Piece,
+    next: Option<&Piece>,
     x: &[*const Rounded],
-    out: *mut f32,
+    out: [*mut f32; 2],
     width: usize,
 ) {
     let Some(last) = x.len().checked_sub(1) else { return };
     let x = [0, 1, 2, 3].map(|t: usize| x[t.min(last)]);
     #[cfg(target_arch = "x86_64")]
     if isa.takes_two_rows() {
-        with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
-            return match last {
-                0 => twin::dots::<Q, 1>(isa, w, first, count, x, out, width),
-                1 => twin::dots::<Q, 2>(isa, w, first, count, x, out, width),
-                _ => twin::dots::<Q, 4>(isa, w, first, count, x, out, width),
-            };
-        }, else {});
+        return side_by_side(isa, piece, next, [last, width], x, out);
     }
+    let _ = next;
+    for (w, out) in piece.weights.iter().zip(out) {
+        match w {
+            Some(w) if w.dtype.is_quantized() => one_by_one(isa, w, [piece.first, piece.count], [last, width], x, out),
+            _ => {}
+        }
+    }
+}
+
+/// [`rounded_dots`] with sets that take two rows at once.
+#[cfg(target_arch = "x86_64")]
+unsafe fn side_by_side(
+    isa: Isa,
+    piece: &Piece,
+    next: Option<&Piece>,
+    [last, width]: [usize; 2],
+    x: [*const Rounded; 4],
+    out: [*mut f32; 2],
+) {
+    let Piece { first, count, .. } = *piece;
+    let next = next.and_then(|next| next.streams());
+    let twins = |w: &Rows, start: [*const u8; 2], rows: [usize; 2], out: [*mut f32; 2]| {
+        let next = next.unwrap_or([0, 1].map(|i: usize| start[i].wrapping_add(rows[i] * w.stride)));
+        let streams = Streams { start, rows, stride: w.stride, cols: w.cols, out, width, next };
+        with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
+            match last {
+                0 => twin::dots::<Q, 1>(isa, &streams, x),
+                1 => twin::dots::<Q, 2>(isa, &streams, x),
+                _ => twin::dots::<Q, 4>(isa, &streams, x),
+            }
+            return true;
+        }, else {});
+        false
+    };
+    if let Some(both) = piece.both() {
+        if twins(&both[0], both.map(|w| w.row(first)), [count; 2], out) {
+            return;
+        }
+    }
+    for (w, out) in piece.weights.iter().zip(out) {
+        let Some(w) = w.as_ref().filter(|w| w.dtype.is_quantized()) else { continue };
+        let half = count.div_ceil(2);
+        let outs = [out, out.add(half)];
+        if !twins(w, [w.row(first), w.row(first + half)], [half, count - half], outs) {
+            one_by_one(isa, w, [first, count], [last, width], x, out);
+        }
+    }
+}
+
+/// The products of `count` rows from `first` on with `last + 1` tokens, one row at a time.
+unsafe fn one_by_one(
+    isa: Isa,
+    w: &Rows,
+    [first, count]: [usize; 2],
+    [last, width]: [usize; 2],
+    x: [*const Rounded; 4],
+    out: *mut f32,
+) {
     with_quant!(w.dtype, Q => match last {
         0 => dots::<Q, 1>(isa, w, first, count, x, out, width),
         1 => dots::<Q, 2>(isa, w, first, count, x, out, width),

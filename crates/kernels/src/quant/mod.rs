@@ -27,7 +27,7 @@ pub(crate) use twin::TwinLevels;
 
 pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
-pub(crate) use dots::rounded_dots;
+pub(crate) use dots::{Piece, rounded_dots};
 pub(crate) use pack::packed_len;
 pub(crate) use rounded::{Extent, Rounded, round_row};
 pub(crate) use super_blocks::*;

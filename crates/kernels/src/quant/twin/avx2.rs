@@ -92,12 +92,12 @@ impl TwoRows for Twin {
         }
     }
     #[inline(always)]
-    unsafe fn store(v: &mut [__m256; MAX_LANES], half: usize, _: usize, out: *mut f32) {
+    unsafe fn store(v: &mut [__m256; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]) {
         fold_step::<Avx2, 1>(v, 8, |a, b| Avx2::add(a, b));
         fold_step::<Avx2, 2>(v, 8, |a, b| Avx2::add(a, b));
         let (first, second) = Avx2::swap::<4>(v[0], v[1]);
-        _mm256_storeu_ps(out, first);
-        _mm256_storeu_ps(out.add(half), second);
+        Avx2::store_part_or_all(out[0], first, rows[0]);
+        Avx2::store_part_or_all(out[1], second, rows[1]);
     }
     #[inline(always)]
     unsafe fn ask(line: *const u8, [_, far]: [usize; 2]) {

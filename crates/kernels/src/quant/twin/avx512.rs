@@ -44,14 +44,16 @@ impl TwoRows for Twin {
         }
     }
     #[inline(always)]
-    unsafe fn store(v: &mut [__m512; MAX_LANES], half: usize, rest: usize, out: *mut f32) {
+    unsafe fn store(v: &mut [__m512; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]) {
         join::<1>(v, 8);
         join::<4>(v, 4);
         join::<8>(v, 2);
         let first = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
         let second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-        _mm512_mask_storeu_ps(out, ((1_u32 << half) - 1) as u16, _mm512_permutex2var_ps(v[0], first, v[1]));
-        _mm512_mask_storeu_ps(out.add(half), ((1_u32 << rest) - 1) as u16, _mm512_permutex2var_ps(v[0], second, v[1]));
+        for (i, which) in [first, second].into_iter().enumerate() {
+            let mask = ((1_u32 << rows[i]) - 1) as u16;
+            _mm512_mask_storeu_ps(out[i], mask, _mm512_permutex2var_ps(v[0], which, v[1]));
+        }
     }
     #[inline(always)]
     unsafe fn ask(line: *const u8, ahead: [usize; 2]) {

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 
 use super::{CHUNK, Quant, Rounded, chunk_bytes};
 use crate::simd::{Isa, MAX_LANES};
-use crate::tile::{AHEAD, Rows};
+use crate::tile::AHEAD;
 
 /// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
 #[derive(Clone, Copy)]
@@ -70,97 +70,94 @@ trait TwoRows {
     unsafe fn zero() -> Self::Sum;
     /// Adds the products of the block of each row at `p` with the chunks at `x`.
     unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], sums: &mut [Self::Sum; T]);
-    /// Stores the products of `half` first rows at `out`, and those of `rest` second rows behind them; anything may lie behind
-    /// these, up to a tile's rows.
-    unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], half: usize, rest: usize, out: *mut f32);
+    /// Stores the products of so many first and second rows.
+    unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]);
     /// Asks for what lies so far ahead of a cache line, nearer and farther.
     unsafe fn ask(line: *const u8, ahead: [usize; 2]);
 }
 
-/// [`rounded_dots`](super::rounded_dots) for the first `T` tokens, of types whose codes are unsigned and whose scales are levels.
+/// Rows that are multiplied side by side: of two matrices, or of the halves of one. Each stream is read in order.
+pub(super) struct Streams {
+    pub start: [*const u8; 2],
+    /// Rows of each, the first having as many or one more.
+    pub rows: [usize; 2],
+    pub stride: usize,
+    pub cols: usize,
+    /// Where the products with the first token go, and how far from there those with the next.
+    pub out: [*mut f32; 2],
+    pub width: usize,
+    /// Where reading goes on behind their ends.
+    pub next: [*const u8; 2],
+}
+
+impl Streams {
+    /// How far ahead of row `r` is asked for, in each stream, if it is so many rows.
+    #[inline(never)]
+    fn ahead(&self, r: usize, rows: [usize; 2]) -> [[usize; 2]; 2] {
+        rows.map(|rows| {
+            [0, 1].map(|i| {
+                let jump = (self.next[i] as usize).wrapping_sub(self.start[i] as usize + self.rows[i] * self.stride);
+                let behind_the_end = r + rows >= self.rows[i];
+                (rows * self.stride).wrapping_add(if behind_the_end { jump } else { 0 })
+            })
+        })
+    }
+}
+
+/// [`rounded_dots`](super::rounded_dots) of two streams with the first `T` tokens, of types whose codes are unsigned and whose
+/// scales are levels.
 ///
 /// # Safety
 /// As for [`rounded_dots`](super::rounded_dots); the set must be one that [takes two rows](Isa::takes_two_rows).
-pub(super) unsafe fn dots<Q: Quant, const T: usize>(
-    isa: Isa,
-    w: &Rows,
-    first: usize,
-    count: usize,
-    x: [*const Rounded; 4],
-    out: *mut f32,
-    width: usize,
-) {
+pub(super) unsafe fn dots<Q: Quant, const T: usize>(isa: Isa, streams: &Streams, x: [*const Rounded; 4]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn wide<Q: Quant, const T: usize>(w: &Rows, rows: [usize; 2], x: [*const Rounded; 4], out: [*mut f32; 4]) {
-        tiles::<avx512::Twin, Q, T>(w, rows, x, out);
+    unsafe fn wide<Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
+        tiles::<avx512::Twin, Q, T>(streams, x);
     }
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn narrow<Q: Quant, const T: usize>(w: &Rows, rows: [usize; 2], x: [*const Rounded; 4], out: [*mut f32; 4]) {
-        tiles::<avx2::Twin, Q, T>(w, rows, x, out);
+    unsafe fn narrow<Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
+        tiles::<avx2::Twin, Q, T>(streams, x);
     }
-    let out = [0, 1, 2, 3].map(|t| out.wrapping_add(t * width));
     match isa {
-        Isa::Avx2 => narrow::<Q, T>(w, [first, count], x, out),
-        _ => wide::<Q, T>(w, [first, count], x, out),
+        Isa::Avx2 => narrow::<Q, T>(streams, x),
+        _ => wide::<Q, T>(streams, x),
     }
 }
 
-/// The products of `count` rows from `first` on, tile by tile.
+/// All products, some rows of each stream at a time.
 #[inline(always)]
-unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(
-    w: &Rows,
-    [first, count]: [usize; 2],
-    x: [*const Rounded; 4],
-    out: [*mut f32; 4],
-) {
-    let ahead = AHEAD.map(|bytes| bytes.div_ceil(w.stride));
-    for start in (0..count).step_by(2 * S::HALF) {
-        let count = (count - start).min(2 * S::HALF);
-        let data = w.data.add((first + start) * w.stride);
-        tile::<S, Q, T>(data, w, count, ahead, x, out.map(|out| out.wrapping_add(start)));
-    }
-}
-
-/// The products of the `count` rows at `data`, two at a time. Each half is read in order, so that the processor sees two streams
-/// that go on from row to row.
-#[inline(always)]
-unsafe fn tile<S: TwoRows, Q: Quant, const T: usize>(
-    data: *const u8,
-    w: &Rows,
-    count: usize,
-    ahead: [usize; 2],
-    x: [*const Rounded; 4],
-    out: [*mut f32; 4],
-) {
-    let half = count.div_ceil(2);
-    let mut all = [[S::zero(); MAX_LANES]; T];
-    // How far ahead of each is asked for: whole tiles, in which a stream goes on in the same half, and rows.
-    let turns = ahead.map(|rows| half - rows % half);
-    let same = ahead.map(|rows| (rows / half * count + rows % half) * w.stride);
-    let skipped = (count - half) * w.stride;
-    let mut rows = [data, data.wrapping_add(half * w.stride)];
-    for r in 0..half {
-        if r == count - half {
-            // An odd row is its own second.
-            rows[1] = rows[0];
+unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
+    let rows_ahead = AHEAD.map(|bytes| bytes.div_ceil(streams.stride));
+    let mut ahead = rows_ahead.map(|rows| [rows * streams.stride; 2]);
+    for start in (0..streams.rows[0]).step_by(S::HALF) {
+        let mut all = [[S::zero(); MAX_LANES]; T];
+        let count = streams.rows.map(|rows| (rows - start.min(rows)).min(S::HALF));
+        for i in 0..count[0] {
+            let r = start + i;
+            let mut rows = streams.start.map(|start| start.wrapping_add(r * streams.stride));
+            if i == count[1] {
+                // An odd row is its own second.
+                rows[1] = rows[0];
+            }
+            if r + rows_ahead[1] >= streams.rows[1] {
+                ahead = streams.ahead(r, rows_ahead);
+            }
+            let sums = two_rows::<S, Q, T>(rows, streams.cols, ahead, x);
+            for t in 0..T {
+                all[t][i] = sums[t];
+            }
         }
-        let ahead = [0, 1].map(|i| if r < turns[i] { same[i] } else { same[i] + skipped });
-        let sums = two_rows::<S, Q, T>(rows, w.cols, ahead, x);
         for t in 0..T {
-            all[t][r] = sums[t];
+            S::store(&mut all[t], count, streams.out.map(|out| out.wrapping_add(t * streams.width + start)));
         }
-        rows = rows.map(|row| row.wrapping_add(w.stride));
-    }
-    for t in 0..T {
-        S::store(&mut all[t], half, count - half, out[t]);
     }
 }
 
 /// Asks for what lies ahead of these cache lines, as far as [`AHEAD`] says.
 #[inline(always)]
-unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], ahead: [usize; 2]) {
-    for line in lines {
-        S::ask(line, ahead);
+unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], [near, far]: [[usize; 2]; 2]) {
+    for i in 0..2 {
+        S::ask(lines[i], [near[i], far[i]]);
     }
 }
 
@@ -169,7 +166,7 @@ unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], ahead: [usize; 2]) {
 unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
     rows: [*const u8; 2],
     cols: usize,
-    ahead: [usize; 2],
+    ahead: [[usize; 2]; 2],
     x: [*const Rounded; 4],
 ) -> [S::Sum; T] {
     let mut sums = [S::zero(); T];
