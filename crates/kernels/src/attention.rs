@@ -174,7 +174,16 @@ impl Block<'_> {
                     for (query, row) in queries.iter_mut().zip(self.rows.clone()) {
                         *query = q.as_ptr().add(self.offset(kv_head, row));
                     }
-                    let mut k = self.segment.k.rows(kv_head, &keys);
+                    let v = self.segment.v.rows(kv_head, &keys);
+                    let mut k = Rows { then: Some(v.data), ..self.segment.k.rows(kv_head, &keys) };
+                    // The next keys are of the next head, or of the first one in the next page.
+                    let next = if kv_head + 1 < self.kv_heads.end {
+                        Some((kv_head + 1, keys.clone()))
+                    } else {
+                        (keys.end < all.end).then(|| (self.kv_heads.start, keys.end..keys.end + 1))
+                    };
+                    let next = next.map(|(head, keys)| self.segment.k.rows(head, &keys).data);
+                    let v = Rows { then: next, ..v };
                     if k.dtype.is_quantized() {
                         let data = self.copied(isa, &k, padded, copy).data.cast();
                         k = Rows { dtype: DType::F32, data, stride: 4 * padded, ..k };
@@ -183,7 +192,6 @@ impl Block<'_> {
                     let at = (kv_head - self.kv_heads.start) * n;
                     let sums = &mut sums[at * padded..];
                     self.soften(isa, &keys, scores, &mut state[at..], sums, padded);
-                    let v = self.segment.v.rows(kv_head, &keys);
                     if straight {
                         for (i, weights) in weights[..n].chunks(DOT_TOKENS).enumerate() {
                             mix(isa, &v, weights, sums.as_mut_ptr().add(i * DOT_TOKENS * padded), padded);

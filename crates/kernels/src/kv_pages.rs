@@ -102,7 +102,7 @@ impl KvPages {
         assert!(first < end && end <= self.len && head < self.heads, "{positions:?} of {} positions", self.len);
         assert!(end <= (first / Self::PAGE + 1) * Self::PAGE, "{positions:?} of one page");
         let data = self.data[self.offset(head, first)..].as_ptr();
-        Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim }
+        Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim, then: None }
     }
 
     fn head_bytes(&self) -> usize {

@@ -136,6 +136,8 @@ const OWNERS: usize = 64;
 pub(crate) struct Part {
     first: usize,
     end: usize,
+    /// The end of its owner's units.
+    last: usize,
     /// Units of the whole.
     of: usize,
 }
@@ -143,7 +145,12 @@ pub(crate) struct Part {
 impl Part {
     /// Units `units` of so many.
     pub(crate) fn new(units: Range<usize>, of: usize) -> Part {
-        Part { first: units.start, end: units.end, of }
+        Part { first: units.start, end: units.end, last: units.end, of }
+    }
+
+    /// The part that its owner is likely to do then; it may be empty.
+    pub(crate) fn following(self) -> Part {
+        Part { first: self.end, end: self.end + (self.last - self.end).div_ceil(2), ..self }
     }
 
     fn whole() -> Part {
@@ -184,7 +191,8 @@ impl Pool {
             for owner in (worker..worker + owners).map(|w| w % owners) {
                 while let Some(own) = take_half(&taken[owner], units) {
                     let before = owner * units;
-                    f(Part::new(before + own.start..before + own.end, owners * units));
+                    let (first, end, last) = (before + own.start, before + own.end, before + units);
+                    f(Part { first, end, last, of: owners * units });
                 }
             }
         });

@@ -190,15 +190,23 @@ impl Product<'_> {
         self.with_rounded(pool, rounded, |product, rounded| {
             let place = Place { rounded, y };
             pool.run_parts(operations, |part| {
-                let mut share = Share::new(total, part);
+                let [mut share, mut then] = [part, part.following()].map(|part| Share::new(total, part));
+                // Of each group the cells of this part, and what will come behind them.
                 let groups = (0..groups).filter_map(|g| {
                     let group = product.group(isa, g, &weights);
-                    let cells = share.take(group.cells, group.cost);
-                    (!cells.is_empty()).then_some((group, cells))
+                    let [cells, then] = [&mut share, &mut then].map(|share| share.take(group.cells, group.cost));
+                    (!cells.is_empty() || !then.is_empty()).then_some((group, cells, then))
                 });
                 let mut groups = groups.peekable();
-                while let Some((group, cells)) = groups.next() {
-                    let next = groups.peek().map(|(group, cells)| group.piece(isa, cells.start, cells));
+                while let Some((group, cells, then)) = groups.next().filter(|(_, cells, _)| !cells.is_empty()) {
+                    let next = match groups.peek() {
+                        _ if !then.is_empty() => Some(group.piece(isa, then.start, &then)),
+                        Some((group, cells, then)) => {
+                            let cells = if cells.is_empty() { then } else { cells };
+                            Some(group.piece(isa, cells.start, cells))
+                        }
+                        None => None,
+                    };
                     // SAFETY: lengths were checked above; no two cells have the same outputs,
                     // since a slot is in one group and a cell in one part.
                     unsafe { product.cells(isa, &group, cells, next, place) }
@@ -413,7 +421,7 @@ impl Batch {
 }
 
 fn as_rows(w: &MatRef<'_>) -> Rows {
-    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride: w.row_bytes(), rows: w.rows, cols: w.cols }
+    Rows { dtype: w.dtype, data: w.data.as_ptr(), stride: w.row_bytes(), rows: w.rows, cols: w.cols, then: None }
 }
 
 /// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is

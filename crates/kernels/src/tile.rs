@@ -43,6 +43,8 @@ pub(crate) struct Rows {
     pub stride: usize,
     pub rows: usize,
     pub cols: usize,
+    /// What is read then, if it is not what lies behind them: as many rows of the same kind.
+    pub then: Option<*const u8>,
 }
 
 impl Rows {
@@ -56,6 +58,9 @@ impl Rows {
     /// that into the next one. Long rows go on by themselves; otherwise it is rows that will be wanted, which processors do not guess.
     #[inline(always)]
     pub(crate) fn ahead(&self, together: usize) -> [usize; 2] {
+        if let Some(then) = self.then {
+            return [0, (then as usize).wrapping_sub(self.data as usize)];
+        }
         let rows = |bytes: usize| bytes.div_ceil(self.stride.max(1)).next_multiple_of(together) * self.stride;
         let [near, far] = AHEAD;
         [if self.stride < near { rows(near) } else { near }, rows(far)]
@@ -250,6 +255,12 @@ kernel! {
     ) {
         let many = S::ISA.registers() == 32;
         with_weight!(w.dtype, W => match x.len() {
+            1 if w.stride <= SHORT && w.cols.is_multiple_of(8 * S::LANES) => {
+                dot_short::<S, W, 8>(w, first, count, x[0], out)
+            }
+            1 if w.stride <= SHORT && w.cols.is_multiple_of(2 * S::LANES) => {
+                dot_short::<S, W, 2>(w, first, count, x[0], out)
+            }
             1 if many => dot_rows::<S, W, 8, 1>(w, first, count, x, out, width),
             1 => dot_rows::<S, W, 4, 1>(w, first, count, x, out, width),
             2 => dot_rows::<S, W, 4, 2>(w, first, count, x, out, width),
@@ -259,6 +270,45 @@ kernel! {
             4 => dot_rows::<S, W, 2, 4>(w, first, count, x, out, width),
             _ => {}
         });
+    }
+}
+
+/// Bytes of rows that are short: some of them are a page of memory.
+const SHORT: usize = 1024;
+
+/// [`dots`] for one token and short rows, whose columns are read in order, `C` vectors of the token being kept in registers.
+#[inline(always)]
+unsafe fn dot_short<S: Simd, W: Weight, const C: usize>(
+    w: &Rows,
+    first: usize,
+    count: usize,
+    x: *const f32,
+    out: *mut f32,
+) {
+    let ahead = w.ahead(1);
+    for start in (0..count).step_by(S::LANES) {
+        let n = S::LANES.min(count - start);
+        let mut sums = [S::zero(); MAX_LANES];
+        for c in (0..w.cols).step_by(C * S::LANES) {
+            let mut token = [S::zero(); C];
+            for i in 0..C {
+                token[i] = S::load(x.add(c + i * S::LANES));
+            }
+            for r in 0..n {
+                let row = w.data.add((first + start + r) * w.stride);
+                let mut sum = sums[r];
+                for i in 0..C {
+                    let at = c + i * S::LANES;
+                    if i * const { S::LANES * W::DTYPE.block_bytes() / W::DTYPE.block_len() } % 64 == 0 {
+                        Rows::prefetch::<S, W>(row, at, ahead);
+                    }
+                    sum = S::fma(W::load::<S>(row, at), token[i], sum);
+                }
+                sums[r] = sum;
+            }
+        }
+        reduce::<S>(&mut sums, S::LANES);
+        S::store_part_or_all(out.add(start), sums[0], n);
     }
 }
 

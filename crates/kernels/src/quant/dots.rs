@@ -81,7 +81,8 @@ unsafe fn side_by_side(
     let Piece { first, count, .. } = *piece;
     let next = next.and_then(|next| next.streams());
     let twins = |w: &Rows, start: [*const u8; 2], rows: [usize; 2], out: [*mut f32; 2]| {
-        let next = next.unwrap_or([0, 1].map(|i: usize| start[i].wrapping_add(rows[i] * w.stride)));
+        // With nothing to come it is what is near already.
+        let next = next.unwrap_or(start);
         let streams = Streams { start, rows, stride: w.stride, cols: w.cols, out, width, next };
         with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
             match last {
