@@ -172,13 +172,14 @@ impl Product<'_> {
         let (slots, rows, cols) = (self.slots, self.rows, self.cols);
         assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
-        let (mut total, mut rounded) = (0, None);
+        let (mut total, mut rounded) = (0, None::<Extent>);
         for g in 0..groups {
             let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
             for w in group.weights.iter().flatten() {
                 if self.rounds(w.dtype) {
-                    rounded = rounded.max(Some(extent(w.dtype)));
+                    let extent = extent(w.dtype, group.packed);
+                    rounded = Some(rounded.map_or(extent, |other| other.and(extent)));
                 }
                 let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
                 assert_eq!(shape, (rows, cols), "shape of the weights");

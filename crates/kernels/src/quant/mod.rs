@@ -194,9 +194,13 @@ macro_rules! with_quant {
 }
 pub(crate) use with_quant;
 
-/// How activations are to be rounded for weights of a type with blocks.
-pub(crate) fn extent(dtype: DType) -> Extent {
-    with_quant!(dtype, Q => if Q::LEVELS { Extent::Chunk } else { Extent::Group }, else Extent::Group)
+/// How activations are to be rounded for weights of a type with blocks, from packed tiles or as they lie.
+pub(crate) fn extent(dtype: DType, packed: bool) -> Extent {
+    with_quant!(dtype, Q => match (Q::LEVELS, packed || !dots::sums_whole::<Q>()) {
+        (false, _) => Extent::Group,
+        (true, true) => Extent::Chunk,
+        (true, false) => Extent::Whole,
+    }, else Extent::Group)
 }
 
 /// Codes as bytes, in the order of their values.

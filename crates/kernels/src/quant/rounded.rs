@@ -10,12 +10,21 @@ use crate::simd::{Isa, MAX_LANES, Simd, fold_lanes, kernel};
 const LEAST: f32 = 1e-35;
 
 /// Which values share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
     /// Every 32.
     Group,
     /// Every [`CHUNK`]: for weights whose scales are whole numbers within a chunk, so that only the chunk has a factor.
     Chunk,
+    /// The same, without what whole sums of few tokens do not read: much of it would have to come from another processor's cache.
+    Whole,
+}
+
+impl Extent {
+    /// What serves both.
+    pub(crate) fn and(self, other: Extent) -> Extent {
+        if self == other { self } else { Extent::Chunk }
+    }
 }
 
 /// A chunk of a row.
@@ -27,23 +36,23 @@ pub(crate) struct Rounded {
     sums32: [i16; 8],
     sums16: [i16; 16],
     scale: f32,
+    /// With AVX-512 and one scale the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
+    crossed: Line<i8>,
     /// The codes with 128 added.
-    biased: Biased,
+    biased: Line<u8>,
     /// What a code is worth: for every 32 values, and for every 16 (the same twice).
     scale32: [f32; 8],
     scale16: [f32; 16],
     /// Minus the sum of the rounded values: of every 32, and of every 16.
     less32: [f32; 8],
     less16: [f32; 16],
-    /// With AVX-512 and [`Extent::Chunk`] the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
-    crossed: [i8; CHUNK],
     /// So that the same chunk of neighbouring tokens lies in different sets of a cache.
     _apart: [u8; 64],
 }
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Biased([u8; CHUNK]);
+struct Line<T>([T; CHUNK]);
 
 impl Rounded {
     pub(crate) const ZERO: Self = Self {
@@ -51,12 +60,12 @@ impl Rounded {
         sums32: [0; 8],
         sums16: [0; 16],
         scale: 0.0,
-        biased: Biased([128; CHUNK]),
+        crossed: Line([0; CHUNK]),
+        biased: Line([128; CHUNK]),
         scale32: [0.0; 8],
         scale16: [0.0; 16],
         less32: [0.0; 8],
         less16: [0.0; 16],
-        crossed: [0; CHUNK],
         _apart: [0; 64],
     };
 
@@ -135,9 +144,14 @@ kernel! {
                 round_chunk::<S>(part.as_ptr(), extent, out);
             }
         }
+        // All codes are stored before any is read: a processor waits for a value that was stored in parts.
+        for i in 0..cols.div_ceil(CHUNK) {
+            sum_chunk::<S>(extent, &mut *out.add(i));
+        }
     }
 }
 
+/// The codes of a chunk, and what they are worth.
 #[inline(always)]
 unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded) {
     let mut inverse = [0.0; 8];
@@ -156,37 +170,52 @@ unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded)
                 S::store_part_or_all(inverse.as_mut_ptr().add(first), inverse_of, step);
             }
         }
-        Extent::Chunk => {
+        Extent::Chunk | Extent::Whole => {
             let mut most = [magnitude::<S>(x, CHUNK); MAX_LANES];
             greatest::<S>(&mut most, 1);
             let (scale, inverse_of) = scales::<S>(most[0]);
             out.scale = S::first(scale);
-            out.scale32 = [out.scale; 8];
             inverse = [S::first(inverse_of); 8];
+            if extent == Extent::Chunk {
+                out.scale32 = [out.scale; 8];
+            }
         }
     }
-    let (codes, biased) = (out.codes.as_mut_ptr().cast::<u8>(), out.biased.0.as_mut_ptr());
     for g in 0..8 {
         let inverse = S::splat(inverse[g]);
         for i in (32 * g..32 * (g + 1)).step_by(S::LANES) {
-            S::store_i8(codes.add(i), biased.add(i), S::mul(S::load(x.add(i)), inverse));
+            S::store_i8(out.codes.as_mut_ptr().add(i).cast(), S::mul(S::load(x.add(i)), inverse));
         }
     }
-    if extent == Extent::Chunk && matches!(S::ISA, Isa::Avx512) {
-        for (i, group) in [0, 2, 1, 3, 4, 6, 5, 7].into_iter().enumerate() {
-            out.crossed[32 * i..][..32].copy_from_slice(&out.codes[32 * group..][..32]);
-        }
-    }
-    let sums = sums_of_sixteen::<S>(codes);
+}
+
+/// What is made of a chunk's codes.
+#[inline(always)]
+unsafe fn sum_chunk<S: Simd>(extent: Extent, out: &mut Rounded) {
+    let sums = sums_of_sixteen::<S>(out.codes.as_ptr().cast());
     for g in 0..16 {
         out.sums16[g] = sums[g] as i16;
+    }
+    for g in 0..8 {
+        out.sums32[g] = (sums[2 * g] + sums[2 * g + 1]) as i16;
+    }
+    if extent != Extent::Group && matches!(S::ISA, Isa::Avx512) {
+        for (i, group) in [0, 2, 1, 3, 4, 6, 5, 7].into_iter().enumerate() {
+            out.crossed.0[32 * i..][..32].copy_from_slice(&out.codes[32 * group..][..32]);
+        }
+    }
+    if extent == Extent::Whole {
+        return;
+    }
+    for (biased, code) in out.biased.0.iter_mut().zip(&out.codes) {
+        *biased = *code as u8 ^ 128;
+    }
+    for g in 0..16 {
         out.scale16[g] = out.scale32[g / 2];
         out.less16[g] = -out.scale32[g / 2] * sums[g] as f32;
     }
     for g in 0..8 {
-        let sum = sums[2 * g] + sums[2 * g + 1];
-        out.sums32[g] = sum as i16;
-        out.less32[g] = -out.scale32[g] * sum as f32;
+        out.less32[g] = -out.scale32[g] * f32::from(out.sums32[g]);
     }
 }
 

@@ -36,7 +36,7 @@ pub(crate) unsafe fn multiply_rounded(
 ) {
     std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
     #[cfg(target_arch = "x86_64")]
-    let tiles = (isa == Isa::Amx && extent(w.dtype) == Extent::Chunk && x.len() >= amx::FROM)
+    let tiles = (isa == Isa::Amx && extent(w.dtype, true) == Extent::Chunk && x.len() >= amx::FROM)
         .then(|| Tiles::new(amx::block_rows(x.len())));
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);

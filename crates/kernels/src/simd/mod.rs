@@ -174,9 +174,8 @@ pub(crate) trait Simd: Bytes {
     unsafe fn as_i32(v: Self::V) -> Self::I;
     /// The same bits.
     unsafe fn as_f32(v: Self::I) -> Self::V;
-    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes, at `biased` with 128
-    /// added; any, if they do not fit.
-    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V);
+    /// Rounds to the nearest whole numbers, ties to even, and stores them as `LANES` signed bytes; any, if they do not fit.
+    unsafe fn store_i8(p: *mut u8, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;

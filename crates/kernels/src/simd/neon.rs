@@ -70,12 +70,11 @@ impl Simd for Neon {
         vreinterpretq_f32_s32(v)
     }
     #[inline(always)]
-    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V) {
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
         let words = vmovn_s32(vcvtnq_s32_f32(v));
         let bytes = vmovn_s16(vcombine_s16(words, words));
         let bytes = vget_lane_s32::<0>(vreinterpret_s32_s8(bytes));
         p.cast::<i32>().write_unaligned(bytes);
-        biased.cast::<i32>().write_unaligned(bytes ^ i32::from_ne_bytes([128; 4]));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -72,11 +72,10 @@ impl Simd for Portable {
         v.map(|x| f32::from_bits(x as u32))
     }
     #[inline(always)]
-    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V) {
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
         // Adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even.
         let rounded = v.map(|x| ((x + 12_582_912.0) - 12_582_912.0) as i8 as u8);
         p.cast::<[u8; N]>().write_unaligned(rounded);
-        biased.cast::<[u8; N]>().write_unaligned(rounded.map(|x| x ^ 128));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -73,10 +73,9 @@ impl Simd for Avx512 {
         _mm512_castsi512_ps(v)
     }
     #[inline(always)]
-    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V) {
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
         let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
         _mm_storeu_si128(p.cast(), bytes);
-        _mm_storeu_si128(biased.cast(), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
@@ -187,12 +186,11 @@ impl Simd for Avx2 {
         _mm256_castsi256_ps(v)
     }
     #[inline(always)]
-    unsafe fn store_i8(p: *mut u8, biased: *mut u8, v: Self::V) {
+    unsafe fn store_i8(p: *mut u8, v: Self::V) {
         let v = _mm256_cvtps_epi32(v);
         let words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
         let bytes = _mm_packs_epi16(words, words);
         _mm_storel_epi64(p.cast(), bytes);
-        _mm_storel_epi64(biased.cast(), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
