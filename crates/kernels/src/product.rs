@@ -74,7 +74,7 @@ pub(crate) struct Product<'a> {
 /// One or two matrices of the same shape.
 type Pair<'w> = [Option<MatRef<'w>>; 2];
 
-/// What is to be done for one group.
+/// What is to be done for one group that has tokens.
 struct Group<'w> {
     weights: Pair<'w>,
     /// Its first place in the order of slots, and how many it has.
@@ -121,24 +121,20 @@ impl Product<'_> {
     fn group<'w>(&self, isa: Isa, g: usize, weights: impl Fn(usize) -> (MatRef<'w>, Option<MatRef<'w>>)) -> Group<'w> {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
-        let weights = if tokens > 0 {
-            let (w, other) = weights(g);
-            [Some(w), other]
-        } else {
-            [None, None]
-        };
+        let (w, other) = weights(g);
+        let weights = [Some(w), other];
         let rounded = weights.iter().flatten().any(|w| self.rounds(w.dtype));
         // Columns are only ever multiplied from packed tiles.
         let packed = self.transposed || self.pack.packs(tokens, rounded);
         let most = if rounded { self.cell_rounded() } else { CELL_TOKENS };
-        let chunks = if packed { tokens.div_ceil(most) } else { tokens.min(1) };
+        let chunks = if packed { tokens.div_ceil(most) } else { 1 };
         let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
         let pack_cost = match (packed, rounded) {
             (false, _) => 1,
             (true, false) => PACK_COST,
             (true, true) => PACK_BLOCKS_COST,
         };
-        let cost = (tokens.div_ceil(chunks.max(1)) + pack_cost) as u64;
+        let cost = (tokens.div_ceil(chunks) + pack_cost) as u64;
         Group { weights, start, tokens, packed, rounded, chunks, cells, cost }
     }
 
@@ -168,12 +164,14 @@ impl Product<'_> {
         F: Fn(usize) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
     {
         let isa = pool.isa();
-        let groups = self.bounds.len() - 1;
+        let bounds = self.bounds;
+        // Of many experts few have tokens.
+        let groups = || (0..bounds.len() - 1).filter(|&g| bounds[g] < bounds[g + 1]);
         let (slots, rows, cols) = (self.slots, self.rows, self.cols);
         assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
         let (mut total, mut rounded) = (0, None::<Extent>);
-        for g in 0..groups {
+        for g in groups() {
             let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
             for w in group.weights.iter().flatten() {
@@ -193,7 +191,7 @@ impl Product<'_> {
             pool.run_parts(operations, |part| {
                 let [mut share, mut then] = [part, part.following()].map(|part| Share::new(total, part));
                 // Of each group the cells of this part, and what will come behind them.
-                let groups = (0..groups).filter_map(|g| {
+                let groups = groups().filter_map(|g| {
                     let group = product.group(isa, g, &weights);
                     let [cells, then] = [&mut share, &mut then].map(|share| share.take(group.cells, group.cost));
                     (!cells.is_empty() || !then.is_empty()).then_some((group, cells, then))

@@ -21,8 +21,8 @@ impl Model {
         let moe = self.spec().moe(layer).ok_or(ModelError::NoExperts { layer })?;
         let (n, d) = x.dims2()?;
         let e = moe.n_experts;
-        let experts = Experts::loaded(self, layer, e);
         let ids: Vec<u32> = (0..n).flat_map(|_| (0..e).filter_map(|e| u32::try_from(e).ok())).collect();
+        let experts = Experts::loaded(self, layer, e, &ids);
         let (pool, pack) = (self.pool(), Pack::Always);
         let hidden = ffn::expert_hidden(pool, pack, &experts, moe.act, moe.intermediate_size, x, (e, &ids))?;
         ffn::expert_down(pool, pack, &experts, d, &hidden, &ids)

@@ -69,9 +69,13 @@ pub(crate) struct Experts<'a> {
 }
 
 impl<'a> Experts<'a> {
-    /// Those of the layer's `count` experts that are loaded.
-    pub fn loaded(model: &'a Model, layer: usize, count: usize) -> Experts<'a> {
-        Experts::of(model, layer, (0..count).map(|e| model.weights().expert(layer, e)).collect())
+    /// Those of the layer's `count` experts that are `wanted` and loaded.
+    pub fn loaded(model: &'a Model, layer: usize, count: usize, wanted: &[u32]) -> Experts<'a> {
+        let mut weights = vec![None; count];
+        for &id in wanted.iter().filter(|id| (**id as usize) < count) {
+            weights[id as usize] = model.weights().expert(layer, id as usize);
+        }
+        Experts::of(model, layer, weights)
     }
 
     /// Those of a lease.

@@ -84,7 +84,7 @@ impl Pass<'_> {
     /// The slots' outputs `[N, k, d]`, of experts that are all in memory.
     fn loaded(&mut self, here: Here, block: &Block<'_>) -> Result<Tensor, Exit> {
         let (model, l, ids) = (self.model, here.layer, &block.routing.ids);
-        let experts = Experts::loaded(model, l, block.moe.n_experts);
+        let experts = Experts::loaded(model, l, block.moe.n_experts, ids);
         if let Some(&id) = ids.iter().find(|&&id| id != NO_EXPERT && !experts.has(id)) {
             return Err(ModelError::ExpertNotLoaded { layer: l, expert: id }.into());
         }
