@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::DType;
+use crate::rows::ask_for;
 use crate::tile::Rows;
 use crate::weight::{dequantize, quantize};
 
@@ -74,6 +75,11 @@ impl KvPages {
         }
         self.data.resize((self.len + rows.len() / width).div_ceil(Self::PAGE) * self.page_bytes(), 0);
         for row in rows.chunks_exact(width) {
+            // Every head's place is somewhere else, and far from what is near.
+            for head in 0..self.heads {
+                let at = self.offset(head, self.len);
+                ask_for(&self.data[at..at + self.head_bytes()]);
+            }
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
                 let at = self.offset(head, self.len);
                 let bytes = self.head_bytes();

@@ -70,6 +70,20 @@ kernel! {
     }
 }
 
+/// Asks for these bytes.
+pub(crate) fn ask_for(bytes: &[u8]) {
+    // SAFETY: the set was detected.
+    unsafe { ask_with(Isa::best(), bytes) }
+}
+
+kernel! {
+    unsafe fn ask_with<S>(bytes: &[u8]) {
+        for line in bytes.chunks(64) {
+            S::prefetch(line.as_ptr());
+        }
+    }
+}
+
 kernel! {
     unsafe fn dot_all<S>(a: &[f32], b: &[f32]) -> f32 {
         let mut sums = [S::zero(); 4];
