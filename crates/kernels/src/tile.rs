@@ -29,7 +29,7 @@ impl Isa {
 pub(crate) const MAX_TOKENS: usize = 12;
 
 /// How far ahead weights are asked for, in bytes: into the nearest cache, and before that into the next one.
-pub(crate) const AHEAD: [usize; 2] = [2048, 8192];
+pub(crate) const AHEAD: [usize; 2] = [3072, 8192];
 
 /// The most tokens that [`dots`] takes.
 pub(crate) const DOT_TOKENS: usize = 4;
