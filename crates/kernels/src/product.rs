@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
-use crate::quant::{CHUNK, Extent, Piece, Rounded, extent, multiply_rounded, packed_len, round_row, rounded_dots};
+use crate::quant::{CHUNK, Piece, Rounded, Rounding, multiply_rounded, packed_len, round_row, rounded_dots, rounding};
 use crate::scratch;
 use crate::simd::Isa;
 use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
@@ -170,14 +170,14 @@ impl Product<'_> {
         let (slots, rows, cols) = (self.slots, self.rows, self.cols);
         assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
-        let (mut total, mut rounded) = (0, None::<Extent>);
+        let (mut total, mut rounded) = (0, None::<Rounding>);
         for g in groups() {
             let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
             for w in group.weights.iter().flatten() {
                 if self.rounds(w.dtype) {
-                    let extent = extent(w.dtype, group.packed);
-                    rounded = Some(rounded.map_or(extent, |other| other.and(extent)));
+                    let how = rounding(w.dtype, group.packed);
+                    rounded = Some(rounded.map_or(how, |other| other.and(how)));
                 }
                 let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
                 assert_eq!(shape, (rows, cols), "shape of the weights");
@@ -215,8 +215,8 @@ impl Product<'_> {
     }
 
     /// Calls `f` with the chunks of all inputs, row by row, if they are wanted rounded.
-    fn with_rounded(&self, pool: &Pool, wanted: Option<Extent>, f: impl FnOnce(&Self, *const Rounded)) {
-        let Some(extent) = wanted else { return f(self, std::ptr::null()) };
+    fn with_rounded(&self, pool: &Pool, how: Option<Rounding>, f: impl FnOnce(&Self, *const Rounded)) {
+        let Some(how) = how else { return f(self, std::ptr::null()) };
         let (isa, cols, each) = (pool.isa(), self.cols, self.cols.div_ceil(CHUNK));
         let rows = self.x.len().checked_div(cols).unwrap_or(0);
         scratch::rounded(rows * each, |chunks| {
@@ -225,7 +225,7 @@ impl Product<'_> {
                 for row in part.split(rows, 1) {
                     let x = &x[row * cols..][..cols];
                     // SAFETY: the set was detected, and the rows of different parts do not overlap.
-                    unsafe { round_row(isa, x.as_ptr(), cols, extent, out.get().add(row * each)) }
+                    unsafe { round_row(isa, x.as_ptr(), cols, how, out.get().add(row * each)) }
                 }
             });
             f(self, chunks.as_ptr());

@@ -29,7 +29,7 @@ pub(crate) use blocks::*;
 pub(crate) use codebooks::*;
 pub(crate) use dots::{Piece, rounded_dots};
 pub(crate) use pack::packed_len;
-pub(crate) use rounded::{Extent, Rounded, round_row};
+pub(crate) use rounded::{Rounded, Rounding, round_row};
 pub(crate) use super_blocks::*;
 pub(crate) use tiles::multiply_rounded;
 
@@ -195,12 +195,15 @@ macro_rules! with_quant {
 pub(crate) use with_quant;
 
 /// How activations are to be rounded for weights of a type with blocks, from packed tiles or as they lie.
-pub(crate) fn extent(dtype: DType, packed: bool) -> Extent {
-    with_quant!(dtype, Q => match (Q::LEVELS, packed || !dots::sums_whole::<Q>()) {
-        (false, _) => Extent::Group,
-        (true, true) => Extent::Chunk,
-        (true, false) => Extent::Whole,
-    }, else Extent::Group)
+pub(crate) fn rounding(dtype: DType, packed: bool) -> Rounding {
+    const GROUPS: Rounding = Rounding { chunk: false, crossed: false, rest: true };
+    with_quant!(dtype, Q => if Q::LEVELS {
+        let crossed = !packed && dots::sums_whole::<Q>();
+        // Tiles hold codes less their offset.
+        Rounding { chunk: true, crossed, rest: <Q as Quant>::SIGNED || packed && <Q as Quant>::OFFSET > 0 }
+    } else {
+        GROUPS
+    }, else GROUPS)
 }
 
 /// Codes as bytes, in the order of their values.

@@ -1,6 +1,6 @@
 //! Activations rounded to signed bytes, so that their products with codes are whole numbers.
 //!
-//! Each 32 values of a row share a scale, or each 256 (see [`Extent`]): their largest magnitude over 127; values round to
+//! Each 32 values of a row share a scale, or each 256 (see [`Rounding::chunk`]): their largest magnitude over 127; values round to
 //! the nearest, ties to even. So an activation is off by at most 1/254 of the largest of those.
 
 use super::CHUNK;
@@ -9,21 +9,27 @@ use crate::simd::{Isa, MAX_LANES, Simd, fold_lanes, kernel};
 /// Below this magnitude 32 values count as zeros: the inverse of their scale would overflow.
 const LEAST: f32 = 1e-35;
 
-/// Which values share a scale.
+/// How a row is rounded, and what products of it read besides codes and their sums. What is not read is not written: it would
+/// take up caches, and much of it have to come from another processor's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Extent {
-    /// Every 32.
-    Group,
-    /// Every [`CHUNK`]: for weights whose scales are whole numbers within a chunk, so that only the chunk has a factor.
-    Chunk,
-    /// The same, without what whole sums of few tokens do not read: much of it would have to come from another processor's cache.
-    Whole,
+pub(crate) struct Rounding {
+    /// Whether all values of a [`CHUNK`] share a scale, not every 32: for weights whose scales are whole numbers within a
+    /// chunk, so that only the chunk has a factor.
+    pub chunk: bool,
+    /// Whether the codes are read crossed.
+    pub crossed: bool,
+    /// Whether all else is read.
+    pub rest: bool,
 }
 
-impl Extent {
+impl Rounding {
     /// What serves both.
-    pub(crate) fn and(self, other: Extent) -> Extent {
-        if self == other { self } else { Extent::Chunk }
+    pub(crate) fn and(self, other: Rounding) -> Rounding {
+        Rounding {
+            chunk: self.chunk || other.chunk,
+            crossed: self.crossed || other.crossed,
+            rest: self.rest || other.rest,
+        }
     }
 }
 
@@ -32,11 +38,11 @@ impl Extent {
 #[repr(C, align(64))]
 pub(crate) struct Rounded {
     codes: [i8; CHUNK],
-    /// The sums of the codes of every 32 values, and of every 16; with [`Extent::Chunk`] what all codes are worth. They fit one cache line.
+    /// The sums of the codes of every 32 values, and of every 16; with one scale what all codes are worth. They fit one cache line.
     sums32: [i16; 8],
     sums16: [i16; 16],
     scale: f32,
-    /// With AVX-512 and one scale the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
+    /// With AVX-512 the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
     crossed: Line<i8>,
     /// The codes with 128 added.
     biased: Line<u8>,
@@ -88,7 +94,7 @@ impl Rounded {
         (&raw const (*p).biased).cast()
     }
 
-    /// What all codes are worth, if they were rounded to [`Extent::Chunk`].
+    /// What all codes are worth, if they share a scale.
     #[inline(always)]
     pub(super) const unsafe fn scale(p: *const Self) -> f32 {
         (*p).scale
@@ -133,52 +139,49 @@ kernel! {
     ///
     /// # Safety
     /// `x` must hold `cols` values and `out` their chunks.
-    pub(crate) unsafe fn round_row<S>(x: *const f32, cols: usize, extent: Extent, out: *mut Rounded) {
+    pub(crate) unsafe fn round_row<S>(x: *const f32, cols: usize, how: Rounding, out: *mut Rounded) {
         for (i, start) in (0..cols).step_by(CHUNK).enumerate() {
             let out = &mut *out.add(i);
             if cols - start >= CHUNK {
-                round_chunk::<S>(x.add(start), extent, out);
+                round_chunk::<S>(x.add(start), how, out);
             } else {
                 let mut part = [0.0; CHUNK];
                 std::ptr::copy_nonoverlapping(x.add(start), part.as_mut_ptr(), cols - start);
-                round_chunk::<S>(part.as_ptr(), extent, out);
+                round_chunk::<S>(part.as_ptr(), how, out);
             }
         }
         // All codes are stored before any is read: a processor waits for a value that was stored in parts.
         for i in 0..cols.div_ceil(CHUNK) {
-            sum_chunk::<S>(extent, &mut *out.add(i));
+            sum_chunk::<S>(how, &mut *out.add(i));
         }
     }
 }
 
 /// The codes of a chunk, and what they are worth.
 #[inline(always)]
-unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded) {
+unsafe fn round_chunk<S: Simd>(x: *const f32, how: Rounding, out: &mut Rounded) {
     let mut inverse = [0.0; 8];
-    match extent {
-        Extent::Group => {
-            // As many groups at once as a vector has lanes for their greatest.
-            let step = S::LANES.min(8);
-            for first in (0..8).step_by(step) {
-                let mut most = [S::zero(); MAX_LANES];
-                for g in 0..step {
-                    most[g] = magnitude::<S>(x.add(32 * (first + g)), 32);
-                }
-                greatest::<S>(&mut most, step);
-                let (scale, inverse_of) = scales::<S>(most[0]);
-                S::store_part_or_all(out.scale32.as_mut_ptr().add(first), scale, step);
-                S::store_part_or_all(inverse.as_mut_ptr().add(first), inverse_of, step);
-            }
+    if how.chunk {
+        let mut most = [magnitude::<S>(x, CHUNK); MAX_LANES];
+        greatest::<S>(&mut most, 1);
+        let (scale, inverse_of) = scales::<S>(most[0]);
+        out.scale = S::first(scale);
+        inverse = [S::first(inverse_of); 8];
+        if how.rest {
+            out.scale32 = [out.scale; 8];
         }
-        Extent::Chunk | Extent::Whole => {
-            let mut most = [magnitude::<S>(x, CHUNK); MAX_LANES];
-            greatest::<S>(&mut most, 1);
-            let (scale, inverse_of) = scales::<S>(most[0]);
-            out.scale = S::first(scale);
-            inverse = [S::first(inverse_of); 8];
-            if extent == Extent::Chunk {
-                out.scale32 = [out.scale; 8];
+    } else {
+        // As many groups at once as a vector has lanes for their greatest.
+        let step = S::LANES.min(8);
+        for first in (0..8).step_by(step) {
+            let mut most = [S::zero(); MAX_LANES];
+            for g in 0..step {
+                most[g] = magnitude::<S>(x.add(32 * (first + g)), 32);
             }
+            greatest::<S>(&mut most, step);
+            let (scale, inverse_of) = scales::<S>(most[0]);
+            S::store_part_or_all(out.scale32.as_mut_ptr().add(first), scale, step);
+            S::store_part_or_all(inverse.as_mut_ptr().add(first), inverse_of, step);
         }
     }
     for g in 0..8 {
@@ -191,7 +194,7 @@ unsafe fn round_chunk<S: Simd>(x: *const f32, extent: Extent, out: &mut Rounded)
 
 /// What is made of a chunk's codes.
 #[inline(always)]
-unsafe fn sum_chunk<S: Simd>(extent: Extent, out: &mut Rounded) {
+unsafe fn sum_chunk<S: Simd>(how: Rounding, out: &mut Rounded) {
     let sums = sums_of_sixteen::<S>(out.codes.as_ptr().cast());
     for g in 0..16 {
         out.sums16[g] = sums[g] as i16;
@@ -199,12 +202,12 @@ unsafe fn sum_chunk<S: Simd>(extent: Extent, out: &mut Rounded) {
     for g in 0..8 {
         out.sums32[g] = (sums[2 * g] + sums[2 * g + 1]) as i16;
     }
-    if extent != Extent::Group && matches!(S::ISA, Isa::Avx512) {
+    if how.crossed && matches!(S::ISA, Isa::Avx512) {
         for (i, group) in [0, 2, 1, 3, 4, 6, 5, 7].into_iter().enumerate() {
             out.crossed.0[32 * i..][..32].copy_from_slice(&out.codes[32 * group..][..32]);
         }
     }
-    if extent == Extent::Whole {
+    if !how.rest {
         return;
     }
     for (biased, code) in out.biased.0.iter_mut().zip(&out.codes) {

@@ -4,7 +4,7 @@
 use super::pack::{CODES, FACTOR, Form, MIN_FACTOR, MIN_PAIRS, MINS, SCALES, STARTS, pack_chunk};
 use super::{CHUNK, Rounded, chunk_bytes, with_quant};
 #[cfg(target_arch = "x86_64")]
-use super::{Extent, amx, extent};
+use super::{amx, rounding};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::amx::Tiles;
 use crate::simd::{Isa, Simd, kernel};
@@ -24,7 +24,7 @@ const fn tokens_at_once(isa: Isa, halves: bool) -> usize {
 ///
 /// # Safety
 /// The machine must have `isa`; `w` must be valid, of a type with blocks, and have row `first`; each
-/// of `x` must hold `cols` values in chunks, rounded to the [`extent`](super::extent) of the type, `packed`
+/// of `x` must hold `cols` values in chunks, rounded as [`rounding`] says for the type, `packed`
 /// [`packed_len`](super::packed_len) values, and `out` a row of `tile_rows` for each token.
 pub(crate) unsafe fn multiply_rounded(
     isa: Isa,
@@ -36,7 +36,7 @@ pub(crate) unsafe fn multiply_rounded(
 ) {
     std::slice::from_raw_parts_mut(out, x.len() * isa.tile_rows()).fill(0.0);
     #[cfg(target_arch = "x86_64")]
-    let tiles = (isa == Isa::Amx && extent(w.dtype, true) == Extent::Chunk && x.len() >= amx::FROM)
+    let tiles = (isa == Isa::Amx && rounding(w.dtype, true).chunk && x.len() >= amx::FROM)
         .then(|| Tiles::new(amx::block_rows(x.len())));
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
