@@ -255,10 +255,10 @@ kernel! {
     ) {
         let many = S::ISA.registers() == 32;
         with_weight!(w.dtype, W => match x.len() {
-            1 if w.stride <= SHORT && w.cols.is_multiple_of(8 * S::LANES) => {
+            1 if S::ISA == Isa::Avx512 && w.stride <= SHORT && w.cols.is_multiple_of(8 * S::LANES) => {
                 dot_short::<S, W, 8>(w, first, count, x[0], out)
             }
-            1 if w.stride <= SHORT && w.cols.is_multiple_of(2 * S::LANES) => {
+            1 if S::ISA == Isa::Avx512 && w.stride <= SHORT && w.cols.is_multiple_of(2 * S::LANES) => {
                 dot_short::<S, W, 2>(w, first, count, x[0], out)
             }
             1 if many => dot_rows::<S, W, 8, 1>(w, first, count, x, out, width),

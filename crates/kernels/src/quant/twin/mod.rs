@@ -128,7 +128,7 @@ pub(super) unsafe fn dots<Q: Quant, const T: usize>(isa: Isa, streams: &Streams,
 #[inline(always)]
 unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
     let rows_ahead = AHEAD.map(|bytes| bytes.div_ceil(streams.stride));
-    let mut ahead = rows_ahead.map(|rows| [rows * streams.stride; 2]);
+    let mut ahead = streams.ahead(0, rows_ahead);
     for start in (0..streams.rows[0]).step_by(S::HALF) {
         let mut all = [[S::zero(); MAX_LANES]; T];
         let count = streams.rows.map(|rows| (rows - start.min(rows)).min(S::HALF));
@@ -139,7 +139,7 @@ unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*co
                 // An odd row is its own second.
                 rows[1] = rows[0];
             }
-            if r + rows_ahead[1] >= streams.rows[1] {
+            if rows_ahead.iter().any(|ahead| streams.rows.contains(&(r + ahead))) {
                 ahead = streams.ahead(r, rows_ahead);
             }
             let sums = two_rows::<S, Q, T>(rows, streams.cols, ahead, x);
