@@ -286,16 +286,22 @@ impl Product<'_> {
                     }
                 }
                 let tokens = split(group.tokens, chunk, group.chunks, 1);
-                let tile_of = |i: usize, w: &Rows, batch: &Batch, sums: *mut f32| {
-                    if self.rounds(w.dtype) {
-                        multiply_rounded(isa, w, first, batch.rounded(), tile[i], sums);
-                    } else {
-                        let b = Columns { data: tile[i], stride: width, k: self.cols };
-                        multiply(isa, &b, batch.x(), sums, width, false);
+                let products = |_: bool, batch: &Batch| {
+                    for ((w, tile), sums) in weights.iter().zip(tile).zip(sums) {
+                        match w {
+                            Some(w) if self.rounds(w.dtype) => {
+                                multiply_rounded(isa, w, first, batch.rounded(), tile, sums);
+                            }
+                            Some(_) => {
+                                let b = Columns { data: tile, stride: width, k: self.cols };
+                                multiply(isa, &b, batch.x(), sums, width, false);
+                            }
+                            None => {}
+                        }
                     }
                 };
                 let places = group.start + tokens.start..group.start + tokens.end;
-                self.batches(isa, weights, places, most, [first, count], width, sums, place, &mut batch, tile_of);
+                self.batches(isa, places, most, [first, count], width, sums, place, &mut batch, products);
             }
         });
     }
@@ -314,29 +320,24 @@ impl Product<'_> {
                 let piece = group.piece(isa, cell, &cells);
                 let next = if cell + step < cells.end { Some(group.piece(isa, cell + step, &cells)) } else { next };
                 let places = group.start..group.start + group.tokens;
-                let blocks = places.len().div_ceil(DOT_TOKENS);
-                for block in 0..blocks {
-                    let part = split(places.len(), block, blocks, 1);
-                    self.gather(places.start + part.start..places.start + part.end, place, &mut batch);
-                    // Other tokens meet the same rows first.
-                    let next = if block + 1 < blocks { Some(&piece) } else { next.as_ref() };
+                let rows = [piece.first, piece.count];
+                let products = |more: bool, batch: &Batch| {
+                    // The same rows, if more tokens meet them.
+                    let next = if more { Some(&piece) } else { next.as_ref() };
                     rounded_dots(isa, &piece, next, batch.rounded(), sums, width);
                     for (w, sums) in piece.weights.iter().zip(sums) {
-                        match w {
-                            Some(w) if !self.rounds(w.dtype) => {
-                                dots(isa, w, piece.first, piece.count, batch.x(), sums, width);
-                            }
-                            _ => {}
+                        if let Some(w) = w.as_ref().filter(|w| !self.rounds(w.dtype)) {
+                            dots(isa, w, rows[0], rows[1], batch.x(), sums, width);
                         }
                     }
-                    finish_tile(isa, sums, width, batch.out(), piece.first, piece.count, self.finish);
-                }
+                };
+                self.batches(isa, places, DOT_TOKENS, rows, width, sums, place, &mut batch, products);
             }
         });
     }
 
-    /// Multiplies some rows (the first, and how many) with the tokens at `places`, up to `most` at a time: `product(i, w, batch, sums)`
-    /// writes the sums of matrix `i`, rows of `width`.
+    /// Multiplies some rows (the first, and how many) with the tokens at `places`, up to `most` at a time: `products(more, batch)`
+    /// writes the sums of a batch, rows of `width`; there may be more batches behind it.
     ///
     /// # Safety
     /// As for [`Product::cells`]; `most` must be at most [`CELL_ROUNDED`], and each of `sums` have as many rows of `width`.
@@ -344,7 +345,6 @@ impl Product<'_> {
     unsafe fn batches(
         &self,
         isa: Isa,
-        weights: &[Option<Rows>; 2],
         places: Range<usize>,
         most: usize,
         [first, count]: [usize; 2],
@@ -352,17 +352,13 @@ impl Product<'_> {
         sums: [*mut f32; 2],
         place: Place,
         batch: &mut Batch,
-        product: impl Fn(usize, &Rows, &Batch, *mut f32),
+        products: impl Fn(bool, &Batch),
     ) {
         let blocks = places.len().div_ceil(most);
         for block in 0..blocks {
             let part = split(places.len(), block, blocks, 1);
             self.gather(places.start + part.start..places.start + part.end, place, batch);
-            for (i, w) in weights.iter().enumerate() {
-                if let Some(w) = w {
-                    product(i, w, batch, sums[i]);
-                }
-            }
+            products(block + 1 < blocks, batch);
             finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
         }
     }

@@ -1,5 +1,7 @@
 //! Weights in blocks: their values against ggml's, their products against `f64`.
 
+use std::ops::Range;
+
 use super::products::{Experts, some_ids};
 use super::*;
 
@@ -351,6 +353,51 @@ fn chunks_of_tokens_do_not_change_products_of_blocks() {
         };
         let parts: Vec<f32> = x.chunks(few * cols).flat_map(product).collect();
         identical(&[product(&x), parts], dtype.name());
+    }
+}
+
+/// Many rows are cut into pieces, of which two streams are read at a time: rows of one matrix, or of two.
+#[test]
+fn pieces_of_rows_do_not_change_products_of_blocks() {
+    let mut random = Random(49);
+    for (dtype, blocks) in block_types() {
+        let (rows, cols) = (2500, dtype.block_len().max(256));
+        let [a, b] = [(); 2].map(|()| Weights::of_blocks(&mut random, dtype, &blocks, Kind::Real, rows, cols));
+        let x = tokens(&mut random, 3, cols);
+        let some = |w: MatRef<'_>, rows: Range<usize>, f: &mut dyn FnMut(MatRef<'_>)| {
+            let bytes = w.row_bytes();
+            let data = &w.data[rows.start * bytes..rows.end * bytes];
+            f(MatRef::new(dtype, rows.len(), cols, data).unwrap());
+        };
+        for isa in Isa::available() {
+            let pool = Pool::with_isa(2, isa);
+            for n in [1, 3] {
+                let x = &x[..n * cols];
+                let mut by_rows = [vec![vec![]; n], vec![vec![]; n]];
+                let mut whole = [vec![f32::NAN; n * rows], vec![f32::NAN; n * rows]];
+                for part in [0..1, 1..701, 701..2500, 0..2500] {
+                    let (mut y, mut z) = (vec![f32::NAN; n * part.len()], vec![f32::NAN; n * part.len()]);
+                    some(a.get(), part.clone(), &mut |a| {
+                        matmul(&pool, Pack::BySize, a, x, n, None, &mut y);
+                        some(b.get(), part.clone(), &mut |b| {
+                            gated_hidden(&pool, Pack::BySize, a, b, x, n, Act::Silu, &mut z);
+                        });
+                    });
+                    if part.len() == rows {
+                        whole = [y, z];
+                        continue;
+                    }
+                    for (of, y) in by_rows.iter_mut().zip([y, z]) {
+                        for (t, of) in of.iter_mut().enumerate() {
+                            of.extend_from_slice(&y[t * part.len()..][..part.len()]);
+                        }
+                    }
+                }
+                for (by_rows, whole) in by_rows.into_iter().zip(whole) {
+                    identical(&[by_rows.concat(), whole], &format!("{isa:?} {} {n}", dtype.name()));
+                }
+            }
+        }
     }
 }
 
