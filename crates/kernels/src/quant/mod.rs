@@ -200,7 +200,7 @@ pub(crate) fn rounding(dtype: DType, packed: bool) -> Rounding {
     with_quant!(dtype, Q => if Q::LEVELS {
         let crossed = !packed && dots::sums_whole::<Q>();
         // Tiles hold codes less their offset.
-        Rounding { chunk: true, crossed, rest: <Q as Quant>::SIGNED || packed && <Q as Quant>::OFFSET > 0 }
+        Rounding { chunk: true, crossed, rest: <Q as Quant>::SIGNED || packed && <Q as Quant>::OFFSET != 0 }
     } else {
         GROUPS
     }, else GROUPS)
