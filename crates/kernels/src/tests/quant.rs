@@ -356,6 +356,35 @@ fn chunks_of_tokens_do_not_change_products_of_blocks() {
     }
 }
 
+/// Some experts of a product have many tokens, others few: activations are rounded once for both ways.
+#[test]
+fn experts_with_many_and_few_tokens_are_those_alone() {
+    let mut random = Random(50);
+    for (dtype, blocks) in block_types() {
+        let (rows, cols, ids) = (70, dtype.block_len().max(256), [0, 0, 1, 0, 0, 0, 0]);
+        let [a, b] = [(); 2].map(|()| Weights::of_blocks(&mut random, dtype, &blocks, Kind::Real, rows, cols));
+        let experts = [&a, &b].map(|w| Some(ExpertRef { gate: w.get(), up: w.get(), down: w.get() }));
+        let x = tokens(&mut random, ids.len(), cols);
+        for pool in pools(2) {
+            let mut y = vec![f32::NAN; ids.len() * rows];
+            expert_down(&pool, Pack::BySize, &experts, &x, ids.len(), 1, &ids, &mut y).unwrap();
+            for (id, w) in [&a, &b].into_iter().enumerate() {
+                let of = |all: &[f32], width: usize| -> Vec<f32> {
+                    all.chunks(width)
+                        .zip(ids)
+                        .filter(|(_, of)| *of as usize == id)
+                        .flat_map(|(v, _)| v.to_vec())
+                        .collect()
+                };
+                let x = of(&x, cols);
+                let mut alone = vec![f32::NAN; x.len() / cols * rows];
+                matmul(&pool, Pack::BySize, w.get(), &x, x.len() / cols, None, &mut alone);
+                identical(&[alone, of(&y, rows)], &format!("{:?} {} {id}", pool.isa(), dtype.name()));
+            }
+        }
+    }
+}
+
 /// Many rows are cut into pieces, of which two streams are read at a time: rows of one matrix, or of two.
 #[test]
 fn pieces_of_rows_do_not_change_products_of_blocks() {
