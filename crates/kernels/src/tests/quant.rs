@@ -385,6 +385,12 @@ fn experts_with_many_and_few_tokens_are_those_alone() {
     }
 }
 
+/// Some rows of a matrix.
+fn rows_of(w: MatRef<'_>, rows: Range<usize>) -> MatRef<'_> {
+    let bytes = w.row_bytes();
+    MatRef::new(w.dtype, rows.len(), w.cols, &w.data[rows.start * bytes..rows.end * bytes]).unwrap()
+}
+
 /// Many rows are cut into pieces, of which two streams are read at a time: rows of one matrix, or of two.
 #[test]
 fn pieces_of_rows_do_not_change_products_of_blocks() {
@@ -393,11 +399,6 @@ fn pieces_of_rows_do_not_change_products_of_blocks() {
         let (rows, cols) = (2500, dtype.block_len().max(256));
         let [a, b] = [(); 2].map(|()| Weights::of_blocks(&mut random, dtype, &blocks, Kind::Real, rows, cols));
         let x = tokens(&mut random, 3, cols);
-        let some = |w: MatRef<'_>, rows: Range<usize>, f: &mut dyn FnMut(MatRef<'_>)| {
-            let bytes = w.row_bytes();
-            let data = &w.data[rows.start * bytes..rows.end * bytes];
-            f(MatRef::new(dtype, rows.len(), cols, data).unwrap());
-        };
         for isa in Isa::available() {
             let pool = Pool::with_isa(2, isa);
             for n in [1, 3] {
@@ -406,12 +407,9 @@ fn pieces_of_rows_do_not_change_products_of_blocks() {
                 let mut whole = [vec![f32::NAN; n * rows], vec![f32::NAN; n * rows]];
                 for part in [0..1, 1..701, 701..2500, 0..2500] {
                     let (mut y, mut z) = (vec![f32::NAN; n * part.len()], vec![f32::NAN; n * part.len()]);
-                    some(a.get(), part.clone(), &mut |a| {
-                        matmul(&pool, Pack::BySize, a, x, n, None, &mut y);
-                        some(b.get(), part.clone(), &mut |b| {
-                            gated_hidden(&pool, Pack::BySize, a, b, x, n, Act::Silu, &mut z);
-                        });
-                    });
+                    let [a, b] = [&a, &b].map(|w| rows_of(w.get(), part.clone()));
+                    matmul(&pool, Pack::BySize, a, x, n, None, &mut y);
+                    gated_hidden(&pool, Pack::BySize, a, b, x, n, Act::Silu, &mut z);
                     if part.len() == rows {
                         whole = [y, z];
                         continue;
