@@ -186,7 +186,7 @@ impl Block<'_> {
                     let v = Rows { then: next, ..v };
                     if k.dtype.is_quantized() {
                         let data = self.copied(isa, &k, padded, copy).data.cast();
-                        k = Rows { dtype: DType::F32, data, stride: 4 * padded, ..k };
+                        k = Rows { dtype: DType::F32, data, stride: 4 * padded, then: None, ..k };
                     }
                     self.scores(isa, &k, &queries[..n], packed, scores);
                     let at = (kv_head - self.kv_heads.start) * n;

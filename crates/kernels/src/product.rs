@@ -71,12 +71,11 @@ pub(crate) struct Product<'a> {
     pub transposed: bool,
 }
 
-/// One or two matrices of the same shape.
-type Pair<'w> = [Option<MatRef<'w>>; 2];
-
 /// What is to be done for one group that has tokens.
 struct Group<'w> {
-    weights: Pair<'w>,
+    w: MatRef<'w>,
+    /// A second matrix of the same shape.
+    other: Option<MatRef<'w>>,
     /// Its first place in the order of slots, and how many it has.
     start: usize,
     tokens: usize,
@@ -96,13 +95,8 @@ impl Group<'_> {
         if self.rounded { (cell % tiles, cell / tiles) } else { (cell / self.chunks, cell % self.chunks) }
     }
 
-    /// What is multiplied at once from a cell on, if tiles are not packed.
-    fn piece(&self, isa: Isa, first: usize, cells: &Range<usize>) -> Piece {
-        let tile = isa.tile_rows();
-        let weights = self.weights.map(|w| w.map(|w| as_rows(&w)));
-        let rows = weights[0].map_or(0, |w| w.rows);
-        let end = rows.min(cells.end * tile);
-        Piece { weights, first: first * tile, count: PLAIN_ROWS.min(end - first * tile) }
+    fn weights(&self) -> [Option<MatRef<'_>>; 2] {
+        [Some(self.w), self.other]
     }
 }
 
@@ -122,8 +116,7 @@ impl Product<'_> {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
         let (w, other) = weights(g);
-        let weights = [Some(w), other];
-        let rounded = weights.iter().flatten().any(|w| self.rounds(w.dtype));
+        let rounded = [Some(w), other].iter().flatten().any(|w| self.rounds(w.dtype));
         // Columns are only ever multiplied from packed tiles.
         let packed = self.transposed || self.pack.packs(tokens, rounded);
         let most = if rounded { self.cell_rounded() } else { CELL_TOKENS };
@@ -135,7 +128,18 @@ impl Product<'_> {
             (true, true) => PACK_BLOCKS_COST,
         };
         let cost = (tokens.div_ceil(chunks) + pack_cost) as u64;
-        Group { weights, start, tokens, packed, rounded, chunks, cells, cost }
+        Group { w, other, start, tokens, packed, rounded, chunks, cells, cost }
+    }
+
+    /// What is multiplied at once from the first of some cells on, if tiles are not packed.
+    fn piece(&self, isa: Isa, group: &Group<'_>, cells: &Range<usize>) -> Piece {
+        let [first, end] = [cells.start, cells.end].map(|cell| self.rows.min(cell * isa.tile_rows()));
+        Piece {
+            w: as_rows(&group.w),
+            other: group.other.map(|w| as_rows(&w)),
+            first,
+            count: PLAIN_ROWS.min(end - first),
+        }
     }
 
     /// The most tokens of a cell with weights in blocks: they are to stay in the second cache from tile to tile.
@@ -174,7 +178,7 @@ impl Product<'_> {
         for g in groups() {
             let group = self.group(isa, g, &weights);
             total += group.cells as u64 * group.cost;
-            for w in group.weights.iter().flatten() {
+            for w in group.weights().iter().flatten() {
                 if self.rounds(w.dtype) {
                     let how = rounding(w.dtype, group.packed);
                     rounded = Some(rounded.map_or(how, |other| other.and(how)));
@@ -199,10 +203,9 @@ impl Product<'_> {
                 let mut groups = groups.peekable();
                 while let Some((group, cells, then)) = groups.next().filter(|(_, cells, _)| !cells.is_empty()) {
                     let next = match groups.peek() {
-                        _ if !then.is_empty() => Some(group.piece(isa, then.start, &then)),
+                        _ if !then.is_empty() => Some(product.piece(isa, &group, &then)),
                         Some((group, cells, then)) => {
-                            let cells = if cells.is_empty() { then } else { cells };
-                            Some(group.piece(isa, cells.start, cells))
+                            Some(product.piece(isa, group, if cells.is_empty() { then } else { cells }))
                         }
                         None => None,
                     };
@@ -238,7 +241,7 @@ impl Product<'_> {
     /// The weights must be valid, all lengths fit, and nobody else touch the cells' outputs.
     unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
         if group.packed {
-            let weights = group.weights.map(|w| w.map(|w| as_rows(&w)));
+            let weights = group.weights().map(|w| w.map(|w| as_rows(&w)));
             self.packed_cells(isa, group, &weights, cells, place);
         } else {
             self.plain_cells(isa, group, cells, next, place);
@@ -317,15 +320,16 @@ impl Product<'_> {
             let mut batch = Batch::new();
             let step = PLAIN_ROWS / isa.tile_rows();
             for cell in cells.clone().step_by(step) {
-                let piece = group.piece(isa, cell, &cells);
-                let next = if cell + step < cells.end { Some(group.piece(isa, cell + step, &cells)) } else { next };
+                let from = |cell: usize| self.piece(isa, group, &(cell..cells.end));
+                let piece = from(cell);
+                let next = if cell + step < cells.end { Some(from(cell + step)) } else { next };
                 let places = group.start..group.start + group.tokens;
                 let rows = [piece.first, piece.count];
                 let products = |more: bool, batch: &Batch| {
                     // The same rows, if more tokens meet them.
                     let next = if more { Some(&piece) } else { next.as_ref() };
                     rounded_dots(isa, &piece, next, batch.rounded(), sums, width);
-                    for (w, sums) in piece.weights.iter().zip(sums) {
+                    for (w, sums) in [Some(piece.w), piece.other].iter().zip(sums) {
                         if let Some(w) = w.as_ref().filter(|w| !self.rounds(w.dtype)) {
                             dots(isa, w, rows[0], rows[1], batch.x(), sums, width);
                         }

@@ -70,7 +70,7 @@ kernel! {
     }
 }
 
-/// Asks for these bytes.
+/// Asks for these bytes, into the nearest cache.
 pub(crate) fn ask_for(bytes: &[u8]) {
     // SAFETY: the set was detected.
     unsafe { ask_with(Isa::best(), bytes) }

@@ -273,7 +273,8 @@ kernel! {
     }
 }
 
-/// Bytes of rows that are short: some of them are a page of memory.
+/// Bytes of rows that are short, so that reading some columns of one after another is reading in order. With AVX2, whose registers
+/// hold less of a token, this way was slower (kernels' benchmark, attention).
 const SHORT: usize = 1024;
 
 /// [`dots`] for one token and short rows, whose columns are read in order, `C` vectors of the token being kept in registers.

@@ -4,37 +4,44 @@
 #[cfg(target_arch = "x86_64")]
 use super::twin::{self, Streams};
 use super::{CHUNK, GROUPS, Levels, Quant, Rounded, Sink, blocks_of, chunk_bytes, with_quant};
+#[cfg(target_arch = "x86_64")]
+use crate::DType;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{AHEAD, Rows};
 
-/// Some neighbouring rows of one matrix, or of two of the same shape.
+/// Some neighbouring rows of a matrix, and the same of another one of its shape, if there is one.
 #[derive(Clone, Copy)]
 pub(crate) struct Piece {
-    pub weights: [Option<Rows>; 2],
+    pub w: Rows,
+    pub other: Option<Rows>,
     pub first: usize,
     pub count: usize,
 }
 
 impl Piece {
-    /// Both matrices, if they can be multiplied side by side.
+    /// The other matrix, if both are multiplied side by side.
+    ///
+    /// With AVX2 two streams of rows stay near each other: on Zen 4 with its instructions reading was a fifth slower otherwise
+    /// (docs/performance.md), and other orders were not measured on processors without AVX-512.
     #[cfg(target_arch = "x86_64")]
-    fn both(&self) -> Option<[Rows; 2]> {
-        match self.weights {
-            [Some(a), Some(b)] if a.dtype == b.dtype => Some([a, b]),
-            _ => None,
-        }
+    fn beside(&self, isa: Isa) -> Option<Rows> {
+        self.other.filter(|other| isa != Isa::Avx2 && other.dtype == self.w.dtype)
     }
 
-    /// Where the two streams of this piece begin: the rows of both matrices, or else the halves of the first.
+    /// Rows of one matrix that are taken at a time, in halves: all, or two tiles.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn streams(&self) -> Option<[*const u8; 2]> {
-        Some(match self.both() {
-            Some(both) => both.map(|w| w.row(self.first)),
-            None => {
-                let w = self.weights[0].as_ref()?;
-                [w.row(self.first), w.row(self.first + self.count.div_ceil(2))]
-            }
-        })
+    fn step(&self, isa: Isa) -> usize {
+        if isa == Isa::Avx2 { self.count.min(2 * isa.tile_rows()) } else { self.count }
+    }
+
+    /// Where the two streams of this piece begin: the rows of both matrices, or else the halves of what is taken first.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn streams(&self, isa: Isa) -> [*const u8; 2] {
+        let first = self.w.row(self.first);
+        match self.beside(isa) {
+            Some(other) => [first, other.row(self.first)],
+            None => [first, self.w.row(self.first + self.step(isa).div_ceil(2))],
+        }
     }
 }
 
@@ -54,86 +61,85 @@ pub(crate) unsafe fn rounded_dots(
     width: usize,
 ) {
     let Some(last) = x.len().checked_sub(1) else { return };
-    let x = [0, 1, 2, 3].map(|t: usize| x[t.min(last)]);
+    let tokens = Tokens { x: [0, 1, 2, 3].map(|t: usize| x[t.min(last)]), last, width };
     #[cfg(target_arch = "x86_64")]
-    if isa.takes_two_rows() {
-        return side_by_side(isa, piece, next, [last, width], x, out);
+    if let Some(other) = piece.beside(isa).filter(|w| in_pairs(isa, w.dtype)) {
+        let start = piece.streams(isa);
+        let next = next.map_or(start, |next| next.streams(isa));
+        let streams =
+            Streams { start, rows: [piece.count; 2], stride: other.stride, cols: other.cols, out, width, next };
+        return twins(isa, other.dtype, &streams, &tokens);
     }
+    let alone = |w| Piece { w, other: None, ..*piece };
+    if piece.w.dtype.is_quantized() {
+        let then = piece.other.map(alone);
+        one_matrix(isa, &alone(piece.w), then.as_ref().or(next), &tokens, out[0]);
+    }
+    if let Some(other) = piece.other.filter(|other| other.dtype.is_quantized()) {
+        one_matrix(isa, &alone(other), next, &tokens, out[1]);
+    }
+}
+
+/// Up to four tokens: the number of the last, which the others behind it repeat; and how far the results of each lie apart.
+struct Tokens {
+    x: [*const Rounded; 4],
+    last: usize,
+    width: usize,
+}
+
+/// [`rounded_dots`] of a piece of one matrix.
+unsafe fn one_matrix(isa: Isa, piece: &Piece, next: Option<&Piece>, tokens: &Tokens, out: *mut f32) {
+    #[cfg(target_arch = "x86_64")]
+    if in_pairs(isa, piece.w.dtype) {
+        return halves(isa, piece, next, tokens, out);
+    }
+    // Rows that are taken one by one ask for what lies behind them.
     let _ = next;
-    for (w, out) in piece.weights.iter().zip(out) {
-        match w {
-            Some(w) if w.dtype.is_quantized() => one_by_one(isa, w, [piece.first, piece.count], [last, width], x, out),
-            _ => {}
-        }
-    }
-}
-
-/// [`rounded_dots`] with sets that take two rows at once.
-#[cfg(target_arch = "x86_64")]
-unsafe fn side_by_side(
-    isa: Isa,
-    piece: &Piece,
-    next: Option<&Piece>,
-    [last, width]: [usize; 2],
-    x: [*const Rounded; 4],
-    out: [*mut f32; 2],
-) {
-    let Piece { first, count, .. } = *piece;
-    let next = next.and_then(|next| next.streams());
-    let twins = |w: &Rows, start: [*const u8; 2], rows: [usize; 2], next: [*const u8; 2], out: [*mut f32; 2]| {
-        let streams = Streams { start, rows, stride: w.stride, cols: w.cols, out, width, next };
-        with_quant!(w.dtype, Q => if const { sums_whole::<Q>() } {
-            match last {
-                0 => twin::dots::<Q, 1>(isa, &streams, x),
-                1 => twin::dots::<Q, 2>(isa, &streams, x),
-                _ => twin::dots::<Q, 4>(isa, &streams, x),
-            }
-            return true;
-        }, else {});
-        false
-    };
-    // With AVX2 streams go through two tiles at a time, so that they are near each other: on Zen 4 with its instructions reading was
-    // a fifth slower otherwise, and other orders were not measured on processors without AVX-512.
-    let (far_apart, step) = if isa == Isa::Avx2 { (false, 2 * isa.tile_rows()) } else { (true, count) };
-    if let Some(both) = piece.both().filter(|_| far_apart) {
-        let start = both.map(|w| w.row(first));
-        if twins(&both[0], start, [count; 2], next.unwrap_or(start), out) {
-            return;
-        }
-    }
-    for (w, out) in piece.weights.iter().zip(out) {
-        let Some(w) = w.as_ref().filter(|w| w.dtype.is_quantized()) else { continue };
-        for at in (0..count).step_by(step) {
-            let tile = Piece { weights: [Some(*w), None], first: first + at, count: step.min(count - at) };
-            let Some(start) = tile.streams() else { continue };
-            // With nothing to come it is what is near already.
-            let next = match at + step {
-                at if at < count => start.map(|start| start.wrapping_add(step * w.stride)),
-                _ => next.unwrap_or(start),
-            };
-            let half = tile.count.div_ceil(2);
-            let outs = [out.add(at), out.add(at + half)];
-            if !twins(w, start, [half, tile.count - half], next, outs) {
-                one_by_one(isa, w, [tile.first, tile.count], [last, width], x, outs[0]);
-            }
-        }
-    }
-}
-
-/// The products of `count` rows from `first` on with `last + 1` tokens, one row at a time.
-unsafe fn one_by_one(
-    isa: Isa,
-    w: &Rows,
-    [first, count]: [usize; 2],
-    [last, width]: [usize; 2],
-    x: [*const Rounded; 4],
-    out: *mut f32,
-) {
-    with_quant!(w.dtype, Q => match last {
-        0 => dots::<Q, 1>(isa, w, first, count, x, out, width),
-        1 => dots::<Q, 2>(isa, w, first, count, x, out, width),
-        _ => dots::<Q, 4>(isa, w, first, count, x, out, width),
+    let Piece { w, first, count, .. } = piece;
+    with_quant!(w.dtype, Q => match tokens.last {
+        0 => dots::<Q, 1>(isa, w, *first, *count, tokens.x, out, tokens.width),
+        1 => dots::<Q, 2>(isa, w, *first, *count, tokens.x, out, tokens.width),
+        _ => dots::<Q, 4>(isa, w, *first, *count, tokens.x, out, tokens.width),
     }, else unreachable!("{} has no blocks", w.dtype.name()));
+}
+
+/// [`one_matrix`] in two streams.
+#[cfg(target_arch = "x86_64")]
+unsafe fn halves(isa: Isa, piece: &Piece, next: Option<&Piece>, tokens: &Tokens, out: *mut f32) {
+    let (w, step) = (&piece.w, piece.step(isa));
+    for at in (0..piece.count).step_by(step.max(1)) {
+        let part = |at: usize| Piece { first: piece.first + at, count: step.min(piece.count - at), ..*piece };
+        let this = part(at);
+        let start = this.streams(isa);
+        // With nothing to come it is what is near already.
+        let next = if at + step < piece.count {
+            part(at + step).streams(isa)
+        } else {
+            next.map_or(start, |next| next.streams(isa))
+        };
+        let half = this.count.div_ceil(2);
+        let (rows, out) = ([half, this.count - half], [out.add(at), out.add(at + half)]);
+        let streams = Streams { start, rows, stride: w.stride, cols: w.cols, out, width: tokens.width, next };
+        twins(isa, w.dtype, &streams, tokens);
+    }
+}
+
+/// The products of two streams of a type that is multiplied [in pairs](in_pairs) of rows.
+#[cfg(target_arch = "x86_64")]
+unsafe fn twins(isa: Isa, dtype: DType, streams: &Streams, tokens: &Tokens) {
+    with_quant!(dtype, Q => if const { sums_whole::<Q>() } {
+        match tokens.last {
+            0 => twin::dots::<Q, 1>(isa, streams, tokens.x),
+            1 => twin::dots::<Q, 2>(isa, streams, tokens.x),
+            _ => twin::dots::<Q, 4>(isa, streams, tokens.x),
+        }
+    }, else {});
+}
+
+/// Whether rows of a type are multiplied two at once.
+#[cfg(target_arch = "x86_64")]
+fn in_pairs(isa: Isa, dtype: DType) -> bool {
+    isa.takes_two_rows() && with_quant!(dtype, Q => sums_whole::<Q>(), else false)
 }
 
 /// Whether a chunk's sums are whole numbers. Signed codes would need more work for that than it saves.

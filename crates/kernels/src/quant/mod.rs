@@ -115,6 +115,7 @@ pub(crate) trait Quant {
     }
 
     /// Which 32 values of a block the halves of each of the vectors of [`Quant::wide`] hold.
+    #[cfg(target_arch = "x86_64")]
     const WIDE: [[usize; 2]; 4] = [[0, 1], [2, 3], [4, 5], [6, 7]];
 
     /// The codes of the block at `p`, 64 to a vector in the order of [`Quant::WIDE`], if there are [`Quant::LEVELS`] and codes

@@ -43,9 +43,9 @@ pub(crate) struct Rounded {
     sums16: [i16; 16],
     scale: f32,
     /// With AVX-512 the codes of every 32 values, in the order 0, 2, 1, 3, 4, 6, 5, 7.
-    crossed: Line<i8>,
+    crossed: Aligned<i8>,
     /// The codes with 128 added.
-    biased: Line<u8>,
+    biased: Aligned<u8>,
     /// What a code is worth: for every 32 values, and for every 16 (the same twice).
     scale32: [f32; 8],
     scale16: [f32; 16],
@@ -58,7 +58,7 @@ pub(crate) struct Rounded {
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line<T>([T; CHUNK]);
+struct Aligned<T>([T; CHUNK]);
 
 impl Rounded {
     pub(crate) const ZERO: Self = Self {
@@ -66,8 +66,8 @@ impl Rounded {
         sums32: [0; 8],
         sums16: [0; 16],
         scale: 0.0,
-        crossed: Line([0; CHUNK]),
-        biased: Line([128; CHUNK]),
+        crossed: Aligned([0; CHUNK]),
+        biased: Aligned([128; CHUNK]),
         scale32: [0.0; 8],
         scale16: [0.0; 16],
         less32: [0.0; 8],

@@ -135,6 +135,7 @@ impl Quant for Q2_K {
     const MOST: u8 = 3;
     const GROUP: usize = 16;
     const MINS: bool = true;
+    #[cfg(target_arch = "x86_64")]
     const WIDE: [[usize; 2]; 4] = [[0, 4], [1, 5], [2, 6], [3, 7]];
 
     #[inline(always)]
@@ -172,6 +173,7 @@ impl Quant for Q3_K {
     const MOST: u8 = 7;
     const GROUP: usize = 16;
     const OFFSET: u8 = 4;
+    #[cfg(target_arch = "x86_64")]
     const WIDE: [[usize; 2]; 4] = [[0, 4], [1, 5], [2, 6], [3, 7]];
 
     #[inline(always)]
@@ -216,6 +218,7 @@ impl Quant for Q4_K {
     const MOST: u8 = 15;
     const GROUP: usize = 32;
     const MINS: bool = true;
+    #[cfg(target_arch = "x86_64")]
     const WIDE: [[usize; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
 
     #[inline(always)]
@@ -253,6 +256,7 @@ impl Quant for Q5_K {
     const MOST: u8 = 31;
     const GROUP: usize = 32;
     const MINS: bool = true;
+    #[cfg(target_arch = "x86_64")]
     const WIDE: [[usize; 2]; 4] = [[0, 2], [1, 3], [4, 6], [5, 7]];
 
     #[inline(always)]

@@ -128,6 +128,7 @@ impl Isa {
     }
 
     /// Whether whole sums of few tokens are formed for two rows at once (`quant/twin`).
+    #[cfg(target_arch = "x86_64")]
     pub(crate) const fn takes_two_rows(self) -> bool {
         matches!(self, Self::Amx | Self::Avx512 | Self::Avx2)
     }

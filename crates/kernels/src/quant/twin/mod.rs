@@ -91,7 +91,8 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// How far ahead of row `r` is asked for, in each stream, if it is so many rows.
+    /// How far ahead of row `r` is asked for, in each stream, if it is so many rows. It changes twice or so in a stream, and the
+    /// loop over its rows needs the registers.
     #[inline(never)]
     fn ahead(&self, r: usize, rows: [usize; 2]) -> [[usize; 2]; 2] {
         rows.map(|rows| {
