@@ -187,16 +187,16 @@ impl Bench {
         let used = (0..experts.len()).filter(|e| ids.contains(&(*e as u32))).count();
         let (flops, bytes) = (2.0 * (n * k * i * d) as f64, (used * gate.data.len()) as f64);
         self.case(&format!("expert_hidden {of}"), 2.0 * flops, 2.0 * bytes, |pool| {
-            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, i, &mut hidden)
                 .expect("all experts are there");
         });
         self.case(&format!("expert_down {of}"), flops, bytes, |pool| {
-            expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
+            expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, d, &mut out).expect("all experts are there");
         });
         self.case(&format!("experts {of}"), 3.0 * flops, 3.0 * bytes, |pool| {
-            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, &mut hidden)
+            expert_hidden(pool, Pack::BySize, experts, &x, n, k, &ids, Act::Silu, i, &mut hidden)
                 .expect("all experts are there");
-            expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, &mut out).expect("all experts are there");
+            expert_down(pool, Pack::BySize, experts, &hidden, n, k, &ids, d, &mut out).expect("all experts are there");
         });
         self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {
             combine(pool, &out, &gates, &ids, n, k, d, &mut y);
@@ -239,17 +239,16 @@ impl Bench {
                 add(pool, &x, &x, &mut y);
             });
             let (cos, sin) = (noise(n * 16), noise(n * 16));
-            let mut heads = noise(n * d);
             self.case(&format!("rope [{n}, 8, 32]"), 0.0, bytes, |pool| {
-                rope(pool, &mut heads, n, 8, 32, 32, &cos, &sin);
+                rope(pool, &x, n, 8, 32, 32, &cos, &sin, &mut y);
             });
             let mut logits = noise(n * 32);
             self.case(&format!("softmax_rows [{n}, 32]"), 0.0, bytes / 8.0, |pool| {
                 softmax_rows(pool, &mut logits, 32);
             });
             self.case(&format!("copy, act_inplace Silu [{n}, {d}]"), 0.0, bytes, |pool| {
-                heads.copy_from_slice(&x);
-                act_inplace(pool, Act::Silu, &mut heads);
+                y.copy_from_slice(&x);
+                act_inplace(pool, Act::Silu, &mut y);
             });
         }
         let src = noise(1 << 18);

@@ -6,10 +6,12 @@
 
 #![allow(clippy::needless_range_loop, reason = "loops over registers are unrolled by their counters")]
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::math::exp;
 use crate::pool::{Pool, SendPtr, Share};
+use crate::results::{fill, zeros};
 use crate::scratch;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
@@ -59,13 +61,12 @@ pub struct AttnSegment<'a> {
 }
 
 /// `z = softmax(scale q k) v` for each row and head: a row at position `p` sees the keys
-/// `0..=p`, within the window. `q` and `z` are `[n, n_heads * head_dim]`; rows of no segment stay
-/// as they are.
+/// `0..=p`, within the window. `q` is `[n, n_heads * head_dim]`, as `z` becomes; rows of no segment are zero.
 ///
 /// # Panics
 /// If a slice has not the length of its shape, segments overlap, or `shape` breaks its own rules.
-pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &mut [f32]) {
-    check(shape, q, segments, z);
+pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &mut Vec<f32>) {
+    check(shape, q, segments);
     // Every block, with its cost.
     let blocks = |f: &mut dyn FnMut(Block<'_>, u64)| {
         let group = shape.n_heads / shape.n_kv_heads;
@@ -84,24 +85,31 @@ pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegm
     };
     let mut total = 0;
     blocks(&mut |_, cost| total += cost);
-    let z = SendPtr(z.as_mut_ptr());
-    pool.run_parts(total as usize * shape.head_dim, |part| {
-        let mut share = Share::new(total, part);
-        blocks(&mut |block, cost| {
-            if !share.take(1, cost).is_empty() {
-                // SAFETY: the lengths were checked, a block has rows and heads of its own.
-                unsafe { block.attend(pool.isa(), q, z) }
-            }
+    let rows: usize = segments.iter().map(|segment| segment.len).sum();
+    let attend = |z: &mut [MaybeUninit<f32>]| {
+        if rows * shape.n_heads * shape.head_dim < z.len() {
+            zeros(z);
+        }
+        let z = SendPtr(z.as_mut_ptr().cast());
+        pool.run_parts(total as usize * shape.head_dim, |part| {
+            let mut share = Share::new(total, part);
+            blocks(&mut |block, cost| {
+                if !share.take(1, cost).is_empty() {
+                    // SAFETY: the lengths were checked, a block has rows and heads of its own.
+                    unsafe { block.attend(pool.isa(), q, z) }
+                }
+            });
         });
-    });
+    };
+    // SAFETY: segments do not overlap, so that with so many rows they have every row, with all heads.
+    unsafe { fill(z, q.len(), attend) }
 }
 
-fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &[f32]) {
+fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>]) {
     let AttnShape { n_heads, n_kv_heads, head_dim, window, .. } = *shape;
     assert!(n_kv_heads > 0 && head_dim > 0 && n_heads.is_multiple_of(n_kv_heads), "{shape:?}");
     assert!(window != Some(0) && shape.scale > 0.0, "{shape:?}");
     let width = n_heads * head_dim;
-    assert_eq!(q.len(), z.len(), "lengths of queries and results");
     for (i, s) in segments.iter().enumerate() {
         assert!(s.row0 + s.len <= q.len() / width.max(1), "segment {i} within {} values", q.len());
         for m in [s.k, s.v] {
@@ -207,10 +215,10 @@ impl Block<'_> {
             }
             let rows = self.kv_heads.clone().flat_map(|h| self.rows.clone().map(move |r| (h, r)));
             for (i, (kv_head, row)) in rows.enumerate() {
-                let z = std::slice::from_raw_parts_mut(z.get().add(self.offset(kv_head, row)), d);
+                let z = z.get().add(self.offset(kv_head, row));
                 let scale = 1.0 / state[i].1;
-                for (z, sum) in z.iter_mut().zip(&sums[i * padded..]) {
-                    *z = sum * scale;
+                for (c, sum) in sums[i * padded..][..d].iter().enumerate() {
+                    z.add(c).write(sum * scale);
                 }
             }
         });

@@ -3,9 +3,12 @@
 //! A slot is one choice of one token: slot `t * k + j` is token `t`'s choice `j`, and `ids[slot]`
 //! the expert chosen, or [`NO_EXPERT`].
 
+use std::mem::MaybeUninit;
+
 use crate::math::Act;
 use crate::pool::Pool;
 use crate::product::{Pack, Product};
+use crate::results::{fill, zeros};
 use crate::rows::add_scaled;
 use crate::scratch;
 use crate::tile::Finish;
@@ -26,7 +29,7 @@ pub struct ExpertRef<'a> {
 }
 
 /// `hidden[s] = act(gate x[t]) * (up x[t])` for every slot `s` of token `t`, with the weights of
-/// its expert: `x` is `[n, d]`, `ids` is `[n, k]`, `hidden` is `[n * k, I]`.
+/// its expert: `x` is `[n, d]`, `ids` is `[n, k]`, `hidden` becomes `[n * k, width]`.
 ///
 /// # Errors
 /// [`KernelError::MissingExpert`] if an id names no expert, or one that is `None`. `hidden` is
@@ -44,14 +47,15 @@ pub fn expert_hidden(
     k: usize,
     ids: &[u32],
     act: Act,
-    hidden: &mut [f32],
+    width: usize,
+    hidden: &mut Vec<f32>,
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, pack, Side::Rows, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), hidden)
+    each_slot(pool, pack, Side::Rows, experts, |e| (e.gate, Some(e.up)), x, k, ids, Finish::Gated(act), width, hidden)
 }
 
 /// `out[s] = down hidden[s]` for every slot `s`, with the weights of its expert: `hidden` is
-/// `[n * k, I]`, `ids` is `[n, k]`, `out` is `[n * k, d]`.
+/// `[n * k, I]`, `ids` is `[n, k]`, `out` becomes `[n * k, d]`.
 ///
 /// # Errors
 /// As for [`expert_hidden`].
@@ -67,10 +71,11 @@ pub fn expert_down(
     n: usize,
     k: usize,
     ids: &[u32],
-    out: &mut [f32],
+    d: usize,
+    out: &mut Vec<f32>,
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
-    each_slot(pool, pack, Side::Rows, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), out)
+    each_slot(pool, pack, Side::Rows, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), d, out)
 }
 
 /// Whether a product is with matrices or with their transposes, through which gradients go back.
@@ -82,7 +87,7 @@ pub enum Side {
     Columns,
 }
 
-/// `y[s] = w[ids[s]] x[s / per_row]`, or with the transpose, for every slot `s`; zero for empty slots.
+/// `y[s] = w[ids[s]] x[s / per_row]`, or with the transpose, for every slot `s`; zero for empty slots. `y` becomes rows of `width`.
 ///
 /// # Errors
 /// As for [`expert_hidden`].
@@ -97,10 +102,11 @@ pub fn slot_products(
     x: &[f32],
     per_row: usize,
     ids: &[u32],
-    y: &mut [f32],
+    width: usize,
+    y: &mut Vec<f32>,
 ) -> Result<(), KernelError> {
     let finish = Finish::Bias(None);
-    each_slot(pool, Pack::Always, side, weights, |w| (*w, None), x, per_row, ids, finish, y)
+    each_slot(pool, Pack::Always, side, weights, |w| (*w, None), x, per_row, ids, finish, width, y)
 }
 
 /// `y[s] = finish(w x[s / per_row])` with the weights of each slot's expert, zero for empty slots.
@@ -115,24 +121,30 @@ fn each_slot<'w, E: Sync>(
     per_row: usize,
     ids: &[u32],
     finish: Finish<'_>,
-    y: &mut [f32],
+    rows: usize,
+    y: &mut Vec<f32>,
 ) -> Result<(), KernelError> {
     let slots = ids.len();
     if slots == 0 {
-        assert!(y.is_empty(), "results without slots");
+        y.clear();
         return Ok(());
     }
-    let (rows, cols) = (y.len() / slots, x.len() * per_row / slots);
+    let cols = x.len() * per_row / slots;
     scratch::indices(experts.len() + 3 + slots, |buffer| {
         let (bounds, order) = buffer.split_at_mut(experts.len() + 3);
         sort_slots(experts, ids, bounds, order)?;
-        for &slot in &order[bounds[experts.len()] as usize..] {
-            y[slot as usize * rows..][..rows].fill(0.0);
+        // SAFETY: every slot is of one of the groups, or empty and zero.
+        unsafe {
+            fill(y, slots * rows, |y| {
+                for &slot in &order[bounds[experts.len()] as usize..] {
+                    zeros(&mut y[slot as usize * rows..][..rows]);
+                }
+                let bounds = &bounds[..=experts.len()];
+                let transposed = side == Side::Columns;
+                Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack, transposed }
+                    .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
+            });
         }
-        let bounds = &bounds[..=experts.len()];
-        let transposed = side == Side::Columns;
-        Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack, transposed }
-            .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
         Ok(())
     })
 }
@@ -160,25 +172,25 @@ fn sort_slots<E>(experts: &[Option<E>], ids: &[u32], bounds: &mut [u32], order: 
 }
 
 /// `y[t] = sum over j of gates[t, j] slots[t, j]`, added in the order of `j`, without the empty
-/// slots: `slots` is `[n * k, d]`, `gates` and `ids` are `[n, k]`, `y` is `[n, d]`.
+/// slots: `slots` is `[n * k, d]`, `gates` and `ids` are `[n, k]`, `y` becomes `[n, d]`.
 ///
 /// # Panics
 /// If a slice has not the length of its shape.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-pub fn combine(pool: &Pool, slots: &[f32], gates: &[f32], ids: &[u32], n: usize, k: usize, d: usize, y: &mut [f32]) {
+pub fn combine(pool: &Pool, slots: &[f32], gates: &[f32], ids: &[u32], n: usize, k: usize, d: usize, y: &mut Vec<f32>) {
     assert_eq!(slots.len(), n * k * d, "rows of {n} x {k} slots, of {d}");
     assert_eq!((gates.len(), ids.len()), (n * k, n * k), "gates and ids of {n} x {k} slots");
-    assert_eq!(y.len(), n * d, "results: {n} rows of {d}");
-    if y.is_empty() {
-        return;
+    if n * d == 0 {
+        return y.clear();
     }
-    pool.rows(y, d, k, |y, start| {
+    let rows = |y: &mut [MaybeUninit<f32>], start: usize| {
         for (i, y) in y.chunks_exact_mut(d).enumerate() {
-            y.fill(0.0);
-            let first = (start / d + i) * k;
+            let (y, first) = (zeros(y), (start / d + i) * k);
             for s in (first..first + k).filter(|&s| ids[s] != NO_EXPERT) {
                 add_scaled(pool.isa(), y, gates[s], &slots[s * d..][..d]);
             }
         }
-    });
+    };
+    // SAFETY: the shares are all of `y`.
+    unsafe { fill(y, n * d, |y| pool.rows(y, d, k, rows)) }
 }

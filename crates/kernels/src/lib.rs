@@ -13,7 +13,8 @@
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
 //!
 //! Results depend neither on the number of threads nor on timing. A length that does not fit its
-//! shape is a mistake of the caller and panics.
+//! shape is a mistake of the caller and panics. Where results go into a `Vec`, it is made as long as their shape says;
+//! what it held is gone, its memory is used again.
 
 #![allow(unsafe_code)]
 #![allow(unsafe_op_in_unsafe_fn, reason = "a kernel is unsafe as a whole: its contract stands on the function")]
@@ -32,6 +33,7 @@ mod math;
 mod pool;
 mod product;
 mod quant;
+mod results;
 mod rows;
 mod scratch;
 mod simd;

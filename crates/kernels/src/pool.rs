@@ -200,9 +200,9 @@ impl Pool {
 
     /// Shares the rows of `x`, each of `cols` values at `cost` operations a value, and calls
     /// `f(rows, values before them)` on each share.
-    pub(crate) fn rows<F>(&self, x: &mut [f32], cols: usize, cost: usize, f: F)
+    pub(crate) fn rows<T, F>(&self, x: &mut [T], cols: usize, cost: usize, f: F)
     where
-        F: Fn(&mut [f32], usize) + Sync,
+        F: Fn(&mut [T], usize) + Sync,
     {
         let (len, start) = (x.len(), SendPtr(x.as_mut_ptr()));
         self.run_parts(len.saturating_mul(cost), |part| {

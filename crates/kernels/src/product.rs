@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
 use crate::quant::{CHUNK, Piece, Rounded, Rounding, multiply_rounded, packed_len, round_row, rounded_dots, rounding};
+use crate::results::fill;
 use crate::scratch;
 use crate::simd::Isa;
 use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
@@ -38,7 +39,7 @@ impl Pack {
 const CELL_TOKENS: usize = 96;
 
 /// The same for weights in blocks, whose tiles are packed anew for each cell.
-const CELL_ROUNDED: usize = 192;
+const CELL_ROUNDED: usize = 512;
 
 /// The most rows that are multiplied at once if tiles are not packed: a multiple of all tiles.
 const PLAIN_ROWS: usize = 1024;
@@ -63,7 +64,7 @@ pub(crate) struct Product<'a> {
     /// Slots that share a row of `x`.
     pub per_row: usize,
     /// A row of `rows` values per slot.
-    pub y: &'a mut [f32],
+    pub y: &'a mut [MaybeUninit<f32>],
     pub rows: usize,
     pub finish: Finish<'a>,
     pub pack: Pack,
@@ -133,18 +134,19 @@ impl Product<'_> {
 
     /// What is multiplied at once from the first of some cells on, if tiles are not packed.
     fn piece(&self, isa: Isa, group: &Group<'_>, cells: &Range<usize>) -> Piece {
-        let [first, end] = [cells.start, cells.end].map(|cell| self.rows.min(cell * isa.tile_rows()));
+        let first = group.place(cells.start).0 * isa.tile_rows();
+        let end = self.rows.min(cells.end * isa.tile_rows());
         Piece {
             w: as_rows(&group.w),
             other: group.other.map(|w| as_rows(&w)),
             first,
-            count: PLAIN_ROWS.min(end - first),
+            count: PLAIN_ROWS.min(end.saturating_sub(first)),
         }
     }
 
     /// The most tokens of a cell with weights in blocks: they are to stay in the second cache from tile to tile.
     fn cell_rounded(&self) -> usize {
-        const SECOND_CACHE: usize = 1 << 20;
+        const SECOND_CACHE: usize = 4 << 20;
         let token = self.cols.div_ceil(CHUNK) * Rounded::LINES * 64;
         (SECOND_CACHE / token.max(1)).clamp(CELL_TOKENS, CELL_ROUNDED)
     }
@@ -159,7 +161,7 @@ impl Product<'_> {
     }
 
     /// Computes the product, with the one or two matrices that `weights(g)` gives for a group
-    /// that has slots.
+    /// that has slots: writes all rows of their slots.
     ///
     /// # Panics
     /// If a length does not fit.
@@ -189,7 +191,7 @@ impl Product<'_> {
             }
         }
         let operations = (total as usize).saturating_mul(isa.tile_rows() * cols);
-        let y = SendPtr(self.y.as_mut_ptr());
+        let y = SendPtr(self.y.as_mut_ptr().cast());
         self.with_rounded(pool, rounded, |product, rounded| {
             let place = Place { rounded, y };
             pool.run_parts(operations, |part| {
@@ -242,7 +244,7 @@ impl Product<'_> {
     unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
         if group.packed {
             let weights = group.weights().map(|w| w.map(|w| as_rows(&w)));
-            self.packed_cells(isa, group, &weights, cells, place);
+            self.packed_cells(isa, group, &weights, cells, next, place);
         } else {
             self.plain_cells(isa, group, cells, next, place);
         }
@@ -258,9 +260,11 @@ impl Product<'_> {
         group: &Group<'_>,
         weights: &[Option<Rows>; 2],
         cells: Range<usize>,
+        next: Option<Piece>,
         place: Place,
     ) {
         let width = isa.tile_rows();
+        let next = next.map(|next| ([Some(next.w), next.other], next.first));
         let most = if group.rounded { CELL_ROUNDED } else { isa.tile_tokens() };
         let tile_len = |w: &Option<Rows>| match w {
             Some(w) if self.rounds(w.dtype) => packed_len(isa),
@@ -274,10 +278,14 @@ impl Product<'_> {
             let sums = [sums, sums.add(most * width)];
             let mut packed_tile = usize::MAX;
             let mut batch = Batch::new();
-            for cell in cells {
+            for cell in cells.clone() {
                 let (tile_at, chunk) = group.place(cell);
                 let first = tile_at * width;
                 let count = width.min(self.rows - first);
+                // Behind this tile comes another one, of these weights or the next.
+                let then = (cell + 1..cells.end).map(|cell| group.place(cell).0).find(|&then| then != tile_at);
+                let (of, at) = then.map(|then| (*weights, then * width)).or(next).unwrap_or(([None; 2], 0));
+                let weights = [0, 1].map(|i| weights[i].map(|w| w.followed_by(first, of[i], at)));
                 if packed_tile != first {
                     packed_tile = first;
                     for (w, tile) in weights.iter().zip(tile) {
@@ -435,7 +443,7 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 /// # Panics
 /// If a slice has not the length of its shape.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut Vec<f32>) {
     assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
     dense(pool, pack, w, None, x, n, Finish::Bias(bias), y);
 }
@@ -445,12 +453,17 @@ pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias:
 ///
 /// # Panics
 /// If a slice has not the length of its shape.
-pub fn matmul_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, y: &mut [f32]) {
+pub fn matmul_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, y: &mut Vec<f32>) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols, finish) = (w.cols, w.rows, Finish::Bias(None));
     let (pack, transposed) = (Pack::Always, true);
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
-        .run(pool, |_| (w, None));
+    // SAFETY: the one group has every slot.
+    unsafe {
+        fill(y, n * rows, |y| {
+            Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
+                .run(pool, |_| (w, None));
+        });
+    }
 }
 
 /// `hidden[t] = act(gate x[t]) * (up x[t])`: `gate` and `up` are `[I, d]`, `x` is `[n, d]`,
@@ -467,7 +480,7 @@ pub fn gated_hidden(
     x: &[f32],
     n: usize,
     act: Act,
-    hidden: &mut [f32],
+    hidden: &mut Vec<f32>,
 ) {
     dense(pool, pack, gate, Some(up), x, n, Finish::Gated(act), hidden);
 }
@@ -481,11 +494,16 @@ fn dense(
     x: &[f32],
     n: usize,
     finish: Finish<'_>,
-    y: &mut [f32],
+    y: &mut Vec<f32>,
 ) {
     let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
     let (rows, cols) = (w.rows, w.cols);
     let transposed = false;
-    Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
-        .run(pool, |_| (w, other));
+    // SAFETY: the one group has every slot.
+    unsafe {
+        fill(y, n * rows, |y| {
+            Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
+                .run(pool, |_| (w, other));
+        });
+    }
 }

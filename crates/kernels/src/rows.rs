@@ -1,8 +1,16 @@
 //! Functions of values and of rows of them.
 
+use std::mem::MaybeUninit;
+
 use crate::math::exp;
 use crate::pool::Pool;
+use crate::results::{copied, fill};
 use crate::simd::{Isa, MAX_LANES, Simd, kernel};
+
+/// A value, or room for one.
+trait Value {}
+impl Value for f32 {}
+impl Value for MaybeUninit<f32> {}
 
 /// Values `i..i + LANES` of a slice; zeros behind its end.
 ///
@@ -19,8 +27,8 @@ unsafe fn get<S: Simd>(x: &[f32], i: usize) -> S::V {
 /// # Safety
 /// As for [`Simd`]; `i` must be in `x`.
 #[inline(always)]
-unsafe fn set<S: Simd>(x: &mut [f32], i: usize, v: S::V) {
-    let (p, left) = (x.as_mut_ptr().add(i), x.len() - i);
+unsafe fn set<S: Simd>(x: &mut [impl Value], i: usize, v: S::V) {
+    let (p, left) = (x.as_mut_ptr().add(i).cast(), x.len() - i);
     if left >= S::LANES { S::store(p, v) } else { S::store_part(p, v, left) }
 }
 
@@ -104,7 +112,7 @@ kernel! {
 }
 
 kernel! {
-    unsafe fn add_all<S>(x: &[f32], y: &[f32], out: &mut [f32]) {
+    unsafe fn add_all<S>(x: &[f32], y: &[f32], out: &mut [MaybeUninit<f32>]) {
         for i in (0..out.len()).step_by(S::LANES) {
             set::<S>(out, i, S::add(get::<S>(x, i), get::<S>(y, i)));
         }
@@ -131,13 +139,15 @@ pub(crate) fn add_scaled(isa: Isa, x: &mut [f32], scale: f32, y: &[f32]) {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn add(pool: &Pool, x: &[f32], y: &[f32], out: &mut [f32]) {
-    assert_eq!((x.len(), y.len()), (out.len(), out.len()), "lengths of the terms");
-    pool.rows(out, 16, 1, |out, start| {
+pub fn add(pool: &Pool, x: &[f32], y: &[f32], out: &mut Vec<f32>) {
+    assert_eq!(x.len(), y.len(), "lengths of the terms");
+    let sums = |out: &mut [MaybeUninit<f32>], start: usize| {
         let (x, y) = (&x[start..][..out.len()], &y[start..][..out.len()]);
         // SAFETY: the pool's set was detected, the lengths are equal.
         unsafe { add_all(pool.isa(), x, y, out) }
-    });
+    };
+    // SAFETY: the shares are all of `out`.
+    unsafe { fill(out, x.len(), |out| pool.rows(out, 16, 1, sums)) }
 }
 
 /// `x += y`.
@@ -152,25 +162,26 @@ pub fn add_inplace(pool: &Pool, x: &mut [f32], y: &[f32]) {
 /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row of `d` values.
 ///
 /// # Panics
-/// If `weight` has not `d` values, or `x` and `out` are not equally many whole rows.
-pub fn rms_norm(pool: &Pool, x: &[f32], d: usize, weight: &[f32], eps: f32, out: &mut [f32]) {
+/// If `weight` has not `d` values, or `x` is not whole rows.
+pub fn rms_norm(pool: &Pool, x: &[f32], d: usize, weight: &[f32], eps: f32, out: &mut Vec<f32>) {
     assert_eq!(weight.len(), d, "weights of the norm");
-    assert_eq!(x.len(), out.len(), "lengths of input and result");
     if x.is_empty() {
-        return;
+        return out.clear();
     }
     assert!(x.len().is_multiple_of(d), "rows of {d}");
-    pool.rows(out, d, 2, |out, start| {
+    let norms = |out: &mut [MaybeUninit<f32>], start: usize| {
         for (row, out) in x[start..].chunks_exact(d).zip(out.chunks_exact_mut(d)) {
             let mean = dot_with(pool.isa(), row, row) / d as f32;
             // SAFETY: the pool's set was detected, all three have `d` values.
             unsafe { scale_row(pool.isa(), row, 1.0 / (mean + eps).sqrt(), weight, out) }
         }
-    });
+    };
+    // SAFETY: the shares are all of `out`, in whole rows.
+    unsafe { fill(out, x.len(), |out| pool.rows(out, d, 2, norms)) }
 }
 
 kernel! {
-    unsafe fn scale_row<S>(x: &[f32], scale: f32, weight: &[f32], out: &mut [f32]) {
+    unsafe fn scale_row<S>(x: &[f32], scale: f32, weight: &[f32], out: &mut [MaybeUninit<f32>]) {
         let scale = S::splat(scale);
         for i in (0..out.len()).step_by(S::LANES) {
             set::<S>(out, i, S::mul(S::mul(get::<S>(x, i), scale), get::<S>(weight, i)));
@@ -178,7 +189,7 @@ kernel! {
     }
 }
 
-/// Turns the first `rope_dim` values of each head, value `i` together with value
+/// `y` is `x` with the first `rope_dim` values of each head turned, value `i` together with value
 /// `i + rope_dim / 2`, by the angle of token and `i`: `x` is `[n, heads, head_dim]`, `cos` and
 /// `sin` are `[n, rope_dim / 2]`.
 ///
@@ -187,32 +198,36 @@ kernel! {
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 pub fn rope(
     pool: &Pool,
-    x: &mut [f32],
+    x: &[f32],
     n: usize,
     heads: usize,
     head_dim: usize,
     rope_dim: usize,
     cos: &[f32],
     sin: &[f32],
+    y: &mut Vec<f32>,
 ) {
     let (d, half) = (heads * head_dim, rope_dim / 2);
     assert_eq!(x.len(), n * d, "{n} rows of {heads} heads of {head_dim}");
     assert!(rope_dim.is_multiple_of(2) && rope_dim <= head_dim, "{rope_dim} of {head_dim}");
     assert_eq!((cos.len(), sin.len()), (n * half, n * half), "angles of {n} tokens");
     if x.is_empty() {
-        return;
+        return y.clear();
     }
-    pool.rows(x, d, 2, |x, start| {
-        for (i, x) in x.chunks_exact_mut(d).enumerate() {
+    let turn = |y: &mut [MaybeUninit<f32>], start: usize| {
+        let y = copied(y, &x[start..][..y.len()]);
+        for (i, y) in y.chunks_exact_mut(d).enumerate() {
             let t = start / d + i;
             let (cos, sin) = (&cos[t * half..][..half], &sin[t * half..][..half]);
-            for head in x.chunks_exact_mut(head_dim) {
+            for head in y.chunks_exact_mut(head_dim) {
                 let (low, high) = head.split_at_mut(half);
                 // SAFETY: the pool's set was detected, all four have `half` values.
                 unsafe { rotate(pool.isa(), low, &mut high[..half], cos, sin) }
             }
         }
-    });
+    };
+    // SAFETY: the shares are all of `y`.
+    unsafe { fill(y, x.len(), |y| pool.rows(y, d, 2, turn)) }
 }
 
 kernel! {

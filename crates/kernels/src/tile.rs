@@ -48,6 +48,14 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
+    /// These rows, of which those from row `first` on are read before those of `then` from row `at` on.
+    pub(crate) fn followed_by(self, first: usize, then: Option<Rows>, at: usize) -> Rows {
+        let start = |then: Rows| then.data.wrapping_add(at * then.stride).wrapping_sub(first * self.stride);
+        Rows { then: then.map(start), ..self }
+    }
+}
+
+impl Rows {
     /// The `r`-th row, or the last if there are fewer.
     #[inline(always)]
     pub(crate) unsafe fn row(&self, r: usize) -> *const u8 {
@@ -77,7 +85,7 @@ impl Rows {
 
 kernel! {
     /// Packs the tile that begins at row `first`: `packed[c * tile_rows + r]` is the value of row
-    /// `first + r` at column `c`. Behind the last row it is repeated.
+    /// `first + r` at column `c`. Behind the last row it is repeated. What is read then is asked for, if it was said.
     ///
     /// # Safety
     /// `w` must be valid and have row `first`; `packed` must hold `cols * tile_rows` values.
@@ -96,12 +104,21 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     for i in 0..S::LANES {
         rows[i] = w.row(first + i);
     }
+    // Where that is, seen from here.
+    let then = w.then.map(|then| (then as usize).wrapping_sub(w.data as usize));
+    let size = const { W::DTYPE.block_bytes() / W::DTYPE.block_len() };
+    let ask = |row: *const u8, c: usize| {
+        if let Some(then) = then {
+            S::prefetch_far(row.wrapping_add(then + c * size));
+        }
+    };
     let mut v = [S::zero(); MAX_LANES];
     let mut start = 0;
     if matches!(W::DTYPE, DType::BF16) {
         // Two bfloats to a lane halve the work of turning them.
         while start + 2 * S::LANES <= w.cols {
             for i in 0..S::LANES {
+                ask(rows[i], start);
                 v[i] = S::load(rows[i].add(2 * start).cast());
             }
             transpose::<S>(&mut v);
@@ -115,6 +132,7 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     }
     while start + S::LANES <= w.cols {
         for i in 0..S::LANES {
+            ask(rows[i], start);
             v[i] = W::load::<S>(rows[i], start);
         }
         transpose::<S>(&mut v);

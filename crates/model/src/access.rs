@@ -64,7 +64,7 @@ impl Model {
         let (n, _) = x.dims2()?;
         let (e, width) = (moe.n_experts, moe.intermediate_size);
         let x = values(x)?;
-        let (mut out, mut one) = (vec![0.0; n * e * width], vec![0.0; n * width]);
+        let (mut out, mut one) = (vec![0.0; n * e * width], Vec::new());
         for expert in 0..e {
             let gate = self.expert_weights(layer, expert)?.gate.as_ref();
             kernels::matmul(self.pool(), Pack::Always, gate, &x, n, None, &mut one);

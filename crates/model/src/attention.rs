@@ -61,7 +61,7 @@ impl Attention<'_> {
                 AttnSegment { row0: span.row0, len: span.len, pos0: span.pos0, k, v }
             })
             .collect();
-        let mut z = vec![0.0; q.elem_count()];
+        let mut z = Vec::new();
         kernels::attention(self.pool, &self.shape().kernel, &values(q)?, &segments, &mut z);
         attach(&[q, k, v], z, q.dims(), || {
             let (pool, back) = (self.pool.clone(), self.back());
@@ -278,7 +278,7 @@ impl Back {
             let (q, dz, k, v) = (gather(q), gather(dz), cached(&sequence.k), cached(&sequence.v));
             let (b, m) = (block.len(), keys.len());
             let product = |w: &[f32], x: &[f32]| {
-                let mut y = vec![0.0; b * m];
+                let mut y = Vec::new();
                 kernels::matmul(pool, Pack::Always, MatRef::of_f32(m, dim, w), x, b, None, &mut y);
                 y
             };

@@ -186,7 +186,7 @@ pub(crate) fn hidden(
     };
     let v = values(x)?;
     let n = v.len() / gate.cols;
-    let mut y = vec![0.0; n * gate.rows];
+    let mut y = Vec::new();
     kernels::gated_hidden(pool, pack, gate.as_ref(), up.as_ref(), &v, n, act, &mut y);
     attach(&[x], y, &[n, gate.rows], || {
         let (pool, matrices) = (pool.clone(), vec![Some(vec![gate.clone(), up.clone()])]);
@@ -234,8 +234,8 @@ pub(crate) fn expert_hidden(
         KernelAct::ClampedSwiglu { .. } => Act::Silu,
     };
     let ids = experts.together(Half::Hidden, chosen);
-    let mut y = vec![0.0; n * k * width];
-    kernels::expert_hidden(pool, pack, &experts.refs, &values(x)?, n, k, &ids, kernel, &mut y)?;
+    let mut y = Vec::new();
+    kernels::expert_hidden(pool, pack, &experts.refs, &values(x)?, n, k, &ids, kernel, width, &mut y)?;
     let together = attach(&[x], y, &[n * k, width], || {
         let (pool, ids) = (pool.clone(), ids.to_vec());
         let matrices = experts.held(&ids, |e| vec![e.gate.stored(), e.up.stored()]);
@@ -260,8 +260,8 @@ pub(crate) fn expert_down(
     let (n, k, width) = hidden.dims3()?;
     let hidden = hidden.reshape((n * k, width))?;
     let ids = experts.together(Half::Down, chosen);
-    let mut y = vec![0.0; n * k * d];
-    kernels::expert_down(pool, pack, &experts.refs, &values(&hidden)?, n, k, &ids, &mut y)?;
+    let mut y = Vec::new();
+    kernels::expert_down(pool, pack, &experts.refs, &values(&hidden)?, n, k, &ids, d, &mut y)?;
     let together = attach(&[&hidden], y, &[n * k, d], || {
         let (pool, ids) = (pool.clone(), ids.to_vec());
         let matrices = experts.held(&ids, |e| vec![e.down.stored()]);
@@ -278,7 +278,7 @@ pub(crate) fn expert_down(
 /// The gated sum over each token's slots: `slots [n, k, d]` to `[n, d]`.
 pub(crate) fn combine(pool: &Pool, slots: &Tensor, routing: &Routing) -> Result<Tensor, ModelError> {
     let (n, k, d) = slots.dims3()?;
-    let mut y = vec![0.0; n * d];
+    let mut y = Vec::new();
     kernels::combine(pool, &values(slots)?, &values(&routing.gates)?, &routing.ids, n, k, d, &mut y);
     attach(&[slots, &routing.gates], y, &[n, d], || {
         let ids = routing.ids.clone();
@@ -308,8 +308,8 @@ fn slots(
     width: usize,
 ) -> Result<Vec<f32>, ModelError> {
     let matrices: Vec<_> = matrices.iter().map(|m| m.as_ref().map(|m| m[which].as_ref())).collect();
-    let mut y = vec![0.0; ids.len() * width];
-    kernels::slot_products(pool, side, &matrices, x, per_row, ids, &mut y)?;
+    let mut y = Vec::new();
+    kernels::slot_products(pool, side, &matrices, x, per_row, ids, width, &mut y)?;
     Ok(y)
 }
 

@@ -134,15 +134,16 @@ impl<'a> Pass<'a> {
         let row = matrix.data.len() / matrix.rows;
         // Head by head: [H, N, inner] to [H, N, outer].
         let x = x.transpose(0, 1)?.contiguous()?;
-        let (x, mut y) = (values(&x)?, vec![0.0; heads * n * outer]);
-        for (h, (x, y)) in x.chunks_exact(n * inner).zip(y.chunks_exact_mut(n * outer)).enumerate() {
+        let (x, mut y, mut one) = (values(&x)?, Vec::with_capacity(heads * n * outer), Vec::new());
+        for (h, x) in x.chunks_exact(n * inner).enumerate() {
             let start = h * (mla.nope_dim + mla.v_head_dim) + first;
             let data = &matrix.data[start * row..(start + count) * row];
             let w = MatRef::new(matrix.dtype, count, matrix.cols, data)?;
             match part {
-                Part::Keys => kernels::matmul_transposed(self.model.pool(), w, x, n, y),
-                Part::Values => kernels::matmul(self.model.pool(), self.pack, w, x, n, None, y),
+                Part::Keys => kernels::matmul_transposed(self.model.pool(), w, x, n, &mut one),
+                Part::Values => kernels::matmul(self.model.pool(), self.pack, w, x, n, None, &mut one),
             }
+            y.extend_from_slice(&one);
         }
         Ok(tensor(y, &[heads, n, outer])?.transpose(0, 1)?.contiguous()?)
     }

@@ -81,7 +81,7 @@ fn product(
     let (rows, cols) = w.shape()?;
     let v = values(x)?;
     let n = v.len() / cols;
-    let mut y = vec![0.0; n * rows];
+    let mut y = Vec::new();
     match w {
         Weight::Stored(w) => {
             kernels::matmul(pool, pack, w.as_ref(), &v, n, bias, &mut y);
@@ -108,7 +108,7 @@ fn product(
 
 /// `x W` of `n` rows.
 pub(crate) fn times_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize) -> Vec<f32> {
-    let mut y = vec![0.0; n * w.cols];
+    let mut y = Vec::new();
     kernels::matmul_transposed(pool, w, x, n, &mut y);
     y
 }
@@ -127,7 +127,7 @@ pub(crate) fn turned(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
 /// RMSNorm over the last `weight.len()` values of each row; keeps the shape.
 pub(crate) fn rms_norm(pool: &Arc<Pool>, x: &Tensor, weight: Vector<'_>, eps: f32) -> Result<Tensor, ModelError> {
     let v = values(x)?;
-    let mut y = vec![0.0; v.len()];
+    let mut y = Vec::new();
     match weight {
         Vector::Stored(w) => {
             kernels::rms_norm(pool, &v, w.len(), w, eps, &mut y);
@@ -171,7 +171,7 @@ fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, dy: &[f32]) -> (Vec<f32>, V
 /// Sum of two tensors of one shape.
 pub(crate) fn add(pool: &Pool, a: &Tensor, b: &Tensor) -> Result<Tensor, ModelError> {
     let (va, vb) = (values(a)?, values(b)?);
-    let mut y = vec![0.0; va.len()];
+    let mut y = Vec::new();
     kernels::add(pool, &va, &vb, &mut y);
     attach(&[a, b], y, a.dims(), || |node| Ok(vec![Some(node.dy.to_vec()), Some(node.dy.to_vec())]))
 }
@@ -205,14 +205,14 @@ pub(crate) struct Angles {
 /// Rotary embedding of `x [n, heads, head_dim]`. Its gradient is turned back by the same angles.
 pub(crate) fn rope(pool: &Arc<Pool>, x: &Tensor, rope_dim: usize, angles: &Arc<Angles>) -> Result<Tensor, ModelError> {
     let (n, heads, head_dim) = x.dims3()?;
-    let mut y = values(x)?.to_vec();
-    kernels::rope(pool, &mut y, n, heads, head_dim, rope_dim, &angles.cos, &angles.sin);
+    let mut y = Vec::new();
+    kernels::rope(pool, &values(x)?, n, heads, head_dim, rope_dim, &angles.cos, &angles.sin, &mut y);
     attach(&[x], y, x.dims(), || {
         let (pool, angles) = (pool.clone(), angles.clone());
         move |node| {
             let back: Vec<f32> = angles.sin.iter().map(|s| -s).collect();
-            let mut dx = node.dy.to_vec();
-            kernels::rope(&pool, &mut dx, n, heads, head_dim, rope_dim, &angles.cos, &back);
+            let mut dx = Vec::new();
+            kernels::rope(&pool, node.dy, n, heads, head_dim, rope_dim, &angles.cos, &back, &mut dx);
             Ok(vec![Some(dx)])
         }
     })

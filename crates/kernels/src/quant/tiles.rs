@@ -38,6 +38,7 @@ pub(crate) unsafe fn multiply_rounded(
     #[cfg(target_arch = "x86_64")]
     let tiles = (isa == Isa::Amx && rounding(w.dtype, true).chunk && x.len() >= amx::FROM)
         .then(|| Tiles::new(amx::block_rows(x.len())));
+    let after = w.then.unwrap_or(w.data.wrapping_add(isa.tile_rows() * w.stride));
     for chunk in 0..w.cols.div_ceil(CHUNK) {
         let cols = (w.cols - chunk * CHUNK).min(CHUNK);
         let (form, bytes) = with_quant!(w.dtype, Q => {
@@ -45,8 +46,8 @@ pub(crate) unsafe fn multiply_rounded(
             (Form::of::<Q>(isa, cols), const { chunk_bytes::<Q>() })
         }, else unreachable!("{} has no blocks", w.dtype.name()));
         // Behind the last chunk of these rows comes the first of the next tile's.
-        let (row, at) = if (chunk + 1) * CHUNK < w.cols { (first, chunk + 1) } else { (first + isa.tile_rows(), 0) };
-        let next = Next { data: w.data.wrapping_add(row * w.stride + at * bytes), stride: w.stride, bytes };
+        let data = if (chunk + 1) * CHUNK < w.cols { w.data.wrapping_add((chunk + 1) * bytes) } else { after };
+        let next = Next { data: data.wrapping_add(first * w.stride), stride: w.stride, bytes };
         #[cfg(target_arch = "x86_64")]
         if let Some(tiles) = &tiles {
             amx::split_planes(packed, form, next);

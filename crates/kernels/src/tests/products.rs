@@ -69,17 +69,17 @@ fn slot_products_are_the_products_of_their_experts() {
         for (side, inner, outer) in [(Side::Rows, cols, rows), (Side::Columns, rows, cols)] {
             let x = random.values(3 * inner);
             let (mut y, mut one) = (vec![f32::NAN; 6 * outer], vec![0.0; outer]);
-            slot_products(pool, side, &refs, &x, 2, &ids, &mut y).unwrap();
+            slot_products(pool, side, &refs, &x, 2, &ids, outer, &mut y).unwrap();
             for (s, y) in y.chunks(outer).enumerate() {
                 let x = &x[s / 2 * inner..][..inner];
                 match (ids[s], side) {
-                    (NO_EXPERT, _) => one.fill(0.0),
+                    (NO_EXPERT, _) => one = vec![0.0; outer],
                     (e, Side::Rows) => matmul(pool, Pack::Always, weights[e as usize].get(), x, 1, None, &mut one),
                     (e, Side::Columns) => matmul_transposed(pool, weights[e as usize].get(), x, 1, &mut one),
                 }
                 assert_eq!(y, one, "{side:?} slot {s}");
             }
-            assert!(slot_products(pool, side, &refs, &x, 2, &[1; 6], &mut vec![0.0; 6 * outer]).is_err());
+            assert!(slot_products(pool, side, &refs, &x, 2, &[1; 6], outer, &mut y).is_err());
         }
     }
 }
@@ -112,7 +112,7 @@ fn matmul_keeps_huge_subnormal_and_infinite_values() {
             matmul(&pool, Pack::BySize, big.get(), &x, n, None, &mut y);
             assert!(y[..5].iter().all(|y| y.is_nan()));
             let tiny = Weights::new(DType::F32, 1, 33, &[1e-40; 33]);
-            matmul(&pool, Pack::BySize, tiny.get(), &vec![1.0; n * 33], n, None, &mut y[..n]);
+            matmul(&pool, Pack::BySize, tiny.get(), &vec![1.0; n * 33], n, None, &mut y);
             near(y[0], 33e-40, 1e-43, format_args!("{:?}", pool.isa()));
         }
     }
@@ -130,7 +130,9 @@ fn matmul_without_inputs_is_the_bias() {
             assert!(y.iter().all(|y| *y == 0.0), "{y:?}");
         }
         let w = MatRef::new(DType::F32, 0, 3, &[]).expect("an empty matrix");
-        matmul(&pool, Pack::BySize, w, &[1.0; 6], 2, None, &mut []);
+        let mut y = vec![1.0];
+        matmul(&pool, Pack::BySize, w, &[1.0; 6], 2, None, &mut y);
+        assert!(y.is_empty());
     }
 }
 
@@ -203,10 +205,10 @@ fn experts_of_all_token_counts() {
         let x = random.values(n * d);
         for pool in &pools {
             let mut hidden = vec![f32::NAN; n * k * i];
-            let done = expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, k, &ids, act, &mut hidden);
+            let done = expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, k, &ids, act, i, &mut hidden);
             assert_eq!(done, Ok(()));
             let mut out = vec![f32::NAN; n * k * d];
-            let done = expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, k, &ids, &mut out);
+            let done = expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, k, &ids, d, &mut out);
             assert_eq!(done, Ok(()));
             for s in 0..n * k {
                 let (h, o) = (&hidden[s * i..][..i], &out[s * d..][..d]);
@@ -236,26 +238,27 @@ fn missing_experts_are_errors() {
     let pool = Pool::new(1);
     for expert in [2, 4, u32::MAX - 1] {
         let ids = [0, NO_EXPERT, 1, expert];
-        let mut hidden = [7.0; 32];
+        let mut hidden = vec![7.0; 32];
         let error = Err(KernelError::MissingExpert { expert, slot: 3 });
         let (x, experts) = ([1.0; 16], experts.get());
-        let done = expert_hidden(&pool, Pack::BySize, &experts, &x, 2, 2, &ids, Act::Silu, &mut hidden);
+        let done = expert_hidden(&pool, Pack::BySize, &experts, &x, 2, 2, &ids, Act::Silu, 8, &mut hidden);
         assert_eq!(done, error);
         assert_eq!(hidden, [7.0; 32]);
-        let mut out = [0.0; 32];
-        assert_eq!(expert_down(&pool, Pack::BySize, &experts, &hidden, 2, 2, &ids, &mut out), error);
+        let mut out = Vec::new();
+        assert_eq!(expert_down(&pool, Pack::BySize, &experts, &hidden, 2, 2, &ids, 8, &mut out), error);
     }
 }
 
 #[test]
 fn experts_without_slots() {
     let pool = Pool::new(2);
-    assert_eq!(expert_hidden(&pool, Pack::BySize, &[], &[], 0, 4, &[], Act::Silu, &mut []), Ok(()));
-    assert_eq!(expert_down(&pool, Pack::BySize, &[], &[], 0, 4, &[], &mut []), Ok(()));
-    let mut hidden = [1.0; 6];
+    let mut hidden = vec![1.0; 6];
+    assert_eq!(expert_hidden(&pool, Pack::BySize, &[], &[], 0, 4, &[], Act::Silu, 3, &mut hidden), Ok(()));
+    assert!(hidden.is_empty());
+    assert_eq!(expert_down(&pool, Pack::BySize, &[], &[], 0, 4, &[], 2, &mut hidden), Ok(()));
     let ids = [NO_EXPERT; 2];
-    let done = expert_hidden(&pool, Pack::BySize, &[None], &[1.0; 4], 2, 1, &ids, Act::Silu, &mut hidden);
-    assert_eq!((done, hidden), (Ok(()), [0.0; 6]));
+    let done = expert_hidden(&pool, Pack::BySize, &[None], &[1.0; 4], 2, 1, &ids, Act::Silu, 3, &mut hidden);
+    assert_eq!((done, hidden), (Ok(()), vec![0.0; 6]));
 }
 
 #[test]
@@ -299,8 +302,9 @@ fn threads_do_not_change_products() {
         let (ids, x) = (some_ids(&mut random, n * 4, 9), random.values(n * 128));
         let both = |pool: &Pool| {
             let (mut hidden, mut out) = (vec![0.0; n * 4 * 96], vec![0.0; n * 4 * 128]);
-            expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, 4, &ids, Act::Silu, &mut hidden).unwrap();
-            expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, 4, &ids, &mut out).unwrap();
+            expert_hidden(pool, Pack::BySize, &experts.get(), &x, n, 4, &ids, Act::Silu, experts.i, &mut hidden)
+                .unwrap();
+            expert_down(pool, Pack::BySize, &experts.get(), &hidden, n, 4, &ids, experts.d, &mut out).unwrap();
             hidden.extend(out);
             hidden
         };
@@ -309,10 +313,10 @@ fn threads_do_not_change_products() {
 }
 
 #[test]
-#[should_panic(expected = "results: 2 rows of 3")]
+#[should_panic(expected = "inputs: rows of 4")]
 fn matmul_refuses_wrong_lengths() {
     let w = Weights::new(DType::F32, 3, 4, &[0.0; 12]);
-    matmul(&Pool::new(1), Pack::BySize, w.get(), &[0.0; 8], 2, None, &mut [0.0; 5]);
+    matmul(&Pool::new(1), Pack::BySize, w.get(), &[0.0; 7], 2, None, &mut Vec::new());
 }
 
 #[test]

@@ -292,13 +292,12 @@ fn experts_of_all_block_types() {
             let x = random.values(n * d);
             for pool in &pools {
                 let (mut hidden, mut out) = (vec![f32::NAN; n * k * i], vec![f32::NAN; n * k * d]);
-                let (mut h, mut o) = (vec![0.0; i], vec![0.0; d]);
+                let (mut h, mut o);
                 let pack = Pack::Always;
-                expert_hidden(pool, pack, &experts.get(), &x, n, k, &ids, Act::Silu, &mut hidden).unwrap();
-                expert_down(pool, pack, &experts.get(), &hidden, n, k, &ids, &mut out).unwrap();
+                expert_hidden(pool, pack, &experts.get(), &x, n, k, &ids, Act::Silu, i, &mut hidden).unwrap();
+                expert_down(pool, pack, &experts.get(), &hidden, n, k, &ids, d, &mut out).unwrap();
                 for (s, id) in ids.iter().enumerate() {
-                    h.fill(0.0);
-                    o.fill(0.0);
+                    (h, o) = (vec![0.0; i], vec![0.0; d]);
                     if *id != NO_EXPERT {
                         let [gate, up, down] = &experts.weights[*id as usize];
                         let x = &x[s / k * d..][..d];
@@ -367,7 +366,7 @@ fn experts_with_many_and_few_tokens_are_those_alone() {
         let x = tokens(&mut random, ids.len(), cols);
         for pool in pools(2) {
             let mut y = vec![f32::NAN; ids.len() * rows];
-            expert_down(&pool, Pack::BySize, &experts, &x, ids.len(), 1, &ids, &mut y).unwrap();
+            expert_down(&pool, Pack::BySize, &experts, &x, ids.len(), 1, &ids, rows, &mut y).unwrap();
             for (id, w) in [&a, &b].into_iter().enumerate() {
                 let of = |all: &[f32], width: usize| -> Vec<f32> {
                     all.chunks(width)
@@ -446,7 +445,7 @@ fn tiles_of_whole_numbers_are_those_of_vectors() {
             let refs: Vec<_> = experts.iter().map(|w| Some(w.get())).collect();
             let products = |x: &[f32], ids: &[u32]| {
                 let mut y = vec![f32::NAN; ids.len() * rows];
-                slot_products(&pool, Side::Rows, &refs, x, 1, ids, &mut y).unwrap();
+                slot_products(&pool, Side::Rows, &refs, x, 1, ids, rows, &mut y).unwrap();
                 y
             };
             let tiles = products(&x, &ids);

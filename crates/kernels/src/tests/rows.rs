@@ -100,8 +100,8 @@ fn rope_turns_the_first_values_of_heads() {
             let (x, half) = (random.values(n * heads * head_dim), rope_dim / 2);
             let (cos, sin) = (random.values(n * half), random.values(n * half));
             for pool in pools(3) {
-                let mut y = x.clone();
-                rope(&pool, &mut y, n, heads, head_dim, rope_dim, &cos, &sin);
+                let mut y = Vec::new();
+                rope(&pool, &x, n, heads, head_dim, rope_dim, &cos, &sin, &mut y);
                 for (at, y) in y.iter().enumerate() {
                     let (t, i) = (at / (heads * head_dim), at % head_dim);
                     let angle = |i: usize| (f64::from(cos[t * half + i]), f64::from(sin[t * half + i]));
@@ -152,9 +152,10 @@ fn threads_do_not_change_rows() {
     let (x, weight) = (random.values(900 * 100), random.values(100));
     let run = |threads: usize| {
         let pool = Pool::new(threads);
-        let mut y = vec![0.0; x.len()];
-        rms_norm(&pool, &x, 100, &weight, 1e-6, &mut y);
-        rope(&pool, &mut y, 900, 2, 50, 50, &x[..900 * 25], &x[1..][..900 * 25]);
+        let mut y = Vec::new();
+        let mut normed = Vec::new();
+        rms_norm(&pool, &x, 100, &weight, 1e-6, &mut normed);
+        rope(&pool, &normed, 900, 2, 50, 50, &x[..900 * 25], &x[1..][..900 * 25], &mut y);
         softmax_rows(&pool, &mut y, 100);
         act_inplace(&pool, Act::Gelu, &mut y);
         y
