@@ -28,6 +28,8 @@ fn main() {
         bench.blocks();
         bench.experts();
         bench.attention();
+        bench.attention_of_layers(95);
+        bench.attention_of_layers(511);
         bench.rows();
         threads *= 2;
     }
@@ -67,6 +69,11 @@ impl Bench {
             pool.run(|_, _| {
                 black_box(fma_rounds(black_box(ROUNDS)));
             });
+        });
+        self.case("a job of nothing", 0.0, 0.0, |pool| {
+            for _ in 0..1000 {
+                pool.run(|_, _| {});
+            }
         });
         for mib in [1, 64, 1024] {
             let name = format!("read bandwidth, {mib} MiB");
@@ -225,6 +232,31 @@ impl Bench {
                 }
             }
         }
+    }
+
+    /// Attention of one token after `pos0` others over many caches, one after another, as the layers of a model have them: keys and
+    /// values come from memory.
+    fn attention_of_layers(&self, pos0: usize) {
+        const LAYERS: usize = 128;
+        let shape = AttnShape { n_heads: 16, n_kv_heads: 16, head_dim: 128, scale: 0.1, window: None };
+        let name = format!("attention 16/16 x 128, 1 after {pos0}, F16, one after another");
+        if !self.wants(&name) {
+            return;
+        }
+        let width = shape.n_kv_heads * shape.head_dim;
+        let pages = || {
+            let mut pages = KvPages::new(DType::F16, shape.n_kv_heads, shape.head_dim);
+            pages.extend(&noise((pos0 + 1) * width));
+            pages
+        };
+        let caches: Vec<_> = (0..LAYERS).map(|_| [pages(), pages()]).collect();
+        let (q, mut z) = (noise(width), Vec::new());
+        let bytes = LAYERS * 4 * (pos0 + 1) * width;
+        self.case(&name, 0.0, bytes as f64, |pool| {
+            for [k, v] in &caches {
+                attention(pool, &shape, &q, &[AttnSegment { row0: 0, len: 1, pos0, k, v }], &mut z);
+            }
+        });
     }
 
     fn rows(&self) {

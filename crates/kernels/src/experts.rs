@@ -6,8 +6,8 @@
 use std::mem::MaybeUninit;
 
 use crate::math::Act;
-use crate::pool::Pool;
-use crate::product::{Pack, Product};
+use crate::pool::{Pool, SendPtr};
+use crate::product::{Pack, Product, Work};
 use crate::results::{fill, zeros};
 use crate::rows::add_scaled;
 use crate::scratch;
@@ -133,16 +133,20 @@ fn each_slot<'w, E: Sync>(
     scratch::indices(experts.len() + 3 + slots, |buffer| {
         let (bounds, order) = buffer.split_at_mut(experts.len() + 3);
         sort_slots(experts, ids, bounds, order)?;
-        // SAFETY: every slot is of one of the groups, or empty and zero.
+        // SAFETY: every slot is of one of the groups, or empty and zero; all groups have rows as long as there is room for.
         unsafe {
             fill(y, slots * rows, |y| {
                 for &slot in &order[bounds[experts.len()] as usize..] {
                     zeros(&mut y[slot as usize * rows..][..rows]);
                 }
+                let y = SendPtr(y.as_mut_ptr().cast());
                 let bounds = &bounds[..=experts.len()];
                 let transposed = side == Side::Columns;
-                Product { bounds, order: Some(order), slots, x, cols, per_row, y, rows, finish, pack, transposed }
-                    .run(pool, |e| weights(experts[e].as_ref().expect("the sort found it")));
+                Product { bounds, order: Some(order), slots, x, cols, per_row, pack, transposed }.run(pool, |e| {
+                    let (w, other) = weights(experts[e].as_ref().expect("the sort found it"));
+                    assert_eq!(if transposed { w.cols } else { w.rows }, rows, "rows of expert {e}");
+                    Work { w, other, finish, y }
+                });
             });
         }
         Ok(())
@@ -191,6 +195,6 @@ pub fn combine(pool: &Pool, slots: &[f32], gates: &[f32], ids: &[u32], n: usize,
             }
         }
     };
-    // SAFETY: the shares are all of `y`.
+    // SAFETY: the shares are all of `y`, in whole rows.
     unsafe { fill(y, n * d, |y| pool.rows(y, d, k, rows)) }
 }

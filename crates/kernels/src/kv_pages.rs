@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::DType;
-use crate::rows::ask_for;
+use crate::rows::{ask_near, ask_to_write};
 use crate::tile::Rows;
 use crate::weight::{dequantize, quantize};
 
@@ -78,7 +78,7 @@ impl KvPages {
             // Every head's place is somewhere else, and far from what is near.
             for head in 0..self.heads {
                 let at = self.offset(head, self.len);
-                ask_for(&self.data[at..at + self.head_bytes()]);
+                ask_near(self.data[at..].as_ptr(), self.head_bytes().div_ceil(64));
             }
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
                 let at = self.offset(head, self.len);
@@ -109,6 +109,15 @@ impl KvPages {
         assert!(end <= (first / Self::PAGE + 1) * Self::PAGE, "{positions:?} of one page");
         let data = self.data[self.offset(head, first)..].as_ptr();
         Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim, then: None }
+    }
+
+    /// Asks for the places of the next position, to write there.
+    pub fn ask_for_next(&self) {
+        for head in 0..self.heads {
+            if let Some(place) = self.data.get(self.offset(head, self.len)..) {
+                ask_to_write(place.as_ptr(), self.head_bytes().div_ceil(64));
+            }
+        }
     }
 
     fn head_bytes(&self) -> usize {

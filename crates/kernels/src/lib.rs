@@ -7,7 +7,7 @@
 //!
 //! - [`Pool`]: the threads, which all functions that are worth it share.
 //! - [`DType`], [`MatRef`], [`encode`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
-//! - [`matmul`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
+//! - [`matmul`], [`matmul_each`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`KvPages`]: keys and values, as [`attention`] reads them.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
@@ -51,7 +51,7 @@ pub use heap::{give_back_freed_memory, keep_freed_memory};
 pub use kv_pages::KvPages;
 pub use math::{Act, act_inplace};
 pub use pool::{Pool, split};
-pub use product::{Pack, gated_hidden, matmul, matmul_transposed};
+pub use product::{Pack, gated_hidden, matmul, matmul_each, matmul_transposed};
 pub use rows::{add, add_inplace, dot, norm_sq, read_through, rms_norm, rope, softmax_rows};
 pub use simd::Isa;
 pub use weight::{dequantize, quantize};

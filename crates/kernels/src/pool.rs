@@ -11,7 +11,7 @@ use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -27,6 +27,14 @@ thread_local! {
     static WORKING: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Alone in its cache lines (processors fetch two at a time): what one thread writes must not take from others what they read
+/// meanwhile. Where threads share no cache, every such exchange takes 200 nanoseconds.
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// See [`Shared::pending`].
+const PARKED: usize = 1 << (usize::BITS - 1);
+
 /// The work of one [`Pool::run`], without its lifetime.
 struct Job {
     call: unsafe fn(*const (), usize, usize),
@@ -36,13 +44,14 @@ struct Job {
 
 struct Shared {
     workers: usize,
-    job: UnsafeCell<Option<Job>>,
-    /// Number of the newest job.
-    epoch: AtomicUsize,
-    /// Threads that have not finished it.
-    pending: AtomicUsize,
+    /// The newest job, and its number.
+    job: Apart<(UnsafeCell<Option<Job>>, AtomicUsize)>,
+    /// Threads that have not finished it, and [`PARKED`] if who waits for them sleeps.
+    pending: Apart<AtomicUsize>,
     /// Per thread: whether it sleeps (or is about to).
     asleep: Box<[AtomicBool]>,
+    /// Of every worker, for [`Pool::run_parts`].
+    taken: Box<[Apart<Taken>]>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -76,10 +85,10 @@ impl Pool {
         assert!(threads >= 1, "a pool needs a thread");
         let shared = Arc::new(Shared {
             workers: threads,
-            job: UnsafeCell::new(None),
-            epoch: AtomicUsize::new(0),
-            pending: AtomicUsize::new(0),
+            job: Apart((UnsafeCell::new(None), AtomicUsize::new(0))),
+            pending: Apart(AtomicUsize::new(0)),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            taken: (0..threads).map(|_| Apart(Taken(AtomicU64::new(0)))).collect(),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
@@ -128,9 +137,6 @@ const GRAIN: usize = 1 << 16;
 /// The most units of one piece of work, per worker.
 const UNITS: usize = 64;
 
-/// The most workers that have units of their own.
-const OWNERS: usize = 64;
-
 /// Some neighbouring units of a piece of work.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
@@ -163,11 +169,20 @@ impl Part {
     }
 }
 
-/// Takes half of what is left of `units`, at least one; its numbers.
-fn take_half(taken: &AtomicUsize, units: usize) -> Option<Range<usize>> {
-    let half = |taken: usize| (taken < units).then(|| taken + (units - taken).div_ceil(2));
-    let before = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, half).ok()?;
-    Some(before..half(before)?)
+/// How many of an owner's units are taken, and of which job: what it says of another one means that none are, so that nobody
+/// but who takes some has to write here.
+struct Taken(AtomicU64);
+
+impl Taken {
+    /// Takes half of what is left of `units`, at least one; its numbers.
+    fn half(&self, job: u64, units: usize) -> Option<Range<usize>> {
+        // Units are at most [`UNITS`].
+        let known = |word: u64| if word >> 8 == job << 8 >> 8 { (word & 255) as usize } else { 0 };
+        let half = |taken: usize| taken + (units - taken).div_ceil(2);
+        let take = |word: u64| (known(word) < units).then(|| job << 8 | half(known(word)) as u64);
+        let before = known(self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?);
+        Some(before..half(before))
+    }
 }
 
 impl Pool {
@@ -178,18 +193,18 @@ impl Pool {
     /// parts, of which the last are small, so that all finish together. Hence `f` must give the same
     /// result whatever worker calls it, and whatever the parts are.
     pub(crate) fn run_parts<F: Fn(Part) + Sync>(&self, operations: usize, f: F) {
-        let owners = self.threads().min(OWNERS);
+        let owners = self.threads();
         if owners == 1 || operations < GRAIN {
             return f(Part::whole());
         }
         let units = (operations / GRAIN / owners).clamp(1, UNITS);
-        let taken = [const { AtomicUsize::new(0) }; OWNERS];
         self.run(|worker, workers| {
             if workers == 1 {
                 return f(Part::whole());
             }
+            let job = self.shared.job.0.1.load(Ordering::Relaxed) as u64;
             for owner in (worker..worker + owners).map(|w| w % owners) {
-                while let Some(own) = take_half(&taken[owner], units) {
+                while let Some(own) = self.shared.taken[owner].0.half(job, units) {
                     let before = owner * units;
                     let (first, end, last) = (before + own.start, before + own.end, before + units);
                     f(Part { first, end, last, of: owners * units });
@@ -262,7 +277,7 @@ impl Share {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.job.0.1.fetch_add(1, Ordering::SeqCst);
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
             // A worker catches the panics of its work, so it has none of its own.
@@ -289,17 +304,25 @@ impl Shared {
         let data = std::ptr::from_ref(f).cast();
         let job = Job { call: call::<F>, data, caller: thread::current() };
         // SAFETY: the lock `turn` is held and the previous job is finished, so nobody reads.
-        unsafe { *self.job.get() = Some(job) };
-        self.pending.store(threads.len(), Ordering::SeqCst);
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        for (thread, asleep) in threads.iter().zip(&self.asleep) {
-            if asleep.load(Ordering::SeqCst) {
+        unsafe { *self.job.0.0.get() = Some(job) };
+        self.pending.0.store(threads.len(), Ordering::Relaxed);
+        // Nobody else writes it now. Nothing here waits until others have seen it.
+        self.job.0.1.store(self.job.0.1.load(Ordering::Relaxed) + 1, Ordering::Release);
+        let wake = || {
+            for (thread, _) in threads.iter().zip(&self.asleep).filter(|(_, asleep)| asleep.load(Ordering::Relaxed)) {
                 thread.thread().unpark();
             }
-        }
+        };
+        wake();
         self.work(|| f(0, self.workers));
-        if !spin_until(|| self.pending.load(Ordering::Acquire) == 0) {
-            while self.pending.load(Ordering::Acquire) != 0 {
+        // Who was about to sleep has either seen the new number, or is seen here.
+        fence(Ordering::SeqCst);
+        wake();
+        let left = |state: usize| state & !PARKED;
+        if !spin_until(|| left(self.pending.0.load(Ordering::Acquire)) == 0)
+            && left(self.pending.0.fetch_or(PARKED, Ordering::AcqRel)) != 0
+        {
+            while left(self.pending.0.load(Ordering::Acquire)) != 0 {
                 thread::park();
             }
         }
@@ -317,33 +340,46 @@ impl Shared {
         }
     }
 
+    /// Counts a thread out, and wakes who waits for all if it sleeps.
+    fn finish(&self) {
+        let mut state = self.pending.0.load(Ordering::Relaxed);
+        loop {
+            // SAFETY: nobody writes a job as long as this thread is counted.
+            let caller = || unsafe { (*self.job.0.0.get()).as_ref().map(|job| job.caller.clone()) };
+            let sleeps = if state == 1 | PARKED { caller() } else { None };
+            match self.pending.0.compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return sleeps.into_iter().for_each(|caller| caller.unpark()),
+                Err(now) => state = now,
+            }
+        }
+    }
+
     /// The life of thread `worker` (1 and up).
     fn serve(&self, worker: usize) {
         let asleep = &self.asleep[worker - 1];
         let mut seen = 0;
         loop {
-            let news = || self.epoch.load(Ordering::SeqCst) != seen;
+            let news = || self.job.0.1.load(Ordering::Acquire) != seen;
             if !spin_until(news) {
-                asleep.store(true, Ordering::SeqCst);
+                asleep.store(true, Ordering::Relaxed);
+                fence(Ordering::SeqCst);
                 while !news() {
                     thread::park();
                 }
-                asleep.store(false, Ordering::SeqCst);
+                asleep.store(false, Ordering::Relaxed);
             }
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
             seen += 1;
             // SAFETY: the job was written before `epoch` rose, and stays until `pending` is 0.
-            let (call, data, caller) = unsafe {
-                let job = (*self.job.get()).as_ref().expect("a job comes with each epoch");
-                (job.call, job.data, job.caller.clone())
+            let (call, data) = unsafe {
+                let job = (*self.job.0.0.get()).as_ref().expect("a job comes with each epoch");
+                (job.call, job.data)
             };
             // SAFETY: `run` keeps the closure alive until `pending` is 0.
             self.work(|| unsafe { call(data, worker, self.workers) });
-            if self.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
-                caller.unpark();
-            }
+            self.finish();
         }
     }
 }

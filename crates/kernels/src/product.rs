@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::math::Act;
 use crate::pool::{Pool, SendPtr, Share, split};
 use crate::quant::{CHUNK, Piece, Rounded, Rounding, multiply_rounded, packed_len, round_row, rounded_dots, rounding};
-use crate::results::fill;
+use crate::results::fill_each;
 use crate::scratch;
 use crate::simd::Isa;
 use crate::tile::{Columns, DOT_TOKENS, Finish, Rows, dots, finish_tile, multiply, pack, pack_columns};
@@ -50,11 +50,11 @@ const PACK_COST: usize = 8;
 /// The same for weights in blocks.
 const PACK_BLOCKS_COST: usize = 15;
 
-/// `y[s] = finish(w x[s / per_row])` for the slots `s` of each group, with the group's own `w`.
+/// `y[s] = finish(w x[s / per_row])` for the slots `s` of each group, with the group's own `w`, `finish` and `y`.
 pub(crate) struct Product<'a> {
     /// Group `g` has the slots `order[bounds[g]..bounds[g + 1]]`.
     pub bounds: &'a [u32],
-    /// All slots, by group; if there is none, they are in order.
+    /// All slots, by group; if there is none, each group has all of them, in order.
     pub order: Option<&'a [u32]>,
     /// Slots there are, also of no group.
     pub slots: usize,
@@ -63,20 +63,27 @@ pub(crate) struct Product<'a> {
     pub cols: usize,
     /// Slots that share a row of `x`.
     pub per_row: usize,
-    /// A row of `rows` values per slot.
-    pub y: &'a mut [MaybeUninit<f32>],
-    pub rows: usize,
-    pub finish: Finish<'a>,
     pub pack: Pack,
     /// Whether the weights are `[cols, rows]` and to be read column by column: the product with their transpose.
     pub transposed: bool,
 }
 
+/// What a group's slots are multiplied with, and what becomes of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Work<'w> {
+    pub w: MatRef<'w>,
+    /// A second matrix of the same shape.
+    pub other: Option<MatRef<'w>>,
+    pub finish: Finish<'w>,
+    /// A row of results per slot: as many as the product has, also of no group.
+    pub y: SendPtr,
+}
+
 /// What is to be done for one group that has tokens.
 struct Group<'w> {
-    w: MatRef<'w>,
-    /// A second matrix of the same shape.
-    other: Option<MatRef<'w>>,
+    work: Work<'w>,
+    /// Values of a row of results.
+    rows: usize,
     /// Its first place in the order of slots, and how many it has.
     start: usize,
     tokens: usize,
@@ -97,48 +104,45 @@ impl Group<'_> {
     }
 
     fn weights(&self) -> [Option<MatRef<'_>>; 2] {
-        [Some(self.w), self.other]
+        [Some(self.work.w), self.work.other]
     }
 }
 
-/// Where inputs and results lie.
+/// The chunks of the rounded rows, if there are any.
 #[derive(Clone, Copy)]
-struct Place {
-    /// The chunks of the rounded rows, if there are any.
-    rounded: *const Rounded,
-    y: SendPtr,
-}
+struct RoundedRows(*const Rounded);
 
 // SAFETY: the rounded rows are only read.
-unsafe impl Sync for Place {}
+unsafe impl Sync for RoundedRows {}
 
 impl Product<'_> {
-    fn group<'w>(&self, isa: Isa, g: usize, weights: impl Fn(usize) -> (MatRef<'w>, Option<MatRef<'w>>)) -> Group<'w> {
+    fn group<'w>(&self, isa: Isa, g: usize, work: impl Fn(usize) -> Work<'w>) -> Group<'w> {
         let start = self.bounds[g] as usize;
         let tokens = self.bounds[g + 1] as usize - start;
-        let (w, other) = weights(g);
-        let rounded = [Some(w), other].iter().flatten().any(|w| self.rounds(w.dtype));
+        let work = work(g);
+        let rows = if self.transposed { work.w.cols } else { work.w.rows };
+        let rounded = [Some(work.w), work.other].iter().flatten().any(|w| self.rounds(w.dtype));
         // Columns are only ever multiplied from packed tiles.
         let packed = self.transposed || self.pack.packs(tokens, rounded);
         let most = if rounded { self.cell_rounded() } else { CELL_TOKENS };
         let chunks = if packed { tokens.div_ceil(most) } else { 1 };
-        let cells = self.rows.div_ceil(isa.tile_rows()) * chunks;
+        let cells = rows.div_ceil(isa.tile_rows()) * chunks;
         let pack_cost = match (packed, rounded) {
             (false, _) => 1,
             (true, false) => PACK_COST,
             (true, true) => PACK_BLOCKS_COST,
         };
         let cost = (tokens.div_ceil(chunks) + pack_cost) as u64;
-        Group { w, other, start, tokens, packed, rounded, chunks, cells, cost }
+        Group { work, rows, start, tokens, packed, rounded, chunks, cells, cost }
     }
 
     /// What is multiplied at once from the first of some cells on, if tiles are not packed.
     fn piece(&self, isa: Isa, group: &Group<'_>, cells: &Range<usize>) -> Piece {
         let first = group.place(cells.start).0 * isa.tile_rows();
-        let end = self.rows.min(cells.end * isa.tile_rows());
+        let end = group.rows.min(cells.end * isa.tile_rows());
         Piece {
-            w: as_rows(&group.w),
-            other: group.other.map(|w| as_rows(&w)),
+            w: as_rows(&group.work.w),
+            other: group.work.other.map(|w| as_rows(&w)),
             first,
             count: PLAIN_ROWS.min(end.saturating_sub(first)),
         }
@@ -156,29 +160,31 @@ impl Product<'_> {
         dtype.is_quantized() && !self.transposed
     }
 
-    fn slot(&self, i: usize) -> usize {
-        self.order.map_or(i, |order| order[i] as usize)
+    /// The slot at a place of the order.
+    fn slot(&self, group: &Group<'_>, at: usize) -> usize {
+        self.order.map_or(at - group.start, |order| order[at] as usize)
     }
 
-    /// Computes the product, with the one or two matrices that `weights(g)` gives for a group
-    /// that has slots: writes all rows of their slots.
+    /// Computes the product, with what `work(g)` gives for a group that has slots: writes all rows of their slots.
     ///
     /// # Panics
     /// If a length does not fit.
-    pub(crate) fn run<'w, F>(self, pool: &Pool, weights: F)
+    ///
+    /// # Safety
+    /// Results must have room where `work` says, and no slot be in two groups whose results lie in the same place.
+    pub(crate) unsafe fn run<'w, F>(self, pool: &Pool, work: F)
     where
-        F: Fn(usize) -> (MatRef<'w>, Option<MatRef<'w>>) + Sync,
+        F: Fn(usize) -> Work<'w> + Sync,
     {
         let isa = pool.isa();
         let bounds = self.bounds;
         // Of many experts few have tokens.
         let groups = || (0..bounds.len() - 1).filter(|&g| bounds[g] < bounds[g + 1]);
-        let (slots, rows, cols) = (self.slots, self.rows, self.cols);
-        assert_eq!(self.y.len(), slots * rows, "results: {slots} rows of {rows}");
+        let (slots, cols) = (self.slots, self.cols);
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
         let (mut total, mut rounded) = (0, None::<Rounding>);
         for g in groups() {
-            let group = self.group(isa, g, &weights);
+            let group = self.group(isa, g, &work);
             total += group.cells as u64 * group.cost;
             for w in group.weights().iter().flatten() {
                 if self.rounds(w.dtype) {
@@ -186,19 +192,18 @@ impl Product<'_> {
                     rounded = Some(rounded.map_or(how, |other| other.and(how)));
                 }
                 let shape = if self.transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
-                assert_eq!(shape, (rows, cols), "shape of the weights");
+                assert_eq!(shape, (group.rows, cols), "shape of the weights");
                 w.row_bytes();
             }
         }
         let operations = (total as usize).saturating_mul(isa.tile_rows() * cols);
-        let y = SendPtr(self.y.as_mut_ptr().cast());
         self.with_rounded(pool, rounded, |product, rounded| {
-            let place = Place { rounded, y };
+            let rounded = RoundedRows(rounded);
             pool.run_parts(operations, |part| {
                 let [mut share, mut then] = [part, part.following()].map(|part| Share::new(total, part));
                 // Of each group the cells of this part, and what will come behind them.
                 let groups = groups().filter_map(|g| {
-                    let group = product.group(isa, g, &weights);
+                    let group = product.group(isa, g, &work);
                     let [cells, then] = [&mut share, &mut then].map(|share| share.take(group.cells, group.cost));
                     (!cells.is_empty() || !then.is_empty()).then_some((group, cells, then))
                 });
@@ -213,7 +218,7 @@ impl Product<'_> {
                     };
                     // SAFETY: lengths were checked above; no two cells have the same outputs,
                     // since a slot is in one group and a cell in one part.
-                    unsafe { product.cells(isa, &group, cells, next, place) }
+                    unsafe { product.cells(isa, &group, cells, next, rounded) }
                 }
             });
         });
@@ -241,12 +246,12 @@ impl Product<'_> {
     ///
     /// # Safety
     /// The weights must be valid, all lengths fit, and nobody else touch the cells' outputs.
-    unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
+    unsafe fn cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, x: RoundedRows) {
         if group.packed {
             let weights = group.weights().map(|w| w.map(|w| as_rows(&w)));
-            self.packed_cells(isa, group, &weights, cells, next, place);
+            self.packed_cells(isa, group, &weights, cells, next, x);
         } else {
-            self.plain_cells(isa, group, cells, next, place);
+            self.plain_cells(isa, group, cells, next, x);
         }
     }
 
@@ -261,7 +266,7 @@ impl Product<'_> {
         weights: &[Option<Rows>; 2],
         cells: Range<usize>,
         next: Option<Piece>,
-        place: Place,
+        x: RoundedRows,
     ) {
         let width = isa.tile_rows();
         let next = next.map(|next| ([Some(next.w), next.other], next.first));
@@ -281,7 +286,7 @@ impl Product<'_> {
             for cell in cells.clone() {
                 let (tile_at, chunk) = group.place(cell);
                 let first = tile_at * width;
-                let count = width.min(self.rows - first);
+                let count = width.min(group.rows - first);
                 // Behind this tile comes another one, of these weights or the next.
                 let then = (cell + 1..cells.end).map(|cell| group.place(cell).0).find(|&then| then != tile_at);
                 let (of, at) = then.map(|then| (*weights, then * width)).or(next).unwrap_or(([None; 2], 0));
@@ -312,7 +317,7 @@ impl Product<'_> {
                     }
                 };
                 let places = group.start + tokens.start..group.start + tokens.end;
-                self.batches(isa, places, most, [first, count], width, sums, place, &mut batch, products);
+                self.batches(isa, group, places, most, [first, count], width, sums, x, &mut batch, products);
             }
         });
     }
@@ -321,8 +326,15 @@ impl Product<'_> {
     ///
     /// # Safety
     /// As there.
-    unsafe fn plain_cells(&self, isa: Isa, group: &Group<'_>, cells: Range<usize>, next: Option<Piece>, place: Place) {
-        let width = PLAIN_ROWS.min(self.rows.next_multiple_of(isa.tile_rows()));
+    unsafe fn plain_cells(
+        &self,
+        isa: Isa,
+        group: &Group<'_>,
+        cells: Range<usize>,
+        next: Option<Piece>,
+        x: RoundedRows,
+    ) {
+        let width = PLAIN_ROWS.min(group.rows.next_multiple_of(isa.tile_rows()));
         scratch::floats(2 * DOT_TOKENS * width, |scratch| {
             let sums = [scratch.as_mut_ptr(), scratch.as_mut_ptr().add(DOT_TOKENS * width)];
             let mut batch = Batch::new();
@@ -343,7 +355,7 @@ impl Product<'_> {
                         }
                     }
                 };
-                self.batches(isa, places, DOT_TOKENS, rows, width, sums, place, &mut batch, products);
+                self.batches(isa, group, places, DOT_TOKENS, rows, width, sums, x, &mut batch, products);
             }
         });
     }
@@ -357,21 +369,22 @@ impl Product<'_> {
     unsafe fn batches(
         &self,
         isa: Isa,
+        group: &Group<'_>,
         places: Range<usize>,
         most: usize,
         [first, count]: [usize; 2],
         width: usize,
         sums: [*mut f32; 2],
-        place: Place,
+        x: RoundedRows,
         batch: &mut Batch,
         products: impl Fn(bool, &Batch),
     ) {
         let blocks = places.len().div_ceil(most);
         for block in 0..blocks {
             let part = split(places.len(), block, blocks, 1);
-            self.gather(places.start + part.start..places.start + part.end, place, batch);
+            self.gather(group, places.start + part.start..places.start + part.end, x, batch);
             products(block + 1 < blocks, batch);
-            finish_tile(isa, sums, width, batch.out(), first, count, self.finish);
+            finish_tile(isa, sums, width, batch.out(), first, count, group.work.finish);
         }
     }
 
@@ -379,15 +392,15 @@ impl Product<'_> {
     ///
     /// # Safety
     /// There must be at most [`CELL_ROUNDED`].
-    unsafe fn gather(&self, places: Range<usize>, place: Place, batch: &mut Batch) {
+    unsafe fn gather(&self, group: &Group<'_>, places: Range<usize>, x: RoundedRows, batch: &mut Batch) {
         let chunks = self.cols.div_ceil(CHUNK);
         batch.len = places.len();
         for (i, at) in places.enumerate() {
-            let slot = self.slot(at);
+            let slot = self.slot(group, at);
             let row = slot / self.per_row;
             batch.x[i].write(self.x.as_ptr().add(row * self.cols));
-            batch.rounded[i].write(place.rounded.wrapping_add(row * chunks));
-            batch.out[i].write(place.y.get().add(slot * self.rows));
+            batch.rounded[i].write(x.0.wrapping_add(row * chunks));
+            batch.out[i].write(group.work.y.get().add(slot * group.rows));
         }
     }
 }
@@ -431,7 +444,7 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
     Rows { dtype: w.dtype, data: w.data.as_ptr(), stride: w.row_bytes(), rows: w.rows, cols: w.cols, then: None }
 }
 
-/// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` is
+/// `y[t, r] = sum over c of w[r, c] x[t, c]`, plus `bias[r]`: `x` is `[n, cols]`, `y` becomes
 /// `[n, rows]`. Weights without blocks are widened exactly, and all arithmetic is in `f32`.
 ///
 /// With weights in blocks every 32 values of `x` are rounded to signed bytes of a common scale, so that a value is off by
@@ -445,29 +458,49 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut Vec<f32>) {
     assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
-    dense(pool, pack, w, None, x, n, Finish::Bias(bias), y);
+    dense(pool, pack, false, [(w, None, Finish::Bias(bias))], x, n, [y]);
 }
 
-/// `y[t, c] = sum over r of w[r, c] x[t, r]`, the product with the transpose of `w`: `x` is `[n, rows]`, `y` is `[n, cols]`.
+/// [`matmul`] with several matrices and their biases, with the same results, at once: `y[i]` becomes `[n, rows]` of matrix `i`.
+///
+/// # Panics
+/// If a slice has not the length of its shape.
+pub fn matmul_each<const N: usize>(
+    pool: &Pool,
+    pack: Pack,
+    w: [(MatRef<'_>, Option<&[f32]>); N],
+    x: &[f32],
+    n: usize,
+    y: [&mut Vec<f32>; N],
+) {
+    let chunks = |w: &MatRef<'_>| w.dtype.is_quantized().then(|| rounding(w.dtype, false).chunk);
+    let mut ways = w.iter().filter_map(|(w, _)| chunks(w));
+    let first = ways.next();
+    if ways.any(|way| Some(way) != first) {
+        // Activations are rounded in different ways.
+        for ((w, bias), y) in w.into_iter().zip(y) {
+            matmul(pool, pack, w, x, n, bias, y);
+        }
+        return;
+    }
+    let factors = w.map(|(w, bias)| {
+        assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
+        (w, None, Finish::Bias(bias))
+    });
+    dense(pool, pack, false, factors, x, n, y);
+}
+
+/// `y[t, c] = sum over r of w[r, c] x[t, r]`, the product with the transpose of `w`: `x` is `[n, rows]`, `y` becomes `[n, cols]`.
 /// It is how a gradient goes back through [`matmul`]. A row's result does not depend on the other rows.
 ///
 /// # Panics
 /// If a slice has not the length of its shape.
 pub fn matmul_transposed(pool: &Pool, w: MatRef<'_>, x: &[f32], n: usize, y: &mut Vec<f32>) {
-    let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
-    let (rows, cols, finish) = (w.cols, w.rows, Finish::Bias(None));
-    let (pack, transposed) = (Pack::Always, true);
-    // SAFETY: the one group has every slot.
-    unsafe {
-        fill(y, n * rows, |y| {
-            Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
-                .run(pool, |_| (w, None));
-        });
-    }
+    dense(pool, Pack::Always, true, [(w, None, Finish::Bias(None))], x, n, [y]);
 }
 
 /// `hidden[t] = act(gate x[t]) * (up x[t])`: `gate` and `up` are `[I, d]`, `x` is `[n, d]`,
-/// `hidden` is `[n, I]`.
+/// `hidden` becomes `[n, I]`.
 ///
 /// # Panics
 /// If a slice or matrix has not the length of its shape.
@@ -482,28 +515,31 @@ pub fn gated_hidden(
     act: Act,
     hidden: &mut Vec<f32>,
 ) {
-    dense(pool, pack, gate, Some(up), x, n, Finish::Gated(act), hidden);
+    dense(pool, pack, false, [(gate, Some(up), Finish::Gated(act))], x, n, [hidden]);
 }
 
-#[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
-fn dense(
+/// Products of all tokens with each of some factors: one or two matrices, or their transposes.
+fn dense<'w, const N: usize>(
     pool: &Pool,
     pack: Pack,
-    w: MatRef<'_>,
-    other: Option<MatRef<'_>>,
+    transposed: bool,
+    factors: [(MatRef<'w>, Option<MatRef<'w>>, Finish<'w>); N],
     x: &[f32],
     n: usize,
-    finish: Finish<'_>,
-    y: &mut Vec<f32>,
+    y: [&mut Vec<f32>; N],
 ) {
-    let bounds = [0, u32::try_from(n).expect("fewer than 2^32 tokens")];
-    let (rows, cols) = (w.rows, w.cols);
-    let transposed = false;
-    // SAFETY: the one group has every slot.
+    assert!(u32::try_from(3 * n).is_ok() && N <= 3, "fewer than 2^30 tokens, up to three factors");
+    let bounds = [0, n, 2 * n, 3 * n].map(|bound| bound as u32);
+    let shape = |w: MatRef<'w>| if transposed { (w.cols, w.rows) } else { (w.rows, w.cols) };
+    let (rows, cols) = (factors.map(|(w, ..)| shape(w).0), factors.first().map_or(0, |(w, ..)| shape(*w).1));
+    let product = Product { bounds: &bounds[..=N], order: None, slots: n, x, cols, per_row: 1, pack, transposed };
+    // SAFETY: each group has every slot, and room for each in a place of its own.
     unsafe {
-        fill(y, n * rows, |y| {
-            Product { bounds: &bounds, order: None, slots: n, x, cols, per_row: 1, y, rows, finish, pack, transposed }
-                .run(pool, |_| (w, other));
+        fill_each(y, rows.map(|rows| n * rows), |y| {
+            product.run(pool, |g| {
+                let (w, other, finish) = factors[g];
+                Work { w, other, finish, y: y[g] }
+            });
         });
     }
 }

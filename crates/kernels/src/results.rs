@@ -2,17 +2,34 @@
 
 use std::mem::MaybeUninit;
 
-/// Makes `y` `len` values, which `write` writes; what `y` held is gone, its memory is used again. If `write` panics, `y` is
-/// empty.
+use crate::pool::SendPtr;
+
+/// Makes each of `ys` as many values as `lens` says, which `write` writes; what they held is gone, their memory is used again. If
+/// `write` panics, they are empty.
 ///
 /// # Safety
 /// `write` must write every value.
-pub(crate) unsafe fn fill<R>(y: &mut Vec<f32>, len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>]) -> R) -> R {
-    y.clear();
-    y.reserve_exact(len);
-    let result = write(&mut y.spare_capacity_mut()[..len]);
-    y.set_len(len);
-    result
+pub(crate) unsafe fn fill_each<const N: usize>(
+    mut ys: [&mut Vec<f32>; N],
+    lens: [usize; N],
+    write: impl FnOnce([SendPtr; N]),
+) {
+    for (y, len) in ys.iter_mut().zip(lens) {
+        y.clear();
+        y.reserve_exact(len);
+    }
+    write(std::array::from_fn(|i| SendPtr(ys[i].as_mut_ptr())));
+    for (y, len) in ys.into_iter().zip(lens) {
+        y.set_len(len);
+    }
+}
+
+/// The same of one.
+///
+/// # Safety
+/// As there.
+pub(crate) unsafe fn fill(y: &mut Vec<f32>, len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) {
+    fill_each([y], [len], |[y]| write(std::slice::from_raw_parts_mut(y.get().cast(), len)));
 }
 
 /// Zeros.

@@ -26,6 +26,7 @@ impl Pass<'_> {
             }
             None => self.projections(l, attn, h)?,
         };
+        self.rows.spans.iter().for_each(|span| cache.ask_for_next(span.slot, l));
         let q = self.visit(here, Site::AttnQ, q, None)?;
         let k = self.visit(here, Site::AttnK, k, None)?;
         let v = self.visit(here, Site::AttnV, v, None)?;
@@ -89,10 +90,16 @@ impl Pass<'_> {
         h: &Tensor,
     ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
         let (model, n, dim) = (self.model, self.rows.len(), attn.head_dim);
-        let project = |w: Role, bias: Role| {
-            let bias = if attn.qkv_bias { Some(model.vector(bias)?) } else { None };
-            ops::linear(model.pool(), self.pack, h, &model.matrix(w)?, bias)
+        let factor = |w: Role, bias: Role| -> Result<_, ModelError> {
+            Ok((model.matrix(w)?, if attn.qkv_bias { Some(model.vector(bias)?) } else { None }))
         };
+        let [q, k, v] = [
+            factor(Role::Q(l), Role::QBias(l))?,
+            factor(Role::K(l), Role::KBias(l))?,
+            factor(Role::V(l), Role::VBias(l))?,
+        ];
+        let [mut q, k, v] = ops::linear_each(model.pool(), self.pack, h, [q, k, v])?;
+        let mut gate = None;
         let shaped = |y: Tensor, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
             let mut y = match norm {
                 Some(norm) if !attn.extra.norm_after_rope => self.head_norm(attn, y, norm)?,
@@ -103,14 +110,11 @@ impl Pass<'_> {
             }
             Ok(y.reshape((n, heads, dim))?)
         };
-        let (mut q, mut gate) = (project(Role::Q(l), Role::QBias(l))?, None);
         if attn.extra.gated {
             let both = q.reshape((n, attn.n_heads, 2 * dim))?;
             gate = Some(both.narrow(2, dim, dim)?.contiguous()?);
             q = both.narrow(2, 0, dim)?.contiguous()?.reshape((n, attn.n_heads * dim))?;
         }
-        let k = project(Role::K(l), Role::KBias(l))?;
-        let v = project(Role::V(l), Role::VBias(l))?;
         let q = shaped(q, Some(Role::QNorm(l)), attn.n_heads)?;
         let k = shaped(k, Some(Role::KNorm(l)), attn.n_kv_heads)?;
         Ok((q, k, shaped(v, None, attn.n_kv_heads)?, gate))

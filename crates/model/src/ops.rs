@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, Device, Storage, Tensor};
 use quorate_kernels as kernels;
 use quorate_kernels::{MatRef, Pack, Pool};
+use quorate_residency::Matrix;
 
 use crate::ModelError;
 use crate::grad::attach;
@@ -70,6 +71,42 @@ pub(crate) fn linear(
     }
 }
 
+/// [`linear`] with three matrices and their biases, with the same results, at once if nothing lies over them.
+pub(crate) fn linear_each<'a>(
+    pool: &Arc<Pool>,
+    pack: Pack,
+    x: &Tensor,
+    all: [(Linear<'a>, Option<Vector<'a>>); 3],
+) -> Result<[Tensor; 3], ModelError> {
+    let plain = |(w, bias): &(Linear<'a>, Option<Vector<'a>>)| {
+        let bias = match bias {
+            Some(Vector::Stored(bias)) => Some(*bias),
+            None => None,
+            Some(Vector::Open(_)) => return None,
+        };
+        Some((w.stored()?, bias))
+    };
+    let [Some(a), Some(b), Some(c)] = [0, 1, 2].map(|i| plain(&all[i])) else {
+        let [a, b, c] = all.map(|(w, bias)| linear(pool, pack, x, &w, bias));
+        return Ok([a?, b?, c?]);
+    };
+    let v = values(x)?;
+    let n = v.len() / a.0.cols;
+    let mut y = [Vec::new(), Vec::new(), Vec::new()];
+    kernels::matmul_each(pool, pack, [a, b, c].map(|(w, bias)| (w.as_ref(), bias)), &v, n, y.each_mut());
+    let [of_a, of_b, of_c] = y;
+    let tensor = |w, y| attach_product(pool, x, w, y, n);
+    Ok([tensor(a.0, of_a)?, tensor(b.0, of_b)?, tensor(c.0, of_c)?])
+}
+
+/// `y = x W^T` as a tensor.
+fn attach_product(pool: &Arc<Pool>, x: &Tensor, w: &Matrix, y: Vec<f32>, n: usize) -> Result<Tensor, ModelError> {
+    attach(&[x], y, &[n, w.rows], || {
+        let (pool, w) = (pool.clone(), w.clone());
+        move |node| Ok(vec![Some(times_transposed(&pool, w.as_ref(), node.dy, n))])
+    })
+}
+
 /// `y = x W^T + b`.
 fn product(
     pool: &Arc<Pool>,
@@ -85,10 +122,7 @@ fn product(
     match w {
         Weight::Stored(w) => {
             kernels::matmul(pool, pack, w.as_ref(), &v, n, bias, &mut y);
-            attach(&[x], y, &[n, rows], || {
-                let (pool, w) = (pool.clone(), w.clone());
-                move |node| Ok(vec![Some(times_transposed(&pool, w.as_ref(), node.dy, n))])
-            })
+            attach_product(pool, x, w, y, n)
         }
         Weight::Open(w) => {
             kernels::matmul(pool, pack, MatRef::of_f32(rows, cols, &values(w)?), &v, n, bias, &mut y);

@@ -260,6 +260,8 @@ pub(crate) trait Simd: Bytes {
     unsafe fn prefetch(p: *const u8);
     /// The same, into a cache that is farther from the arithmetic and can wait for more of memory at once.
     unsafe fn prefetch_far(p: *const u8);
+    /// Asks for the cache line at `p` to write to it: others give up theirs. Not one by one then, as it is written.
+    unsafe fn prefetch_to_write(p: *const u8);
 }
 
 /// Transposes the square of the first `LANES` vectors.

@@ -126,6 +126,10 @@ impl Simd for Neon {
         asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
     }
     #[inline(always)]
+    unsafe fn prefetch_to_write(p: *const u8) {
+        asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
+    }
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         if L == 1 {
             (vtrn1q_f32(a, b), vtrn2q_f32(a, b))

@@ -123,6 +123,8 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch_far(_: *const u8) {}
     #[inline(always)]
+    unsafe fn prefetch_to_write(_: *const u8) {}
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         (
             std::array::from_fn(|i| if i & L == 0 { a[i] } else { b[i - L] }),

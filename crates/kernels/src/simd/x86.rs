@@ -122,6 +122,10 @@ impl Simd for Avx512 {
         _mm_prefetch::<_MM_HINT_T1>(p.cast());
     }
     #[inline(always)]
+    unsafe fn prefetch_to_write(p: *const u8) {
+        prefetch_to_write(p);
+    }
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         let (first, second) = const { swap_index(L) };
         let first = _mm512_loadu_si512(first.as_ptr().cast());
@@ -242,6 +246,10 @@ impl Simd for Avx2 {
         _mm_prefetch::<_MM_HINT_T1>(p.cast());
     }
     #[inline(always)]
+    unsafe fn prefetch_to_write(p: *const u8) {
+        prefetch_to_write(p);
+    }
+    #[inline(always)]
     unsafe fn swap<const L: usize>(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
         match L {
             1 => (_mm256_blend_ps::<0xAA>(a, _mm256_moveldup_ps(b)), _mm256_blend_ps::<0xAA>(_mm256_movehdup_ps(a), b)),
@@ -249,4 +257,11 @@ impl Simd for Avx2 {
             _ => (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)),
         }
     }
+}
+
+/// The intrinsic would become an instruction that asks to read, unless the compiler was told that the processor has this one; those
+/// of 64 bits that have it not pass over it.
+#[inline(always)]
+unsafe fn prefetch_to_write(p: *const u8) {
+    std::arch::asm!("prefetchw [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags));
 }

@@ -26,6 +26,25 @@ fn every_worker_runs_once() {
     }
 }
 
+/// Who waits for the others sleeps after a while, and so do they.
+#[test]
+fn long_work_and_long_pauses_lose_nobody() {
+    let pool = Pool::new(3);
+    for round in 0..30 {
+        let calls = AtomicUsize::new(0);
+        pool.run(|worker, _| {
+            std::thread::sleep(Duration::from_micros(if worker == round % 3 {
+                1000
+            } else {
+                190 + 10 * worker as u64
+            }));
+            calls.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(calls.into_inner(), 3);
+        std::thread::sleep(Duration::from_micros(150 + 10 * round as u64));
+    }
+}
+
 #[test]
 fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
     let pool = Pool::new(3);

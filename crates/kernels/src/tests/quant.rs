@@ -384,6 +384,43 @@ fn experts_with_many_and_few_tokens_are_those_alone() {
     }
 }
 
+/// Several matrices at once: of types whose activations are rounded in one way, in two, and not at all.
+#[test]
+fn products_with_several_matrices_are_those_with_each() {
+    let mut random = Random(51);
+    let types: Vec<_> = block_types().collect();
+    let cols = 256;
+    for dtypes in [
+        [DType::Q4_K, DType::Q6_K, DType::Q4_K],
+        [DType::Q4_K, DType::Q8_0, DType::F32],
+        [DType::Q4_0, DType::F16, DType::Q8_0],
+        [DType::F32, DType::F32, DType::BF16],
+    ] {
+        let mut rows = 20;
+        let matrices = dtypes.map(|dtype| {
+            rows += 25;
+            match types.iter().find(|(t, _)| *t == dtype) {
+                Some((_, blocks)) => Weights::of_blocks(&mut random, dtype, blocks, Kind::Real, rows, cols),
+                None => Weights::new(dtype, rows, cols, &random.values(rows * cols)),
+            }
+        });
+        let bias = random.values(matrices[1].rows);
+        let all = [(matrices[0].get(), None), (matrices[1].get(), Some(&bias[..])), (matrices[2].get(), None)];
+        for (pool, pack) in pools(3).iter().flat_map(|p| [(p, Pack::BySize), (p, Pack::Always)]) {
+            for n in [0, 1, 3, 40] {
+                let x = tokens(&mut random, n, cols);
+                let mut each = [vec![f32::NAN], vec![], vec![f32::NAN; 9000]];
+                matmul_each(pool, pack, all, &x, n, each.each_mut());
+                for ((w, bias), each) in all.into_iter().zip(each) {
+                    let mut alone = vec![];
+                    matmul(pool, pack, w, &x, n, bias, &mut alone);
+                    identical(&[each, alone], &format!("{:?} {dtypes:?} {pack:?} n{n}", pool.isa()));
+                }
+            }
+        }
+    }
+}
+
 /// Some rows of a matrix.
 fn rows_of(w: MatRef<'_>, rows: Range<usize>) -> MatRef<'_> {
     let bytes = w.row_bytes();
