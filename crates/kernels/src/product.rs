@@ -148,11 +148,12 @@ impl Product<'_> {
         }
     }
 
-    /// The most tokens of a cell with weights in blocks: they are to stay in the second cache from tile to tile.
+    /// The most tokens of a cell with weights in blocks: they are to stay in a cache from tile to tile, though in no near one, since what
+    /// is read of them is asked for ahead.
     fn cell_rounded(&self) -> usize {
-        const SECOND_CACHE: usize = 4 << 20;
+        const CACHE: usize = 4 << 20;
         let token = self.cols.div_ceil(CHUNK) * Rounded::LINES * 64;
-        (SECOND_CACHE / token.max(1)).clamp(CELL_TOKENS, CELL_ROUNDED)
+        (CACHE / token.max(1)).clamp(CELL_TOKENS, CELL_ROUNDED)
     }
 
     /// Whether weights of this type are multiplied with rounded tokens.

@@ -109,7 +109,7 @@ unsafe fn pack_half<S: Simd, W: Weight>(w: &Rows, first: usize, packed: *mut f32
     let size = const { W::DTYPE.block_bytes() / W::DTYPE.block_len() };
     let ask = |row: *const u8, c: usize| {
         if let Some(then) = then {
-            S::prefetch_far(row.wrapping_add(then + c * size));
+            S::prefetch_far(row.wrapping_add(then).wrapping_add(c * size));
         }
     };
     let mut v = [S::zero(); MAX_LANES];
