@@ -124,7 +124,7 @@ impl Product<'_> {
         let rounded = [Some(work.w), work.other].iter().flatten().any(|w| self.rounds(w.dtype));
         // Columns are only ever multiplied from packed tiles.
         let packed = self.transposed || self.pack.packs(tokens, rounded);
-        let most = if rounded { self.cell_rounded() } else { CELL_TOKENS };
+        let most = if rounded { self.cell_rounded(isa) } else { CELL_TOKENS };
         let chunks = if packed { tokens.div_ceil(most) } else { 1 };
         let cells = rows.div_ceil(isa.tile_rows()) * chunks;
         let pack_cost = match (packed, rounded) {
@@ -148,12 +148,12 @@ impl Product<'_> {
         }
     }
 
-    /// The most tokens of a cell with weights in blocks: they are to stay in a cache from tile to tile, though in no near one, since what
-    /// is read of them is asked for ahead.
-    fn cell_rounded(&self) -> usize {
-        const CACHE: usize = 4 << 20;
+    /// The most tokens of a cell with weights in blocks: from tile to tile they are to stay in the second cache, or in the third where
+    /// what is read of them is asked for ahead.
+    fn cell_rounded(&self, isa: Isa) -> usize {
+        let (cache, most) = if isa == Isa::Avx512 { (4 << 20, CELL_ROUNDED) } else { (1 << 20, 192) };
         let token = self.cols.div_ceil(CHUNK) * Rounded::LINES * 64;
-        (CACHE / token.max(1)).clamp(CELL_TOKENS, CELL_ROUNDED)
+        (cache / token.max(1)).clamp(CELL_TOKENS, most)
     }
 
     /// Whether weights of this type are multiplied with rounded tokens.
