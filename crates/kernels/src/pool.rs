@@ -9,7 +9,7 @@
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +32,13 @@ thread_local! {
 #[repr(align(128))]
 struct Apart<T>(T);
 
+impl<T> Deref for Apart<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
 /// See [`Shared::pending`].
 const PARKED: usize = 1 << (usize::BITS - 1);
 
@@ -42,10 +49,15 @@ struct Job {
     caller: Thread,
 }
 
+/// The newest job, and its number.
+struct Newest {
+    job: UnsafeCell<Option<Job>>,
+    number: AtomicUsize,
+}
+
 struct Shared {
     workers: usize,
-    /// The newest job, and its number.
-    job: Apart<(UnsafeCell<Option<Job>>, AtomicUsize)>,
+    newest: Apart<Newest>,
     /// Threads that have not finished it, and [`PARKED`] if who waits for them sleeps.
     pending: Apart<AtomicUsize>,
     /// Per thread: whether it sleeps (or is about to).
@@ -56,7 +68,7 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `job` is written only while no thread works (`pending` is 0) and before `epoch` is
+// SAFETY: `job` is written only while no thread works (`pending` is 0) and before its number is
 // raised, and read only after that was seen; the closure behind `data` is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer in a job is used only while `run` keeps its target alive.
@@ -85,7 +97,7 @@ impl Pool {
         assert!(threads >= 1, "a pool needs a thread");
         let shared = Arc::new(Shared {
             workers: threads,
-            job: Apart((UnsafeCell::new(None), AtomicUsize::new(0))),
+            newest: Apart(Newest { job: UnsafeCell::new(None), number: AtomicUsize::new(0) }),
             pending: Apart(AtomicUsize::new(0)),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             taken: (0..threads).map(|_| Apart(Taken(AtomicU64::new(0)))).collect(),
@@ -176,7 +188,7 @@ struct Taken(AtomicU64);
 impl Taken {
     /// Takes half of what is left of `units`, at least one; its numbers.
     fn half(&self, job: u64, units: usize) -> Option<Range<usize>> {
-        // Units are at most [`UNITS`].
+        // The lowest eight bits are the number of units, [`UNITS`] at most; the others are of the job's number.
         let known = |word: u64| if word >> 8 == job << 8 >> 8 { (word & 255) as usize } else { 0 };
         let half = |taken: usize| taken + (units - taken).div_ceil(2);
         let take = |word: u64| (known(word) < units).then(|| job << 8 | half(known(word)) as u64);
@@ -202,9 +214,9 @@ impl Pool {
             if workers == 1 {
                 return f(Part::whole());
             }
-            let job = self.shared.job.0.1.load(Ordering::Relaxed) as u64;
+            let job = self.shared.newest.number.load(Ordering::Relaxed) as u64;
             for owner in (worker..worker + owners).map(|w| w % owners) {
-                while let Some(own) = self.shared.taken[owner].0.half(job, units) {
+                while let Some(own) = self.shared.taken[owner].half(job, units) {
                     let before = owner * units;
                     let (first, end, last) = (before + own.start, before + own.end, before + units);
                     f(Part { first, end, last, of: owners * units });
@@ -277,7 +289,7 @@ impl Share {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.job.0.1.fetch_add(1, Ordering::SeqCst);
+        self.shared.newest.number.fetch_add(1, Ordering::SeqCst);
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
             // A worker catches the panics of its work, so it has none of its own.
@@ -304,10 +316,10 @@ impl Shared {
         let data = std::ptr::from_ref(f).cast();
         let job = Job { call: call::<F>, data, caller: thread::current() };
         // SAFETY: the lock `turn` is held and the previous job is finished, so nobody reads.
-        unsafe { *self.job.0.0.get() = Some(job) };
-        self.pending.0.store(threads.len(), Ordering::Relaxed);
+        unsafe { *self.newest.job.get() = Some(job) };
+        self.pending.store(threads.len(), Ordering::Relaxed);
         // Nobody else writes it now. Nothing here waits until others have seen it.
-        self.job.0.1.store(self.job.0.1.load(Ordering::Relaxed) + 1, Ordering::Release);
+        self.newest.number.store(self.newest.number.load(Ordering::Relaxed) + 1, Ordering::Release);
         let wake = || {
             for (thread, _) in threads.iter().zip(&self.asleep).filter(|(_, asleep)| asleep.load(Ordering::Relaxed)) {
                 thread.thread().unpark();
@@ -319,10 +331,10 @@ impl Shared {
         fence(Ordering::SeqCst);
         wake();
         let left = |state: usize| state & !PARKED;
-        if !spin_until(|| left(self.pending.0.load(Ordering::Acquire)) == 0)
-            && left(self.pending.0.fetch_or(PARKED, Ordering::AcqRel)) != 0
+        if !spin_until(|| left(self.pending.load(Ordering::Acquire)) == 0)
+            && left(self.pending.fetch_or(PARKED, Ordering::AcqRel)) != 0
         {
-            while left(self.pending.0.load(Ordering::Acquire)) != 0 {
+            while left(self.pending.load(Ordering::Acquire)) != 0 {
                 thread::park();
             }
         }
@@ -342,12 +354,12 @@ impl Shared {
 
     /// Counts a thread out, and wakes who waits for all if it sleeps.
     fn finish(&self) {
-        let mut state = self.pending.0.load(Ordering::Relaxed);
+        let mut state = self.pending.load(Ordering::Relaxed);
         loop {
             // SAFETY: nobody writes a job as long as this thread is counted.
-            let caller = || unsafe { (*self.job.0.0.get()).as_ref().map(|job| job.caller.clone()) };
+            let caller = || unsafe { (*self.newest.job.get()).as_ref().map(|job| job.caller.clone()) };
             let sleeps = if state == 1 | PARKED { caller() } else { None };
-            match self.pending.0.compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.pending.compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return sleeps.into_iter().for_each(|caller| caller.unpark()),
                 Err(now) => state = now,
             }
@@ -359,7 +371,7 @@ impl Shared {
         let asleep = &self.asleep[worker - 1];
         let mut seen = 0;
         loop {
-            let news = || self.job.0.1.load(Ordering::Acquire) != seen;
+            let news = || self.newest.number.load(Ordering::Acquire) != seen;
             if !spin_until(news) {
                 asleep.store(true, Ordering::Relaxed);
                 fence(Ordering::SeqCst);
@@ -372,9 +384,9 @@ impl Shared {
                 return;
             }
             seen += 1;
-            // SAFETY: the job was written before `epoch` rose, and stays until `pending` is 0.
+            // SAFETY: the job was written before its number rose, and stays until `pending` is 0.
             let (call, data) = unsafe {
-                let job = (*self.job.0.0.get()).as_ref().expect("a job comes with each epoch");
+                let job = (*self.newest.job.get()).as_ref().expect("a job comes with each number");
                 (job.call, job.data)
             };
             // SAFETY: `run` keeps the closure alive until `pending` is 0.
