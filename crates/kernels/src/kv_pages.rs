@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::DType;
-use crate::rows::{ask_near, ask_to_write};
+use crate::rows::ask_to_write;
 use crate::tile::Rows;
 use crate::weight::{dequantize, quantize};
 
@@ -75,11 +75,7 @@ impl KvPages {
         }
         self.data.resize((self.len + rows.len() / width).div_ceil(Self::PAGE) * self.page_bytes(), 0);
         for row in rows.chunks_exact(width) {
-            // Every head's place is somewhere else, and far from what is near.
-            for head in 0..self.heads {
-                let at = self.offset(head, self.len);
-                ask_near(self.data[at..].as_ptr(), self.head_bytes().div_ceil(64));
-            }
+            self.ask_for_next();
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
                 let at = self.offset(head, self.len);
                 let bytes = self.head_bytes();
@@ -111,7 +107,7 @@ impl KvPages {
         Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim, then: None }
     }
 
-    /// Asks for the places of the next position, to write there.
+    /// Asks for the places of the next position, to write there: every head's is somewhere else, and far from what is near.
     pub fn ask_for_next(&self) {
         for head in 0..self.heads {
             if let Some(place) = self.data.get(self.offset(head, self.len)..) {

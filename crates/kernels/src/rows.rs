@@ -78,12 +78,6 @@ kernel! {
     }
 }
 
-/// Asks for so many cache lines, into the nearest cache; they need not be there.
-pub(crate) fn ask_near(p: *const u8, lines: usize) {
-    // SAFETY: the set was detected.
-    unsafe { ask_near_with(Isa::best(), p, lines) }
-}
-
 /// Asks for so many cache lines to write to them; they need not be there.
 pub(crate) fn ask_to_write(p: *const u8, lines: usize) {
     // SAFETY: the set was detected.
@@ -94,14 +88,6 @@ kernel! {
     unsafe fn ask_to_write_with<S>(p: *const u8, lines: usize) {
         for i in 0..lines {
             S::prefetch_to_write(p.wrapping_add(64 * i));
-        }
-    }
-}
-
-kernel! {
-    unsafe fn ask_near_with<S>(p: *const u8, lines: usize) {
-        for i in 0..lines {
-            S::prefetch(p.wrapping_add(64 * i));
         }
     }
 }
