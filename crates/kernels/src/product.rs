@@ -458,8 +458,7 @@ fn as_rows(w: &MatRef<'_>) -> Rows {
 /// If a slice has not the length of its shape.
 #[allow(clippy::too_many_arguments, reason = "kernels take plain arguments")]
 pub fn matmul(pool: &Pool, pack: Pack, w: MatRef<'_>, x: &[f32], n: usize, bias: Option<&[f32]>, y: &mut Vec<f32>) {
-    assert!(bias.is_none_or(|b| b.len() == w.rows), "bias of {} rows", w.rows);
-    dense(pool, pack, false, [(w, None, Finish::Bias(bias))], x, n, [y]);
+    matmul_each(pool, pack, [(w, bias)], x, n, [y]);
 }
 
 /// [`matmul`] with several matrices and their biases, with the same results, at once: `y[i]` becomes `[n, rows]` of matrix `i`.

@@ -48,14 +48,6 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// These rows, of which those from row `first` on are read before those of `then` from row `at` on.
-    pub(crate) fn followed_by(self, first: usize, then: Option<Rows>, at: usize) -> Rows {
-        let start = |then: Rows| then.data.wrapping_add(at * then.stride).wrapping_sub(first * self.stride);
-        Rows { then: then.map(start), ..self }
-    }
-}
-
-impl Rows {
     /// The `r`-th row, or the last if there are fewer.
     #[inline(always)]
     pub(crate) unsafe fn row(&self, r: usize) -> *const u8 {
@@ -72,6 +64,12 @@ impl Rows {
         let rows = |bytes: usize| bytes.div_ceil(self.stride.max(1)).next_multiple_of(together) * self.stride;
         let [near, far] = AHEAD;
         [if self.stride < near { rows(near) } else { near }, rows(far)]
+    }
+
+    /// These rows, of which those from row `first` on are read before those of `then` from row `at` on.
+    pub(crate) fn followed_by(self, first: usize, then: Option<Rows>, at: usize) -> Rows {
+        let start = |then: Rows| then.data.wrapping_add(at * then.stride).wrapping_sub(first * self.stride);
+        Rows { then: then.map(start), ..self }
     }
 
     /// Asks for what lies so far ahead of column `c` of `row`; once per cache line is enough.

@@ -110,16 +110,12 @@ impl Model {
         ops::rms_norm(self.pool(), x, self.vector(weight)?, eps)
     }
 
-    /// The matrix that makes logits.
-    pub(crate) fn head_role(&self) -> Role {
-        if self.spec().tie_word_embeddings { Role::Embed } else { Role::LmHead }
-    }
-
     /// Logits from what the final norm gives.
     pub(crate) fn head(&self, norm: &Tensor, pack: Pack) -> Result<Tensor, ModelError> {
         let spec = self.spec();
+        let head = if spec.tie_word_embeddings { Role::Embed } else { Role::LmHead };
         let bias = if spec.lm_head_bias { Some(self.vector(Role::LmHeadBias)?) } else { None };
-        let logits = ops::linear(self.pool(), pack, norm, &self.matrix(self.head_role())?, bias)?;
+        let logits = ops::linear(self.pool(), pack, norm, &self.matrix(head)?, bias)?;
         let logits = ops::scaled(logits, spec.scales.logits)?;
         match spec.scales.logit_softcap {
             Some(c) => ops::softcap(logits, c),
