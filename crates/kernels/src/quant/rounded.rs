@@ -23,16 +23,6 @@ pub(crate) struct Rounding {
 }
 
 impl Rounding {
-    /// Cache lines of a chunk, from its first on, that are written.
-    const fn lines(self) -> usize {
-        let end = match (self.rest, self.crossed) {
-            (true, _) => size_of::<Rounded>(),
-            (false, true) => std::mem::offset_of!(Rounded, biased),
-            (false, false) => std::mem::offset_of!(Rounded, crossed),
-        };
-        end / 64
-    }
-
     /// What serves both.
     pub(crate) fn and(self, other: Rounding) -> Rounding {
         Rounding {
@@ -150,11 +140,6 @@ kernel! {
     /// # Safety
     /// `x` must hold `cols` values and `out` their chunks.
     pub(crate) unsafe fn round_row<S>(x: *const f32, cols: usize, how: Rounding, out: *mut Rounded) {
-        for i in 0..cols.div_ceil(CHUNK) {
-            for line in 0..how.lines() {
-                S::prefetch_to_write(out.add(i).cast::<u8>().add(64 * line));
-            }
-        }
         for (i, start) in (0..cols).step_by(CHUNK).enumerate() {
             let out = &mut *out.add(i);
             if cols - start >= CHUNK {
