@@ -6,12 +6,14 @@
 use std::mem::MaybeUninit;
 
 use crate::math::Act;
-use crate::pool::{Pool, SendPtr};
-use crate::product::{Pack, Product, Work};
+use crate::pool::{Part, Pool, Progress, SendPtr};
+use crate::product::{PLAIN_ROWS, Pack, Product, RoundedRows, Work, as_rows, plain_products};
+use crate::quant::{CHUNK, Piece, Rounding, round_row, rounding};
 use crate::results::{fill, zeros};
 use crate::rows::add_scaled;
 use crate::scratch;
-use crate::tile::Finish;
+use crate::simd::Isa;
+use crate::tile::{DOT_TOKENS, Finish};
 use crate::{KernelError, MatRef};
 
 /// The id of an empty slot. Its rows of results are zero.
@@ -76,6 +78,145 @@ pub fn expert_down(
 ) -> Result<(), KernelError> {
     assert_eq!(ids.len(), n * k, "ids of {n} x {k} slots");
     each_slot(pool, pack, Side::Rows, experts, |e| (e.down, None), hidden, 1, ids, Finish::Bias(None), d, out)
+}
+
+/// One token through its experts at once: `y = sum over j of gates[j] down_j (act(gate_j x) * (up_j x))`, where `x` and `y` have `d`
+/// values. It gives what [`expert_hidden`], [`expert_down`] and [`combine`] give one after another, to the bit, but nobody
+/// waits in between: an expert's inner activations are rounded by who computed the last of them, and rows of the sum are a thread's
+/// own.
+///
+/// # Panics
+/// If the experts differ in shape, or a slice has not the length of its shape.
+pub fn expert_ffn(pool: &Pool, experts: &[ExpertRef<'_>], gates: &[f32], x: &[f32], act: Act, y: &mut Vec<f32>) {
+    let (k, d, width) = (experts.len(), x.len(), experts.first().map_or(0, |e| e.gate.rows));
+    assert_eq!(gates.len(), k, "gates of {k} experts");
+    if k * width * d == 0 {
+        // SAFETY: zeros are written everywhere.
+        return unsafe {
+            fill(y, d, |y| {
+                zeros(y);
+            })
+        };
+    }
+    let mut how = None::<Rounding>;
+    for down in experts.iter().map(|e| e.down) {
+        assert_eq!((down.rows, down.cols), (d, width), "shape of the weights");
+        down.row_bytes();
+        if down.dtype.is_quantized() {
+            let this = rounding(down.dtype, false);
+            how = Some(how.map_or(this, |other| other.and(this)));
+        }
+    }
+    let isa = pool.isa();
+    let (each, tiles) = (how.map_or(0, |_| width.div_ceil(CHUNK)), width.div_ceil(isa.tile_rows()));
+    let done: Vec<Progress> = (0..k).map(|_| Progress::none()).collect();
+    scratch::indices(2 * k + 1, |numbers| {
+        numbers.iter_mut().enumerate().for_each(|(i, number)| *number = (i % (k + 1)) as u32);
+        let (bounds, order) = numbers.split_at(k + 1);
+        let product = Product {
+            bounds,
+            order: Some(order),
+            slots: k,
+            x,
+            cols: d,
+            per_row: k,
+            pack: Pack::BySize,
+            transposed: false,
+        };
+        scratch::shared(k * width, |hidden| {
+            let hidden = SendPtr(hidden.as_mut_ptr());
+            let work = |j: usize| {
+                let ExpertRef { gate, up, .. } = experts[j];
+                assert_eq!(gate.rows, width, "rows of expert {j}");
+                Work { w: gate, other: Some(up), finish: Finish::Gated(act), y: hidden }
+            };
+            let cost = product.cost(isa, work);
+            let inputs = product.rounded_len(cost.rounded);
+            scratch::rounded(inputs + k * each, |chunks| {
+                let (inputs, chunks) = chunks.split_at_mut(inputs);
+                let inputs = product.round(pool, cost.rounded, inputs);
+                let rounded = SendPtr(chunks.as_mut_ptr());
+                let gated = |part: Part| {
+                    let _unless = Progress::unless_panicking(&done);
+                    let round = |j: usize| {
+                        let Some(how) = how else { return };
+                        // SAFETY: the set was detected; all of the expert's activations are there, and nobody else rounds them.
+                        unsafe { round_row(isa, hidden.get().add(j * width), width, how, rounded.get().add(j * each)) }
+                    };
+                    let advance = |j: usize, cells: usize| done[j].add(cells, tiles, || round(j));
+                    // SAFETY: each expert has one slot of its own; `cost` and `inputs` are of this product.
+                    unsafe { product.part(isa, &cost, part, work, inputs, advance) }
+                };
+                let down =
+                    Down { experts, gates, done: &done, hidden, rounded: RoundedRows(rounded.get()), width, each };
+                let sums = |y: &mut [MaybeUninit<f32>]| {
+                    let y = SendPtr(y.as_mut_ptr().cast());
+                    pool.run_stages([cost.operations, k * d * width], |stage, part| match stage {
+                        0 => gated(part),
+                        // SAFETY: lengths were checked, and the rows of different parts do not overlap.
+                        _ => unsafe { down.part(isa, part, d, y) },
+                    });
+                };
+                // SAFETY: the parts have all rows.
+                unsafe { fill(y, d, sums) }
+            });
+        });
+    });
+}
+
+/// The second half of [`expert_ffn`].
+struct Down<'a> {
+    experts: &'a [ExpertRef<'a>],
+    gates: &'a [f32],
+    /// Of each expert: whether its inner activations are there.
+    done: &'a [Progress],
+    /// `[k, width]`, and the same rounded, `each` chunks a row.
+    hidden: SendPtr,
+    rounded: RoundedRows,
+    width: usize,
+    each: usize,
+}
+
+impl Down<'_> {
+    /// Writes a part of the `d` rows of the gated sum.
+    ///
+    /// # Safety
+    /// All lengths must fit, `y` have `d` values, and nobody else touch these rows.
+    unsafe fn part(&self, isa: Isa, part: Part, d: usize, y: SendPtr) {
+        let rows = |part: Part| part.split(d, isa.tile_rows());
+        let (own, then) = (rows(part), rows(part.following()));
+        let piece = |j: usize, first: usize, end: usize| {
+            let w = as_rows(&self.experts.get(j)?.down);
+            Some(Piece { w, other: None, first, count: PLAIN_ROWS.min(end - first) })
+        };
+        let room = PLAIN_ROWS.min(d.next_multiple_of(isa.tile_rows()));
+        scratch::floats((DOT_TOKENS + 1) * room, |scratch| {
+            let (total, sums) = scratch.split_at_mut(room);
+            for first in own.clone().step_by(PLAIN_ROWS) {
+                let count = PLAIN_ROWS.min(own.end - first);
+                let total = &mut total[..count];
+                total.fill(0.0);
+                for (j, gate) in self.gates.iter().enumerate() {
+                    let this = piece(j, first, own.end).expect("as many experts as gates");
+                    // The same rows of the next expert, or the next rows of the first.
+                    let next = piece(j + 1, first, own.end).or_else(|| {
+                        if first + count < own.end {
+                            piece(0, first + count, own.end)
+                        } else {
+                            piece(0, then.start, then.end)
+                        }
+                    });
+                    self.done[j].wait();
+                    let x = [self.hidden.get().add(j * self.width).cast_const()];
+                    let rounded = [self.rounded.0.wrapping_add(j * self.each)];
+                    let out = [sums.as_mut_ptr(); 2];
+                    plain_products(isa, &this, next.as_ref(), &x, &rounded, out, room);
+                    add_scaled(isa, total, *gate, &sums[..count]);
+                }
+                std::ptr::copy_nonoverlapping(total.as_ptr(), y.get().add(first), count);
+            }
+        });
+    }
 }
 
 /// Whether a product is with matrices or with their transposes, through which gradients go back.

@@ -7,7 +7,7 @@
 //!
 //! - [`Pool`]: the threads, which all functions that are worth it share.
 //! - [`DType`], [`MatRef`], [`encode`], [`dequantize`]: weights, plain or in the blocks of ggml's files.
-//! - [`matmul`], [`matmul_each`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`]: products.
+//! - [`matmul`], [`matmul_each`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`], [`expert_ffn`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`KvPages`]: keys and values, as [`attention`] reads them.
 //! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
@@ -46,7 +46,7 @@ pub use attention::{AttnSegment, AttnShape, attention};
 pub use dtype::{DType, MatRef};
 pub use encode::encode;
 pub use error::KernelError;
-pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_hidden, slot_products};
+pub use experts::{ExpertRef, NO_EXPERT, Side, combine, expert_down, expert_ffn, expert_hidden, slot_products};
 pub use heap::{give_back_freed_memory, keep_freed_memory};
 pub use kv_pages::KvPages;
 pub use math::{Act, act_inplace};

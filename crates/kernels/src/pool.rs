@@ -62,8 +62,8 @@ struct Shared {
     pending: Apart<AtomicUsize>,
     /// Per thread: whether it sleeps (or is about to).
     asleep: Box<[AtomicBool]>,
-    /// Of every worker, for [`Pool::run_parts`].
-    taken: Box<[Apart<Taken>]>,
+    /// Of every worker, for each of [`Pool::run_stages`].
+    taken: Box<[Apart<[Taken; STAGES]>]>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -100,7 +100,7 @@ impl Pool {
             newest: Apart(Newest { job: UnsafeCell::new(None), number: AtomicUsize::new(0) }),
             pending: Apart(AtomicUsize::new(0)),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
-            taken: (0..threads).map(|_| Apart(Taken(AtomicU64::new(0)))).collect(),
+            taken: (0..threads).map(|_| Apart([const { Taken(AtomicU64::new(0)) }; STAGES])).collect(),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
@@ -148,6 +148,9 @@ const GRAIN: usize = 1 << 16;
 
 /// The most units of one piece of work, per worker.
 const UNITS: usize = 64;
+
+/// The most stages of [`Pool::run_stages`].
+const STAGES: usize = 2;
 
 /// Some neighbouring units of a piece of work.
 #[derive(Clone, Copy, Debug)]
@@ -197,6 +200,45 @@ impl Taken {
     }
 }
 
+/// How far workers are with something that others wait for.
+pub(crate) struct Progress(Apart<AtomicUsize>);
+
+/// All is done, or never will be.
+const DONE: usize = usize::MAX;
+
+impl Progress {
+    pub(crate) fn none() -> Self {
+        Self(Apart(AtomicUsize::new(0)))
+    }
+
+    /// Notes that so many more of `all` are done. Who does the last calls `last`, and then those that wait go on.
+    pub(crate) fn add(&self, more: usize, all: usize, last: impl FnOnce()) {
+        if self.0.fetch_add(more, Ordering::AcqRel) + more == all {
+            last();
+            self.0.store(DONE, Ordering::Release);
+        }
+    }
+
+    /// Waits until all is done. It lets other threads run, since the awaited one may be waiting for this very processor.
+    pub(crate) fn wait(&self) {
+        let done = || self.0.load(Ordering::Acquire) == DONE;
+        while !spin_until(done) {}
+    }
+
+    /// What lets those go on that wait for any of `all`, if this thread panics: its panic will reach who called the pool.
+    pub(crate) fn unless_panicking(all: &[Progress]) -> impl Drop {
+        struct Unless<'a>(&'a [Progress]);
+        impl Drop for Unless<'_> {
+            fn drop(&mut self) {
+                if thread::panicking() {
+                    self.0.iter().for_each(|progress| progress.0.store(DONE, Ordering::Release));
+                }
+            }
+        }
+        Unless(all)
+    }
+}
+
 impl Pool {
     /// Cuts work of so many `operations` into parts and calls `f` once for each.
     ///
@@ -205,21 +247,31 @@ impl Pool {
     /// parts, of which the last are small, so that all finish together. Hence `f` must give the same
     /// result whatever worker calls it, and whatever the parts are.
     pub(crate) fn run_parts<F: Fn(Part) + Sync>(&self, operations: usize, f: F) {
+        self.run_stages([operations], |_, part| f(part));
+    }
+
+    /// [`Pool::run_parts`] for pieces of work one after another, `f(stage, part)`. A worker goes on to the next one when all parts of
+    /// the one before are taken; others may still be at theirs, for which [`Progress`] lets it wait.
+    pub(crate) fn run_stages<const N: usize, F: Fn(usize, Part) + Sync>(&self, operations: [usize; N], f: F) {
+        const { assert!(N <= STAGES) };
         let owners = self.threads();
-        if owners == 1 || operations < GRAIN {
-            return f(Part::whole());
+        let alone = || (0..N).for_each(|stage| f(stage, Part::whole()));
+        if owners == 1 || operations.iter().fold(0, |sum: usize, n| sum.saturating_add(*n)) < GRAIN {
+            return alone();
         }
-        let units = (operations / GRAIN / owners).clamp(1, UNITS);
+        let units = operations.map(|n| (n / GRAIN / owners).clamp(1, UNITS));
         self.run(|worker, workers| {
             if workers == 1 {
-                return f(Part::whole());
+                return alone();
             }
             let job = self.shared.newest.number.load(Ordering::Relaxed) as u64;
-            for owner in (worker..worker + owners).map(|w| w % owners) {
-                while let Some(own) = self.shared.taken[owner].half(job, units) {
-                    let before = owner * units;
-                    let (first, end, last) = (before + own.start, before + own.end, before + units);
-                    f(Part { first, end, last, of: owners * units });
+            for (stage, units) in units.into_iter().enumerate() {
+                for owner in (worker..worker + owners).map(|w| w % owners) {
+                    while let Some(own) = self.shared.taken[owner][stage].half(job, units) {
+                        let before = owner * units;
+                        let (first, end, last) = (before + own.start, before + own.end, before + units);
+                        f(stage, Part { first, end, last, of: owners * units });
+                    }
                 }
             }
         });

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::math::Act;
-use crate::pool::{Pool, SendPtr, Share, split};
+use crate::pool::{Part, Pool, SendPtr, Share, split};
 use crate::quant::{CHUNK, Piece, Rounded, Rounding, multiply_rounded, packed_len, round_row, rounded_dots, rounding};
 use crate::results::fill_each;
 use crate::scratch;
@@ -42,7 +42,7 @@ const CELL_TOKENS: usize = 96;
 const CELL_ROUNDED: usize = 512;
 
 /// The most rows that are multiplied at once if tiles are not packed: a multiple of all tiles.
-const PLAIN_ROWS: usize = 1024;
+pub(crate) const PLAIN_ROWS: usize = 1024;
 
 /// The cost of packing a tile, in tokens' worth of multiplying it.
 const PACK_COST: usize = 8;
@@ -110,10 +110,19 @@ impl Group<'_> {
 
 /// The chunks of the rounded rows, if there are any.
 #[derive(Clone, Copy)]
-struct RoundedRows(*const Rounded);
+pub(crate) struct RoundedRows(pub *const Rounded);
 
 // SAFETY: the rounded rows are only read.
 unsafe impl Sync for RoundedRows {}
+
+/// What a product costs.
+pub(crate) struct Cost {
+    /// In units of [`Group::cost`].
+    total: u64,
+    pub operations: usize,
+    /// How the inputs are wanted rounded.
+    pub rounded: Option<Rounding>,
+}
 
 impl Product<'_> {
     fn group<'w>(&self, isa: Isa, g: usize, work: impl Fn(usize) -> Work<'w>) -> Group<'w> {
@@ -177,14 +186,27 @@ impl Product<'_> {
     where
         F: Fn(usize) -> Work<'w> + Sync,
     {
-        let isa = pool.isa();
-        let bounds = self.bounds;
-        // Of many experts few have tokens.
-        let groups = || (0..bounds.len() - 1).filter(|&g| bounds[g] < bounds[g + 1]);
+        let cost = self.cost(pool.isa(), &work);
+        scratch::rounded(self.rounded_len(cost.rounded), |chunks| {
+            let rounded = self.round(pool, cost.rounded, chunks);
+            pool.run_parts(cost.operations, |part| self.part(pool.isa(), &cost, part, &work, rounded, |_, _| ()));
+        });
+    }
+
+    /// Groups that have slots: of many experts few.
+    fn groups(&self) -> impl Iterator<Item = usize> {
+        (0..self.bounds.len() - 1).filter(|&g| self.bounds[g] < self.bounds[g + 1])
+    }
+
+    /// What all of it costs.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub(crate) fn cost<'w>(&self, isa: Isa, work: impl Fn(usize) -> Work<'w>) -> Cost {
         let (slots, cols) = (self.slots, self.cols);
         assert_eq!(self.x.len() * self.per_row, slots * cols, "inputs: rows of {cols}");
         let (mut total, mut rounded) = (0, None::<Rounding>);
-        for g in groups() {
+        for g in self.groups() {
             let group = self.group(isa, g, &work);
             total += group.cells as u64 * group.cost;
             for w in group.weights().iter().flatten() {
@@ -198,49 +220,64 @@ impl Product<'_> {
             }
         }
         let operations = (total as usize).saturating_mul(isa.tile_rows() * cols);
-        self.with_rounded(pool, rounded, |product, rounded| {
-            let rounded = RoundedRows(rounded);
-            pool.run_parts(operations, |part| {
-                let [mut share, mut then] = [part, part.following()].map(|part| Share::new(total, part));
-                // Of each group the cells of this part, and what will come behind them.
-                let groups = groups().filter_map(|g| {
-                    let group = product.group(isa, g, &work);
-                    let [cells, then] = [&mut share, &mut then].map(|share| share.take(group.cells, group.cost));
-                    (!cells.is_empty() || !then.is_empty()).then_some((group, cells, then))
-                });
-                let mut groups = groups.peekable();
-                while let Some((group, cells, then)) = groups.next().filter(|(_, cells, _)| !cells.is_empty()) {
-                    let next = match groups.peek() {
-                        _ if !then.is_empty() => Some(product.piece(isa, &group, &then)),
-                        Some((group, cells, then)) => {
-                            Some(product.piece(isa, group, if cells.is_empty() { then } else { cells }))
-                        }
-                        None => None,
-                    };
-                    // SAFETY: lengths were checked above; no two cells have the same outputs,
-                    // since a slot is in one group and a cell in one part.
-                    unsafe { product.cells(isa, &group, cells, next, rounded) }
-                }
-            });
-        });
+        Cost { total, operations, rounded }
     }
 
-    /// Calls `f` with the chunks of all inputs, row by row, if they are wanted rounded.
-    fn with_rounded(&self, pool: &Pool, how: Option<Rounding>, f: impl FnOnce(&Self, *const Rounded)) {
-        let Some(how) = how else { return f(self, std::ptr::null()) };
-        let (isa, cols, each) = (pool.isa(), self.cols, self.cols.div_ceil(CHUNK));
-        let rows = self.x.len().checked_div(cols).unwrap_or(0);
-        scratch::rounded(rows * each, |chunks| {
-            let (x, out) = (self.x, SendPtr(chunks.as_mut_ptr()));
-            pool.run_parts(x.len().saturating_mul(2), |part| {
-                for row in part.split(rows, 1) {
-                    let x = &x[row * cols..][..cols];
-                    // SAFETY: the set was detected, and the rows of different parts do not overlap.
-                    unsafe { round_row(isa, x.as_ptr(), cols, how, out.get().add(row * each)) }
-                }
-            });
-            f(self, chunks.as_ptr());
+    /// Does a part, and tells `done(group, cells)` of each group it had cells of; a group has one for each tile, if it has few tokens.
+    ///
+    /// # Safety
+    /// As for [`Product::run`]; `cost` must be of this product and `work`, `rounded` what [`Product::round`] gave, and nobody else do
+    /// the same part.
+    pub(crate) unsafe fn part<'w>(
+        &self,
+        isa: Isa,
+        cost: &Cost,
+        part: Part,
+        work: impl Fn(usize) -> Work<'w>,
+        rounded: RoundedRows,
+        done: impl Fn(usize, usize),
+    ) {
+        let [mut share, mut then] = [part, part.following()].map(|part| Share::new(cost.total, part));
+        // Of each group the cells of this part, and what will come behind them.
+        let groups = self.groups().filter_map(|g| {
+            let group = self.group(isa, g, &work);
+            let [cells, then] = [&mut share, &mut then].map(|share| share.take(group.cells, group.cost));
+            (!cells.is_empty() || !then.is_empty()).then_some((g, group, cells, then))
         });
+        let mut groups = groups.peekable();
+        while let Some((g, group, cells, then)) = groups.next().filter(|(_, _, cells, _)| !cells.is_empty()) {
+            let next = match groups.peek() {
+                _ if !then.is_empty() => Some(self.piece(isa, &group, &then)),
+                Some((_, group, cells, then)) => {
+                    Some(self.piece(isa, group, if cells.is_empty() { then } else { cells }))
+                }
+                None => None,
+            };
+            let count = cells.len();
+            // No two cells have the same outputs, since a slot is in one group and a cell in one part.
+            self.cells(isa, &group, cells, next, rounded);
+            done(g, count);
+        }
+    }
+
+    /// Chunks of all inputs, if they are wanted rounded.
+    pub(crate) fn rounded_len(&self, how: Option<Rounding>) -> usize {
+        how.map_or(0, |_| self.x.len().checked_div(self.cols).unwrap_or(0) * self.cols.div_ceil(CHUNK))
+    }
+
+    /// Rounds all inputs into so many chunks, row by row, if they are wanted so.
+    pub(crate) fn round(&self, pool: &Pool, how: Option<Rounding>, chunks: &mut [Rounded]) -> RoundedRows {
+        let Some(how) = how else { return RoundedRows(std::ptr::null()) };
+        assert_eq!(chunks.len(), self.rounded_len(Some(how)), "chunks of the inputs");
+        let (x, cols, each, out) = (self.x, self.cols, self.cols.div_ceil(CHUNK), SendPtr(chunks.as_mut_ptr()));
+        pool.run_parts(x.len().saturating_mul(2), |part| {
+            for row in part.split(x.len().checked_div(cols).unwrap_or(0), 1) {
+                let x = &x[row * cols..][..cols];
+                // SAFETY: the set was detected, there is room, and the rows of different parts do not overlap.
+                unsafe { round_row(pool.isa(), x.as_ptr(), cols, how, out.get().add(row * each)) }
+            }
+        });
+        RoundedRows(out.get())
     }
 
     /// Does some cells of a group.
@@ -349,12 +386,7 @@ impl Product<'_> {
                 let products = |more: bool, batch: &Batch| {
                     // The same rows, if more tokens meet them.
                     let next = if more { Some(&piece) } else { next.as_ref() };
-                    rounded_dots(isa, &piece, next, batch.rounded(), sums, width);
-                    for (w, sums) in [Some(piece.w), piece.other].iter().zip(sums) {
-                        if let Some(w) = w.as_ref().filter(|w| !self.rounds(w.dtype)) {
-                            dots(isa, w, rows[0], rows[1], batch.x(), sums, width);
-                        }
-                    }
+                    plain_products(isa, &piece, next, batch.x(), batch.rounded(), sums, width);
                 };
                 self.batches(isa, group, places, DOT_TOKENS, rows, width, sums, x, &mut batch, products);
             }
@@ -406,6 +438,27 @@ impl Product<'_> {
     }
 }
 
+/// `sums[i][t * width + r]` is the product of row `r` of a piece, of its matrix `i`, with token `t` of `x`, which is `rounded` as well.
+///
+/// # Safety
+/// As for [`rounded_dots`] and [`dots`].
+pub(crate) unsafe fn plain_products(
+    isa: Isa,
+    piece: &Piece,
+    next: Option<&Piece>,
+    x: &[*const f32],
+    rounded: &[*const Rounded],
+    sums: [*mut f32; 2],
+    width: usize,
+) {
+    rounded_dots(isa, piece, next, rounded, sums, width);
+    for (w, sums) in [Some(piece.w), piece.other].iter().zip(sums) {
+        if let Some(w) = w.as_ref().filter(|w| !w.dtype.is_quantized()) {
+            dots(isa, w, piece.first, piece.count, x, sums, width);
+        }
+    }
+}
+
 /// Some tokens: their rows, the same rounded, and where their results go.
 struct Batch {
     len: usize,
@@ -441,7 +494,7 @@ impl Batch {
     }
 }
 
-fn as_rows(w: &MatRef<'_>) -> Rows {
+pub(crate) fn as_rows(w: &MatRef<'_>) -> Rows {
     Rows { dtype: w.dtype, data: w.data.as_ptr(), stride: w.row_bytes(), rows: w.rows, cols: w.cols, then: None }
 }
 

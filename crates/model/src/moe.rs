@@ -63,6 +63,12 @@ impl Pass<'_> {
     ) -> Result<Tensor, Exit> {
         let pool = self.model.pool();
         let on_input = moe.router.extra.gate_on_input;
+        let watched = here.sites.contains(Site::ExpertHidden) || here.sites.contains(Site::ExpertOut);
+        if self.rows.len() == 1 && !watched && !on_input && self.model.weights().stream().is_none() {
+            if let Some(sum) = ffn::expert_ffn(self.model, here.layer, moe, x, routing)? {
+                return self.visit(here, Site::MoeOut, sum, Some(routing));
+            }
+        }
         // With gates on the inputs, each slot has an input of its own.
         let gated = if on_input { Some(gated_inputs(x, routing)?) } else { None };
         let block = match &gated {

@@ -232,6 +232,48 @@ fn experts_of_all_token_counts() {
     }
 }
 
+/// One token through its experts at once, by any number of threads, is what the three steps give, to the bit.
+pub(super) fn check_ffn(experts: &Experts, x: &[f32], act: Act, pools: &[Pool]) {
+    let (d, i, all) = (experts.d, experts.i, experts.get());
+    for ids in [&[0, 3, 1][..], &[3], &[1, 1, 0, 3, 0, 1, 3, 3, 0]] {
+        let chosen: Vec<_> = ids.iter().map(|&id| all[id as usize].expect("not the second")).collect();
+        let gates: Vec<f32> = (0..ids.len()).map(|j| 0.1 + 0.3 * j as f32).collect();
+        for pool in pools {
+            let (k, [mut hidden, mut out, mut sum, mut y]) = (ids.len(), [const { Vec::new() }; 4]);
+            expert_hidden(pool, Pack::BySize, &all, x, 1, k, ids, act, i, &mut hidden).unwrap();
+            expert_down(pool, Pack::BySize, &all, &hidden, 1, k, ids, d, &mut out).unwrap();
+            combine(pool, &out, &gates, ids, 1, k, d, &mut sum);
+            expert_ffn(pool, &chosen, &gates, x, act, &mut y);
+            let dtype = experts.weights[0][2].dtype;
+            assert_eq!(y, sum, "{:?} {dtype:?} {d}x{i} {ids:?}, {} threads", pool.isa(), pool.threads());
+        }
+    }
+}
+
+#[test]
+fn experts_at_once_are_their_steps() {
+    let mut random = Random(15);
+    let pools: Vec<_> = pools(3).into_iter().chain([Pool::new(1), Pool::new(2)]).collect();
+    for (at, (d, i)) in [(64, 32), (96, 1), (1, 64), (32, 33), (2112, 96), (160, 704)].into_iter().enumerate() {
+        let experts = Experts::new(&mut random, [DType::F32, DType::BF16][at % 2], 4, d, i);
+        check_ffn(&experts, &random.values(d), ACTS[at % 3], &pools);
+    }
+    let nothing = Experts::new(&mut random, DType::F32, 4, 8, 0);
+    let mut y = vec![1.0];
+    expert_ffn(&pools[0], &[], &[], &[1.0; 8], Act::Silu, &mut y);
+    assert_eq!(y, [0.0; 8]);
+    check_ffn(&nothing, &[1.0; 8], Act::Silu, &pools);
+}
+
+#[test]
+#[should_panic(expected = "shape of the weights")]
+fn experts_at_once_refuse_other_shapes() {
+    let mut random = Random(16);
+    let (a, b) = (Experts::new(&mut random, DType::F32, 1, 8, 8), Experts::new(&mut random, DType::F32, 1, 8, 9));
+    let both = [a.get()[0].unwrap(), b.get()[0].unwrap()];
+    expert_ffn(&Pool::new(2), &both, &[0.5; 2], &[1.0; 8], Act::Silu, &mut Vec::new());
+}
+
 #[test]
 fn missing_experts_are_errors() {
     let experts = Experts::new(&mut Random(6), DType::F32, 4, 8, 8);

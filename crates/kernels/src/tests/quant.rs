@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::products::{Experts, some_ids};
+use super::products::{Experts, check_ffn, some_ids};
 use super::*;
 
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/gguf_types/");
@@ -280,6 +280,21 @@ fn gated_hidden_of_two_types() {
 }
 
 #[test]
+fn experts_at_once_of_different_types() {
+    let (mut random, pools) = (Random(37), pools(2));
+    let types: Vec<_> = block_types().collect();
+    for pair in types.windows(2) {
+        let mut matrix = |which: usize, rows, cols| {
+            let (dtype, blocks) = &pair[which];
+            Weights::of_blocks(&mut random, *dtype, blocks, Kind::Real, rows, cols)
+        };
+        let weights = [0, 1, 1, 0].map(|e| [matrix(e, 256, 256), matrix(1 - e, 256, 256), matrix(e, 256, 256)]).into();
+        let experts = Experts { d: 256, i: 256, weights };
+        check_ffn(&experts, &random.values(256), Act::Silu, &pools);
+    }
+}
+
+#[test]
 fn experts_of_all_block_types() {
     let (mut random, pools) = (Random(36), pools(3));
     for (at, (dtype, blocks)) in block_types().enumerate() {
@@ -287,6 +302,7 @@ fn experts_of_all_block_types() {
         let mut matrix = |rows, cols| Weights::of_blocks(&mut random, dtype, &blocks, Kind::Real, rows, cols);
         let weights: Vec<_> = (0..4).map(|_| [matrix(i, d), matrix(i, d), matrix(d, i)]).collect();
         let experts = Experts { d, i, weights };
+        check_ffn(&experts, &random.values(d), Act::Silu, &pools);
         for n in [1, 3, 30] {
             let ids = some_ids(&mut random, n * k, 4);
             let x = random.values(n * d);
