@@ -12,6 +12,7 @@ use std::ops::Range;
 use crate::math::exp;
 use crate::pool::{Pool, SendPtr, Share};
 use crate::results::{fill, zeros};
+use crate::rows::{norm_scale, scaled, turn_head};
 use crate::scratch;
 use crate::simd::{Isa, Simd, kernel};
 use crate::tile::{Columns, DOT_TOKENS, Rows, dots, multiply, pack};
@@ -67,6 +68,116 @@ pub struct AttnSegment<'a> {
 /// If a slice has not the length of its shape, segments overlap, or `shape` breaks its own rules.
 pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>], z: &mut Vec<f32>) {
     check(shape, q, segments);
+    let rows: usize = segments.iter().map(|segment| segment.len).sum();
+    let attend = |z: &mut [MaybeUninit<f32>]| {
+        if rows * shape.n_heads * shape.head_dim < z.len() {
+            zeros(z);
+        }
+        let z = SendPtr(z.as_mut_ptr().cast());
+        // SAFETY: the lengths were checked, a block has rows and heads of its own.
+        each_block(pool, shape, segments, |block| unsafe { block.attend(pool.isa(), q.as_ptr(), z) });
+    };
+    // SAFETY: segments do not overlap, so that with so many rows they have every row, with all heads.
+    unsafe { fill(z, q.len(), attend) }
+}
+
+/// What becomes of a token's queries and keys before they meet.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn<'a> {
+    /// Weights of the RMS norms of queries and keys, if there are any: of each head's `head_dim` values, or of all heads' together.
+    pub norms: Option<[&'a [f32]; 2]>,
+    /// What the norms add to the mean of squares.
+    pub eps: f32,
+    /// Cosines of the angles by which value `i` of each head is turned together with value `i + cos.len()`; may be empty.
+    pub cos: &'a [f32],
+    /// Sines, likewise.
+    pub sin: &'a [f32],
+}
+
+impl Turn<'_> {
+    /// Writes what becomes of head `head` of `x`, whose norm has `weight`; `scale` is that of all heads' norm.
+    fn head(&self, isa: Isa, x: &[f32], weight: Option<(&[f32], f32)>, head: usize, out: &mut [f32]) {
+        let at = head * out.len()..(head + 1) * out.len();
+        let x_head = &x[at.clone()];
+        match weight {
+            None => out.copy_from_slice(x_head),
+            Some((weight, scale)) => {
+                let whole = weight.len() == x.len();
+                let (scale, weight) =
+                    if whole { (scale, &weight[at]) } else { (norm_scale(isa, x_head, self.eps), weight) };
+                scaled(isa, x_head, scale, weight, out);
+            }
+        }
+        turn_head(isa, out, self.cos, self.sin);
+    }
+
+    /// The weights of a norm, and its scale if it is one of all of `x`.
+    fn norm<'x>(&'x self, isa: Isa, which: usize, x: &[f32]) -> Option<(&'x [f32], f32)> {
+        let weight = self.norms?[which];
+        Some((weight, if weight.len() == x.len() { norm_scale(isa, x, self.eps) } else { 0.0 }))
+    }
+}
+
+/// [`attention`] of the next token of a sequence, whose key and value are appended to its cache: `q` is `[n_heads * head_dim]`, `k` and
+/// `v` are `[n_kv_heads * head_dim]`, `z` becomes as `q`. It gives what norms ([`rms_norm`](crate::rms_norm)), RoPE
+/// ([`rope`](crate::rope)), [`KvPages::extend`] and [`attention`] give one after another, to the bit, but each thread does
+/// all of it for its own heads.
+///
+/// # Panics
+/// If a slice has not the length of its shape, the caches differ, or `shape` breaks its own rules.
+pub fn attention_of_next(
+    pool: &Pool,
+    shape: &AttnShape,
+    turn: &Turn<'_>,
+    [q, k, v]: [&[f32]; 3],
+    [keys, values]: [&mut KvPages; 2],
+    z: &mut Vec<f32>,
+) {
+    let (d, pos0, half) = (shape.head_dim, keys.len(), turn.cos.len());
+    assert_eq!((k.len(), v.len()), (shape.n_kv_heads * d, shape.n_kv_heads * d), "keys and values of {shape:?}");
+    assert!(turn.sin.len() == half && 2 * half <= d, "{half} angles for heads of {d}");
+    for (x, which) in [(q, 0), (k, 1)] {
+        let fits = |weight: &[f32]| weight.len() == d || weight.len() == x.len();
+        assert!(turn.norms.is_none_or(|norms| fits(norms[which])), "weights of the norm of {} values", x.len());
+    }
+    let places = [keys.grow(), values.grow()];
+    let segments = [AttnSegment { row0: 0, len: 1, pos0, k: keys, v: values }];
+    check(shape, q, &segments);
+    assert_eq!(q.len(), shape.n_heads * d, "queries of {shape:?}");
+    let isa = pool.isa();
+    scratch::shared(q.len(), |turned| {
+        let turned = SendPtr(turned.as_mut_ptr());
+        let attend = |z: &mut [MaybeUninit<f32>]| {
+            let z = SendPtr(z.as_mut_ptr().cast());
+            each_block(pool, shape, &segments, |block| {
+                let AttnSegment { k: keys, v: values, .. } = *block.segment;
+                let heads = block.kv_heads.clone();
+                heads.clone().for_each(|head| [keys, values].iter().for_each(|pages| pages.ask_for_last(head)));
+                let [of_q, of_k] = [turn.norm(isa, 0, q), turn.norm(isa, 1, k)];
+                // SAFETY: the lengths were checked, a block has heads of its own, and both caches have just grown.
+                unsafe {
+                    for head in heads.start * block.group..heads.end * block.group {
+                        let out = std::slice::from_raw_parts_mut(turned.get().add(head * d), d);
+                        turn.head(isa, q, of_q, head, out);
+                    }
+                    scratch::floats(d, |key| {
+                        for head in heads {
+                            turn.head(isa, k, of_k, head, key);
+                            keys.put(places[0], head, key);
+                            values.put(places[1], head, &v[head * d..][..d]);
+                        }
+                    });
+                    block.attend(isa, turned.get(), z);
+                }
+            });
+        };
+        // SAFETY: there are all heads of the one row.
+        unsafe { fill(z, q.len(), attend) }
+    });
+}
+
+/// Calls `f` once for each block of the queries.
+fn each_block(pool: &Pool, shape: &AttnShape, segments: &[AttnSegment<'_>], f: impl Fn(Block<'_>) + Sync) {
     // Every block, with its cost.
     let blocks = |f: &mut dyn FnMut(Block<'_>, u64)| {
         let group = shape.n_heads / shape.n_kv_heads;
@@ -85,24 +196,14 @@ pub fn attention(pool: &Pool, shape: &AttnShape, q: &[f32], segments: &[AttnSegm
     };
     let mut total = 0;
     blocks(&mut |_, cost| total += cost);
-    let rows: usize = segments.iter().map(|segment| segment.len).sum();
-    let attend = |z: &mut [MaybeUninit<f32>]| {
-        if rows * shape.n_heads * shape.head_dim < z.len() {
-            zeros(z);
-        }
-        let z = SendPtr(z.as_mut_ptr().cast());
-        pool.run_parts(total as usize * shape.head_dim, |part| {
-            let mut share = Share::new(total, part);
-            blocks(&mut |block, cost| {
-                if !share.take(1, cost).is_empty() {
-                    // SAFETY: the lengths were checked, a block has rows and heads of its own.
-                    unsafe { block.attend(pool.isa(), q, z) }
-                }
-            });
+    pool.run_parts(total as usize * shape.head_dim, |part| {
+        let mut share = Share::new(total, part);
+        blocks(&mut |block, cost| {
+            if !share.take(1, cost).is_empty() {
+                f(block);
+            }
         });
-    };
-    // SAFETY: segments do not overlap, so that with so many rows they have every row, with all heads.
-    unsafe { fill(z, q.len(), attend) }
+    });
 }
 
 fn check(shape: &AttnShape, q: &[f32], segments: &[AttnSegment<'_>]) {
@@ -157,7 +258,7 @@ impl Block<'_> {
     ///
     /// # Safety
     /// All lengths must fit, and nobody else touch these rows of `z`.
-    unsafe fn attend(&self, isa: Isa, q: &[f32], z: SendPtr) {
+    unsafe fn attend(&self, isa: Isa, q: *const f32, z: SendPtr) {
         let (d, tile) = (self.shape.head_dim, isa.tile_rows());
         let padded = d.next_multiple_of(tile);
         let n = self.rows.len();
@@ -180,7 +281,7 @@ impl Block<'_> {
                 let keys = first..(first + KEYS).min(all.end);
                 for kv_head in self.kv_heads.clone() {
                     for (query, row) in queries.iter_mut().zip(self.rows.clone()) {
-                        *query = q.as_ptr().add(self.offset(kv_head, row));
+                        *query = q.add(self.offset(kv_head, row));
                     }
                     let v = self.segment.v.rows(kv_head, &keys);
                     let mut k = Rows { then: Some(v.data), ..self.segment.k.rows(kv_head, &keys) };

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::DType;
+use crate::pool::SendPtr;
 use crate::rows::ask_to_write;
 use crate::tile::Rows;
 use crate::weight::{dequantize, quantize};
@@ -73,7 +74,7 @@ impl KvPages {
         if width == 0 {
             return;
         }
-        self.data.resize((self.len + rows.len() / width).div_ceil(Self::PAGE) * self.page_bytes(), 0);
+        self.make_room(rows.len() / width);
         for row in rows.chunks_exact(width) {
             self.ask_for_next();
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
@@ -83,6 +84,34 @@ impl KvPages {
             }
             self.len += 1;
         }
+    }
+
+    fn make_room(&mut self, positions: usize) {
+        self.data.resize((self.len + positions).div_ceil(Self::PAGE) * self.page_bytes(), 0);
+    }
+
+    /// Appends a position, whose numbers are then written by [`KvPages::put`] through what this gives.
+    pub(crate) fn grow(&mut self) -> SendPtr<u8> {
+        self.make_room(1);
+        self.len += 1;
+        SendPtr(self.data.as_mut_ptr())
+    }
+
+    /// Asks for the place of what a head has of the last position, to write there.
+    pub(crate) fn ask_for_last(&self, head: usize) {
+        assert!(head < self.heads && self.len > 0, "head {head} of the last position");
+        let place = self.data.as_ptr().wrapping_add(self.offset(head, self.len - 1));
+        ask_to_write(place, self.head_bytes().div_ceil(64));
+    }
+
+    /// Writes what a head has of the last position, rounded to the type.
+    ///
+    /// # Safety
+    /// `data` must be what [`KvPages::grow`] gave the last time, and nobody else touch this head's place.
+    pub(crate) unsafe fn put(&self, data: SendPtr<u8>, head: usize, x: &[f32]) {
+        assert!(head < self.heads && x.len() == self.head_dim && self.len > 0, "head {head} of the last position");
+        let place = data.get().add(self.offset(head, self.len - 1));
+        quantize(self.dtype, x, std::slice::from_raw_parts_mut(place, self.head_bytes()));
     }
 
     /// All positions as plain numbers, `[len, heads, head_dim]`.
@@ -103,7 +132,8 @@ impl KvPages {
         let (first, end) = (positions.start, positions.end);
         assert!(first < end && end <= self.len && head < self.heads, "{positions:?} of {} positions", self.len);
         assert!(end <= (first / Self::PAGE + 1) * Self::PAGE, "{positions:?} of one page");
-        let data = self.data[self.offset(head, first)..].as_ptr();
+        // A pointer, not a slice: another thread may be writing other heads' numbers.
+        let data = self.data.as_ptr().wrapping_add(self.offset(head, first));
         Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim, then: None }
     }
 

@@ -10,7 +10,7 @@
 //! - [`matmul`], [`matmul_each`], [`gated_hidden`], [`expert_hidden`], [`expert_down`], [`combine`], [`expert_ffn`]: products.
 //! - [`matmul_transposed`], [`slot_products`]: what gradients need besides.
 //! - [`KvPages`]: keys and values, as [`attention`] reads them.
-//! - [`attention`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
+//! - [`attention`], [`attention_of_next`], [`rms_norm`], [`rope`], [`softmax_rows`], [`act_inplace`], [`add`]: the rest.
 //!
 //! Results depend neither on the number of threads nor on timing. A length that does not fit its
 //! shape is a mistake of the caller and panics. Where results go into a `Vec`, it is made as long as their shape says;
@@ -42,7 +42,7 @@ mod tests;
 mod tile;
 mod weight;
 
-pub use attention::{AttnSegment, AttnShape, attention};
+pub use attention::{AttnSegment, AttnShape, Turn, attention, attention_of_next};
 pub use dtype::{DType, MatRef};
 pub use encode::encode;
 pub use error::KernelError;

@@ -8,7 +8,7 @@ use crate::results::{copied, fill};
 use crate::simd::{Isa, MAX_LANES, Simd, kernel};
 
 /// A value, or room for one.
-trait Value {}
+pub(crate) trait Value {}
 impl Value for f32 {}
 impl Value for MaybeUninit<f32> {}
 
@@ -171,17 +171,27 @@ pub fn rms_norm(pool: &Pool, x: &[f32], d: usize, weight: &[f32], eps: f32, out:
     assert!(x.len().is_multiple_of(d), "rows of {d}");
     let norms = |out: &mut [MaybeUninit<f32>], start: usize| {
         for (row, out) in x[start..].chunks_exact(d).zip(out.chunks_exact_mut(d)) {
-            let mean = dot_with(pool.isa(), row, row) / d as f32;
-            // SAFETY: the pool's set was detected, all three have `d` values.
-            unsafe { scale_row(pool.isa(), row, 1.0 / (mean + eps).sqrt(), weight, out) }
+            scaled(pool.isa(), row, norm_scale(pool.isa(), row, eps), weight, out);
         }
     };
     // SAFETY: the shares are all of `out`, in whole rows.
     unsafe { fill(out, x.len(), |out| pool.rows(out, d, 2, norms)) }
 }
 
+/// `1 / sqrt(mean(x^2) + eps)`.
+pub(crate) fn norm_scale(isa: Isa, x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot_with(isa, x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// `out = scale * x * weight`.
+pub(crate) fn scaled<V: Value>(isa: Isa, x: &[f32], scale: f32, weight: &[f32], out: &mut [V]) {
+    assert_eq!((x.len(), weight.len()), (out.len(), out.len()), "lengths of the factors");
+    // SAFETY: the set was detected, all three have as many values.
+    unsafe { scale_row::<V>(isa, x, scale, weight, out) }
+}
+
 kernel! {
-    unsafe fn scale_row<S>(x: &[f32], scale: f32, weight: &[f32], out: &mut [MaybeUninit<f32>]) {
+    unsafe fn scale_row<S, V: Value>(x: &[f32], scale: f32, weight: &[f32], out: &mut [V]) {
         let scale = S::splat(scale);
         for i in (0..out.len()).step_by(S::LANES) {
             set::<S>(out, i, S::mul(S::mul(get::<S>(x, i), scale), get::<S>(weight, i)));
@@ -219,15 +229,20 @@ pub fn rope(
         for (i, y) in y.chunks_exact_mut(d).enumerate() {
             let t = start / d + i;
             let (cos, sin) = (&cos[t * half..][..half], &sin[t * half..][..half]);
-            for head in y.chunks_exact_mut(head_dim) {
-                let (low, high) = head.split_at_mut(half);
-                // SAFETY: the pool's set was detected, all four have `half` values.
-                unsafe { rotate(pool.isa(), low, &mut high[..half], cos, sin) }
-            }
+            y.chunks_exact_mut(head_dim).for_each(|head| turn_head(pool.isa(), head, cos, sin));
         }
     };
     // SAFETY: the shares are all of `y`.
     unsafe { fill(y, x.len(), |y| pool.rows(y, d, 2, turn)) }
+}
+
+/// [`rope`] of one head, in place.
+pub(crate) fn turn_head(isa: Isa, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (low, high) = head.split_at_mut(half);
+    let (high, sin) = (&mut high[..half], &sin[..half]);
+    // SAFETY: the set was detected, all four have `half` values.
+    unsafe { rotate(isa, low, high, cos, sin) }
 }
 
 kernel! {

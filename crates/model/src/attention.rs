@@ -27,17 +27,7 @@ pub(crate) struct Attention<'a> {
 impl Attention<'_> {
     fn shape(&self) -> Shape {
         let spec = self.spec;
-        Shape {
-            kernel: AttnShape {
-                n_heads: spec.n_heads,
-                n_kv_heads: spec.n_kv_heads,
-                head_dim: spec.head_dim,
-                scale: spec.scale,
-                window: spec.sliding_window,
-            },
-            v_dim: spec.v_head_dim(),
-            chunk: spec.extra.chunk,
-        }
+        Shape { kernel: kernel_shape(spec), v_dim: spec.v_head_dim(), chunk: spec.extra.chunk }
     }
 
     /// Whether the kernel computes all that this attention is.
@@ -160,6 +150,12 @@ impl Attention<'_> {
         };
         Back { shape: self.shape(), longest: self.longest(), sequences: self.rows.spans.iter().map(rows).collect() }
     }
+}
+
+/// What the kernels know of an attention.
+pub(crate) fn kernel_shape(spec: &AttnSpec) -> AttnShape {
+    let AttnSpec { n_heads, n_kv_heads, head_dim, scale, sliding_window: window, .. } = *spec;
+    AttnShape { n_heads, n_kv_heads, head_dim, scale, window }
 }
 
 /// Heads, widths, and which keys are seen.

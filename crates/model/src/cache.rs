@@ -178,14 +178,21 @@ impl KvCache {
         }
     }
 
-    /// Appends rows to one layer of a slot, dropping what an abandoned forward left behind the slot's length.
+    /// Appends rows to one layer of a slot.
     pub(crate) fn append(&mut self, slot: usize, layer: usize, k: &[f32], v: &[f32]) {
-        let slot = &mut self.slots[slot];
-        let cache = &mut slot.layers[layer];
-        for (pages, rows) in [(&mut cache.k, k), (&mut cache.v, v)] {
-            pages.truncate(slot.tokens.len());
+        for (pages, rows) in self.layer_mut(slot, layer).into_iter().zip([k, v]) {
             pages.extend(rows);
         }
+    }
+
+    /// Keys and values of one layer of a slot, to append the next token's, without what an abandoned forward left behind the slot's length.
+    pub(crate) fn layer_mut(&mut self, slot: usize, layer: usize) -> [&mut KvPages; 2] {
+        let slot = &mut self.slots[slot];
+        let LayerCache { k, v, .. } = &mut slot.layers[layer];
+        [k, v].map(|pages| {
+            pages.truncate(slot.tokens.len());
+            pages
+        })
     }
 
     /// Keys and values of one layer of a slot; of one that is latent twice the same, which are keys and values at once.

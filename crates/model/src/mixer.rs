@@ -2,9 +2,10 @@
 
 use candle_core::Tensor;
 use quorate_formats::Role;
-use quorate_formats::spec::{AttnSpec, QkNorm};
+use quorate_formats::spec::{AttnExtra, AttnSpec, QkNorm};
+use quorate_kernels::{self as kernels, Turn};
 
-use crate::attention::Attention;
+use crate::attention::{Attention, kernel_shape};
 use crate::forward::{Exit, Here, Pass};
 use crate::ops::{self, values};
 use crate::overlay::Vector;
@@ -23,6 +24,10 @@ impl Pass<'_> {
                 let (q, c, shared) = self.latents(l, attn, mla, h)?;
                 let (k, v) = self.unfolded(l, attn, mla, &c, &shared)?;
                 (q, k, v, None)
+            }
+            None if self.can_attend_at_once(here, attn, h) => {
+                let z = self.attended_at_once(l, attn, h, cache)?;
+                return self.gathered(here, attn, z);
             }
             None => self.projections(l, attn, h)?,
         };
@@ -82,14 +87,9 @@ impl Pass<'_> {
         Ok(ops::linear(model.pool(), self.pack, &z, &model.matrix(Role::O(l))?, bias)?)
     }
 
-    /// Queries, keys and values `[N, heads, head_dim]` before RoPE, and the gate of the heads' outputs if there is one.
-    fn projections(
-        &self,
-        l: usize,
-        attn: &AttnSpec,
-        h: &Tensor,
-    ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
-        let (model, n, dim) = (self.model, self.rows.len(), attn.head_dim);
+    /// What the matrices of queries, keys and values make of `h`, `[N, heads * head_dim]` each.
+    fn products(&self, l: usize, attn: &AttnSpec, h: &Tensor) -> Result<[Tensor; 3], ModelError> {
+        let model = self.model;
         let factor = |w: Role, bias: Role| -> Result<_, ModelError> {
             Ok((model.matrix(w)?, if attn.qkv_bias { Some(model.vector(bias)?) } else { None }))
         };
@@ -98,7 +98,59 @@ impl Pass<'_> {
             factor(Role::K(l), Role::KBias(l))?,
             factor(Role::V(l), Role::VBias(l))?,
         ];
-        let [mut q, k, v] = ops::linear_each(model.pool(), self.pack, h, [q, k, v])?;
+        ops::linear_each(model.pool(), self.pack, h, [q, k, v])
+    }
+
+    /// Whether [`Pass::attended_at_once`] does all that this attention is, and nobody watches what happens in between.
+    fn can_attend_at_once(&self, here: Here, attn: &AttnSpec, h: &Tensor) -> bool {
+        const BETWEEN: [Site; 7] = [
+            Site::AttnQ,
+            Site::AttnK,
+            Site::AttnV,
+            Site::AttnQRot,
+            Site::AttnKRot,
+            Site::AttnScores,
+            Site::AttnPattern,
+        ];
+        let plain = attn.extra == AttnExtra::default() && attn.clip_qkv.is_none() && attn.qk_norm != QkNorm::Unit;
+        let watched = BETWEEN.iter().any(|site| here.sites.contains(*site)) || h.track_op();
+        self.rows.len() == 1 && plain && !attn.rope.interleaved && !watched && self.model.overlay().is_empty()
+    }
+
+    /// What the heads gather for the one token of a pass, `[1, H, head_dim]`, its key and value being appended to the cache: the same, to
+    /// the bit, as step by step, in less time.
+    fn attended_at_once(
+        &self,
+        l: usize,
+        attn: &AttnSpec,
+        h: &Tensor,
+        cache: &mut KvCache,
+    ) -> Result<Tensor, ModelError> {
+        let (model, dim) = (self.model, attn.head_dim);
+        let [q, k, v] = self.products(l, attn, h)?;
+        let norms = match attn.qk_norm {
+            QkNorm::None | QkNorm::Unit => None,
+            QkNorm::Whole | QkNorm::PerHead => {
+                Some([model.weights().vector(Role::QNorm(l))?, model.weights().vector(Role::KNorm(l))?])
+            }
+        };
+        let turn = Turn { norms, eps: model.spec().norm_eps, cos: &self.angles.cos, sin: &self.angles.sin };
+        let (q, k, v) = (values(&q)?, values(&k)?, values(&v)?);
+        let mut z = Vec::new();
+        let pages = cache.layer_mut(self.rows.spans[0].slot, l);
+        kernels::attention_of_next(model.pool(), &kernel_shape(attn), &turn, [&q, &k, &v], pages, &mut z);
+        ops::tensor(z, &[1, attn.n_heads, dim])
+    }
+
+    /// Queries, keys and values `[N, heads, head_dim]` before RoPE, and the gate of the heads' outputs if there is one.
+    fn projections(
+        &self,
+        l: usize,
+        attn: &AttnSpec,
+        h: &Tensor,
+    ) -> Result<(Tensor, Tensor, Tensor, Option<Tensor>), ModelError> {
+        let (n, dim) = (self.rows.len(), attn.head_dim);
+        let [mut q, k, v] = self.products(l, attn, h)?;
         let mut gate = None;
         let shaped = |y: Tensor, norm: Option<Role>, heads: usize| -> Result<Tensor, ModelError> {
             let mut y = match norm {

@@ -121,6 +121,56 @@ fn threads_do_not_change_attention() {
     identical(&(1..=4).map(run).collect::<Vec<_>>(), "attention");
 }
 
+/// The next token at once is what norms, RoPE, the cache and attention give step by step, to the bit.
+#[test]
+fn attention_of_the_next_token_is_its_steps() {
+    let mut random = Random(66);
+    let pools: Vec<_> = pools(3).into_iter().chain([Pool::new(1), Pool::new(2)]).collect();
+    let shapes = [(1, 1, 8), (4, 4, 32), (6, 2, 64), (8, 1, 128), (16, 16, 128), (3, 3, 20)];
+    for (at, (n_heads, n_kv_heads, d)) in shapes.into_iter().enumerate() {
+        let mut shape = shape(n_heads, n_kv_heads, d);
+        for pos0 in [0, 1, 63, 64, 130] {
+            shape.window = (pos0 == 130).then_some(70);
+            let dtype = if d == 64 { DType::Q8_0 } else { TYPES[at % 3] };
+            let half = [d / 2, 0, d / 4][pos0 % 3];
+            let [q, k, v] = [n_heads, n_kv_heads, n_kv_heads].map(|heads| random.values(heads * d));
+            let (cos, sin) = (random.values(half), random.values(half));
+            let weights = match pos0 % 3 {
+                0 => None,
+                1 => Some([random.values(d), random.values(d)]),
+                _ => Some([random.values(q.len()), random.values(k.len())]),
+            };
+            let norms = weights.as_ref().map(|weights| weights.each_ref().map(Vec::as_slice));
+            let turn = Turn { norms, eps: 1e-5, cos: &cos, sin: &sin };
+            let before = [
+                pages(dtype, &shape, &random.values(pos0 * k.len())),
+                pages(dtype, &shape, &random.values(pos0 * k.len())),
+            ];
+            for pool in &pools {
+                let stepwise = |x: &[f32], which: usize| {
+                    let (mut normed, mut turned) = (x.to_vec(), Vec::new());
+                    if let Some(norms) = norms {
+                        rms_norm(pool, x, norms[which].len(), norms[which], 1e-5, &mut normed);
+                    }
+                    rope(pool, &normed, 1, x.len() / d, d, 2 * half, &cos, &sin, &mut turned);
+                    turned
+                };
+                let [mut keys, mut values] = before.clone();
+                keys.extend(&stepwise(&k, 1));
+                values.extend(&v);
+                let (mut steps, mut once) = (Vec::new(), Vec::new());
+                let segment = AttnSegment { row0: 0, len: 1, pos0, k: &keys, v: &values };
+                attention(pool, &shape, &stepwise(&q, 0), &[segment], &mut steps);
+                let [mut new_keys, mut new_values] = before.clone();
+                attention_of_next(pool, &shape, &turn, [&q, &k, &v], [&mut new_keys, &mut new_values], &mut once);
+                let what = format!("{:?} {shape:?} after {pos0}, {} threads", pool.isa(), pool.threads());
+                assert_eq!(once, steps, "{what}");
+                assert!(new_keys.values() == keys.values() && new_values.values() == values.values(), "cache: {what}");
+            }
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "segment 1 overlaps another")]
 fn attention_refuses_overlapping_segments() {
