@@ -64,10 +64,10 @@ impl Pass<'_> {
         let pool = self.model.pool();
         let on_input = moe.router.extra.gate_on_input;
         let watched = here.sites.contains(Site::ExpertHidden) || here.sites.contains(Site::ExpertOut);
-        if self.rows.len() == 1 && !watched && !on_input && self.model.weights().stream().is_none() {
-            if let Some(sum) = ffn::expert_ffn(self.model, here.layer, moe, x, routing)? {
-                return self.visit(here, Site::MoeOut, sum, Some(routing));
-            }
+        let whole = self.rows.len() == 1 && !watched && !on_input && self.model.weights().stream().is_none();
+        let at_once = if whole { ffn::expert_ffn(self.model, here.layer, moe, x, routing)? } else { None };
+        if let Some(sum) = at_once {
+            return self.visit(here, Site::MoeOut, sum, Some(routing));
         }
         // With gates on the inputs, each slot has an input of its own.
         let gated = if on_input { Some(gated_inputs(x, routing)?) } else { None };
