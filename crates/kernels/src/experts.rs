@@ -110,6 +110,7 @@ pub fn expert_ffn(pool: &Pool, experts: &[ExpertRef<'_>], gates: &[f32], x: &[f3
     let isa = pool.isa();
     let (each, tiles) = (how.map_or(0, |_| width.div_ceil(CHUNK)), width.div_ceil(isa.tile_rows()));
     let done: Vec<Progress> = (0..k).map(|_| Progress::none()).collect();
+    // Each expert is a group of one slot.
     scratch::indices(2 * k + 1, |numbers| {
         numbers.iter_mut().enumerate().for_each(|(i, number)| *number = (i % (k + 1)) as u32);
         let (bounds, order) = numbers.split_at(k + 1);

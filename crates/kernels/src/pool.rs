@@ -200,11 +200,11 @@ impl Taken {
     }
 }
 
-/// How far workers are with something that others wait for.
+/// How far workers are with something that others wait for, and [`DONE`].
 pub(crate) struct Progress(Apart<AtomicUsize>);
 
-/// All is done, or never will be.
-const DONE: usize = usize::MAX;
+/// See [`Progress`]: all is done, or never will be.
+const DONE: usize = 1 << (usize::BITS - 1);
 
 impl Progress {
     pub(crate) fn none() -> Self {
@@ -215,13 +215,13 @@ impl Progress {
     pub(crate) fn add(&self, more: usize, all: usize, last: impl FnOnce()) {
         if self.0.fetch_add(more, Ordering::AcqRel) + more == all {
             last();
-            self.0.store(DONE, Ordering::Release);
+            self.0.fetch_or(DONE, Ordering::Release);
         }
     }
 
     /// Waits until all is done. It lets other threads run, since the awaited one may be waiting for this very processor.
     pub(crate) fn wait(&self) {
-        let done = || self.0.load(Ordering::Acquire) == DONE;
+        let done = || self.0.load(Ordering::Acquire) & DONE != 0;
         while !spin_until(done) {}
     }
 
@@ -231,7 +231,9 @@ impl Progress {
         impl Drop for Unless<'_> {
             fn drop(&mut self) {
                 if thread::panicking() {
-                    self.0.iter().for_each(|progress| progress.0.store(DONE, Ordering::Release));
+                    for progress in self.0 {
+                        progress.0.fetch_or(DONE, Ordering::Release);
+                    }
                 }
             }
         }

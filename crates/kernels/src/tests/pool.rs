@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
-use crate::pool::{Part, Share};
+use crate::pool::{Part, Progress, Share};
 
 #[test]
 fn every_worker_runs_once() {
@@ -138,5 +138,47 @@ fn shares_cover_everything_once() {
             }
             assert!(next == items || cost == 0);
         }
+    }
+}
+
+#[test]
+fn stages_wait_for_what_they_need() {
+    for threads in 1..=4 {
+        let pool = Pool::new(threads);
+        for _ in 0..200 {
+            let (progress, squares) = (Progress::none(), AtomicUsize::new(0));
+            let (n, sum, made) = (100, AtomicUsize::new(0), AtomicUsize::new(0));
+            pool.run_stages([1 << 24, 1 << 20], |stage, part| {
+                let items = part.split(n, 1);
+                if stage == 0 {
+                    squares.fetch_add(items.clone().map(|i| i * i).sum(), Ordering::Relaxed);
+                    progress.add(items.len(), n, || made.store(squares.load(Ordering::Relaxed), Ordering::Relaxed));
+                } else {
+                    progress.wait();
+                    sum.fetch_add(items.len() * made.load(Ordering::Relaxed), Ordering::Relaxed);
+                }
+            });
+            assert_eq!(sum.into_inner(), n * 328_350, "{threads} threads");
+        }
+    }
+}
+
+#[test]
+fn who_waits_for_a_worker_that_panics_goes_on() {
+    let pool = Pool::new(3);
+    for round in 0..20 {
+        let (progress, n) = ([Progress::none()], 64);
+        let work = |stage, part: Part| {
+            let _unless = Progress::unless_panicking(&progress);
+            if stage == 0 {
+                assert!(!part.split(n, 1).contains(&round), "the worker of item {round} fails");
+                progress[0].add(part.split(n, 1).len(), n, || ());
+            } else {
+                progress[0].wait();
+            }
+        };
+        let payload = catch_unwind(AssertUnwindSafe(|| pool.run_stages([1 << 24; 2], work))).unwrap_err();
+        let message = payload.downcast_ref::<String>().expect("a message");
+        assert_eq!(*message, format!("the worker of item {round} fails"));
     }
 }
