@@ -31,7 +31,8 @@ pub struct StageClock {
 }
 
 impl StageClock {
-    /// A clock of all stages. With experts that are streamed gate, up and down are one stage, as each expert is done with at once.
+    /// A clock of all stages. With experts that are streamed gate, up and down are one stage, as each expert is done with at once. A token
+    /// that is decoded is computed step by step then, which takes a little longer than without a clock.
     pub fn new(streamed: bool) -> Self {
         let sites = STAGES.iter().flat_map(|(_, sites)| sites.iter().copied());
         let sites: Vec<Site> = sites.filter(|&s| !(streamed && s == Site::ExpertHidden)).collect();

@@ -54,7 +54,8 @@ pub struct Bench {
     /// What watches or changes the forward pass
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [LensArg::None])]
     lens: Vec<LensArg>,
-    /// How the time of a prompt and of a decoded token is spent, stage by stage, in one more run
+    /// How the time of a prompt and of a decoded token is spent, stage by stage, in one more run, in which a token takes a little longer
+    /// (its steps are not fused)
     #[arg(long)]
     stages: bool,
     /// Runs another program on the same GGUF file in turn with this one, and gives the ratios
