@@ -186,9 +186,11 @@ impl Down<'_> {
     unsafe fn part(&self, isa: Isa, part: Part, d: usize, y: SendPtr) {
         let rows = |part: Part| part.split(d, isa.tile_rows());
         let (own, then) = (rows(part), rows(part.following()));
-        let piece = |j: usize, first: usize, end: usize| {
-            let w = as_rows(&self.experts.get(j)?.down);
-            Some(Piece { w, other: None, first, count: PLAIN_ROWS.min(end - first) })
+        let piece = |expert: &ExpertRef<'_>, first: usize, end: usize| Piece {
+            w: as_rows(&expert.down),
+            other: None,
+            first,
+            count: PLAIN_ROWS.min(end - first),
         };
         let room = PLAIN_ROWS.min(d.next_multiple_of(isa.tile_rows()));
         scratch::floats((DOT_TOKENS + 1) * room, |scratch| {
@@ -197,21 +199,19 @@ impl Down<'_> {
                 let count = PLAIN_ROWS.min(own.end - first);
                 let total = &mut total[..count];
                 total.fill(0.0);
-                for (j, gate) in self.gates.iter().enumerate() {
-                    let this = piece(j, first, own.end).expect("as many experts as gates");
-                    // The same rows of the next expert, or the next rows of the first.
-                    let next = piece(j + 1, first, own.end).or_else(|| {
-                        if first + count < own.end {
-                            piece(0, first + count, own.end)
-                        } else {
-                            piece(0, then.start, then.end)
-                        }
-                    });
+                // Behind these rows of the last expert.
+                let behind = if first + count < own.end { first + count..own.end } else { then.clone() };
+                for (j, (expert, gate)) in self.experts.iter().zip(self.gates).enumerate() {
+                    let this = piece(expert, first, own.end);
+                    let next = match self.experts.get(j + 1) {
+                        Some(next) => piece(next, first, own.end),
+                        None => piece(&self.experts[0], behind.start, behind.end),
+                    };
                     self.done[j].wait();
                     let x = [self.hidden.get().add(j * self.width).cast_const()];
                     let rounded = [self.rounded.0.wrapping_add(j * self.each)];
                     let out = [sums.as_mut_ptr(); 2];
-                    plain_products(isa, &this, next.as_ref(), &x, &rounded, out, room);
+                    plain_products(isa, &this, Some(&next), &x, &rounded, out, room);
                     add_scaled(isa, total, *gate, &sums[..count]);
                 }
                 std::ptr::copy_nonoverlapping(total.as_ptr(), y.get().add(first), count);
