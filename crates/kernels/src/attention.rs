@@ -134,6 +134,7 @@ pub fn attention_of_next(
     z: &mut Vec<f32>,
 ) {
     let (d, pos0, half) = (shape.head_dim, keys.len(), turn.cos.len());
+    assert_eq!(q.len(), shape.n_heads * d, "queries of {shape:?}");
     assert_eq!((k.len(), v.len()), (shape.n_kv_heads * d, shape.n_kv_heads * d), "keys and values of {shape:?}");
     assert!(turn.sin.len() == half && 2 * half <= d, "{half} angles for heads of {d}");
     for (x, which) in [(q, 0), (k, 1)] {
@@ -143,7 +144,6 @@ pub fn attention_of_next(
     let places = [keys.grow(), values.grow()];
     let segments = [AttnSegment { row0: 0, len: 1, pos0, k: keys, v: values }];
     check(shape, q, &segments);
-    assert_eq!(q.len(), shape.n_heads * d, "queries of {shape:?}");
     let isa = pool.isa();
     scratch::shared(q.len(), |turned| {
         let turned = SendPtr(turned.as_mut_ptr());
