@@ -76,13 +76,12 @@ impl KvPages {
         }
         self.make_room(rows.len() / width);
         for row in rows.chunks_exact(width) {
-            self.ask_for_next();
+            self.len += 1;
+            (0..self.heads).for_each(|head| self.ask_for_last(head));
             for (head, x) in row.chunks_exact(self.head_dim).enumerate() {
-                let at = self.offset(head, self.len);
-                let bytes = self.head_bytes();
+                let (at, bytes) = (self.offset(head, self.len - 1), self.head_bytes());
                 quantize(self.dtype, x, &mut self.data[at..at + bytes]);
             }
-            self.len += 1;
         }
     }
 
@@ -97,7 +96,7 @@ impl KvPages {
         SendPtr(self.data.as_mut_ptr())
     }
 
-    /// Asks for the place of what a head has of the last position, to write there.
+    /// Asks for the place of what a head has of the last position, to write there: it is far from what is near.
     pub(crate) fn ask_for_last(&self, head: usize) {
         assert!(head < self.heads && self.len > 0, "head {head} of the last position");
         let place = self.data.as_ptr().wrapping_add(self.offset(head, self.len - 1));
@@ -135,15 +134,6 @@ impl KvPages {
         // A pointer, not a slice: another thread may be writing other heads' numbers.
         let data = self.data.as_ptr().wrapping_add(self.offset(head, first));
         Rows { dtype: self.dtype, data, stride: self.head_bytes(), rows: end - first, cols: self.head_dim, then: None }
-    }
-
-    /// Asks for the places of the next position, to write there: every head's is somewhere else, and far from what is near.
-    pub fn ask_for_next(&self) {
-        for head in 0..self.heads {
-            if let Some(place) = self.data.get(self.offset(head, self.len)..) {
-                ask_to_write(place.as_ptr(), self.head_bytes().div_ceil(64));
-            }
-        }
     }
 
     fn head_bytes(&self) -> usize {

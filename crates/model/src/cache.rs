@@ -201,13 +201,6 @@ impl KvCache {
         (&cache.k, if self.is_latent(slot, layer) { &cache.k } else { &cache.v })
     }
 
-    /// Asks memory for where the next position of a layer goes, which takes a while.
-    pub(crate) fn ask_for_next(&self, slot: usize, layer: usize) {
-        let cache = &self.slots[slot].layers[layer];
-        cache.k.ask_for_next();
-        cache.v.ask_for_next();
-    }
-
     /// The same as plain values, `[tokens, n_kv_heads, head_dim]` and `[tokens, n_kv_heads, v_head_dim]`.
     pub(crate) fn layer_values(&self, slot: usize, layer: usize) -> (Vec<f32>, Vec<f32>) {
         let (k, v) = self.layer(slot, layer);

@@ -31,7 +31,6 @@ impl Pass<'_> {
             }
             None => self.projections(l, attn, h)?,
         };
-        self.rows.spans.iter().for_each(|span| cache.ask_for_next(span.slot, l));
         let q = self.visit(here, Site::AttnQ, q, None)?;
         let k = self.visit(here, Site::AttnK, k, None)?;
         let v = self.visit(here, Site::AttnV, v, None)?;
@@ -129,6 +128,7 @@ impl Pass<'_> {
         let (model, dim) = (self.model, attn.head_dim);
         let [q, k, v] = self.products(l, attn, h)?;
         let norms = match attn.qk_norm {
+            // `Unit` does not come here.
             QkNorm::None | QkNorm::Unit => None,
             QkNorm::Whole | QkNorm::PerHead => {
                 Some([model.weights().vector(Role::QNorm(l))?, model.weights().vector(Role::KNorm(l))?])
