@@ -122,9 +122,9 @@ pub(crate) trait Quant {
     /// are unsigned.
     ///
     /// # Safety
-    /// There must be a block, and the machine have AVX-512.
+    /// There must be a block, and the machine have AVX-512, and GFNI if `G`.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn wide(_: *const u8) -> [std::arch::x86_64::__m512i; 4] {
+    unsafe fn wide<const G: bool>(_: *const u8) -> [std::arch::x86_64::__m512i; 4] {
         unreachable!("only asked for where there are levels, with unsigned codes")
     }
 

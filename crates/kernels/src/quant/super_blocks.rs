@@ -102,16 +102,36 @@ mod wide {
     pub unsafe fn and(v: __m512i, mask: u8) -> __m512i {
         _mm512_and_si512(v, _mm512_set1_epi8(mask as i8))
     }
-    /// Bytes shifted right by `N`, of which `mask` stays.
+    /// Bytes shifted right by `N`, of which `MASK` stays.
     #[inline(always)]
-    pub unsafe fn shr<const N: u32>(v: __m512i, mask: u8) -> __m512i {
-        and(_mm512_srli_epi32::<N>(v), mask)
+    pub unsafe fn shr<const G: bool, const N: u32, const MASK: u8>(v: __m512i) -> __m512i {
+        if G {
+            return _mm512_gf2p8affine_epi64_epi8::<0>(v, _mm512_set1_epi64(const { bits(-(N as i32), MASK) }));
+        }
+        and(_mm512_srli_epi32::<N>(v), MASK)
     }
-    /// Bytes of each half shifted left by so much, right if it is negative, of which `mask` stays.
+    /// Bytes of the first half shifted left by `A`, those of the second by `B`, right if that is negative, of which `MASK` stays.
     #[inline(always)]
-    pub unsafe fn moved(v: __m512i, by: [i32; 2], mask: u8) -> __m512i {
-        let by = _mm512_inserti64x4::<1>(_mm512_set1_epi32(by[0]), _mm256_set1_epi32(by[1]));
-        and(_mm512_rolv_epi32(v, by), mask)
+    pub unsafe fn moved<const G: bool, const A: i32, const B: i32, const MASK: u8>(v: __m512i) -> __m512i {
+        if G {
+            let (a, b) = const { (bits(A, MASK), bits(B, MASK)) };
+            return _mm512_gf2p8affine_epi64_epi8::<0>(v, _mm512_setr_epi64(a, a, a, a, b, b, b, b));
+        }
+        let by = _mm512_inserti64x4::<1>(_mm512_set1_epi32(A), _mm256_set1_epi32(B));
+        and(_mm512_rolv_epi32(v, by), MASK)
+    }
+    /// The matrix over bits that shifts a byte left by so much, right if it is negative, and keeps the bits of `mask`: the
+    /// highest of its bytes says which bits of a byte make up the lowest bit.
+    const fn bits(by: i32, mask: u8) -> i64 {
+        let (mut all, mut to) = (0, 0);
+        while to < 8 {
+            let from = to - by;
+            if mask >> to & 1 == 1 && 0 <= from && from < 8 {
+                all |= 1 << (8 * (7 - to) + from);
+            }
+            to += 1;
+        }
+        all
     }
     #[inline(always)]
     pub unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
@@ -146,9 +166,9 @@ impl Quant for Q2_K {
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+    unsafe fn wide<const G: bool>(p: *const u8) -> [__m512i; 4] {
         let q = wide::load(p.add(16));
-        [wide::and(q, 3), wide::shr::<2>(q, 3), wide::shr::<4>(q, 3), wide::shr::<6>(q, 3)]
+        [wide::and(q, 3), wide::shr::<G, 2, 3>(q), wide::shr::<G, 4, 3>(q), wide::shr::<G, 6, 3>(q)]
     }
 }
 
@@ -185,13 +205,13 @@ impl Quant for Q3_K {
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+    unsafe fn wide<const G: bool>(p: *const u8) -> [__m512i; 4] {
         let (high, q) = (wide::twice(p), wide::load(p.add(32)));
         [
-            wide::or(wide::and(q, 3), wide::moved(high, [2, -2], 4)),
-            wide::or(wide::shr::<2>(q, 3), wide::moved(high, [1, -3], 4)),
-            wide::or(wide::shr::<4>(q, 3), wide::moved(high, [0, -4], 4)),
-            wide::or(wide::shr::<6>(q, 3), wide::moved(high, [-1, -5], 4)),
+            wide::or(wide::and(q, 3), wide::moved::<G, 2, -2, 4>(high)),
+            wide::or(wide::shr::<G, 2, 3>(q), wide::moved::<G, 1, -3, 4>(high)),
+            wide::or(wide::shr::<G, 4, 3>(q), wide::moved::<G, 0, -4, 4>(high)),
+            wide::or(wide::shr::<G, 6, 3>(q), wide::moved::<G, -1, -5, 4>(high)),
         ]
     }
 }
@@ -232,9 +252,9 @@ impl Quant for Q4_K {
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+    unsafe fn wide<const G: bool>(p: *const u8) -> [__m512i; 4] {
         let (a, b) = (wide::load(p.add(16)), wide::load(p.add(80)));
-        [wide::and(a, 15), wide::shr::<4>(a, 15), wide::and(b, 15), wide::shr::<4>(b, 15)]
+        [wide::and(a, 15), wide::shr::<G, 4, 15>(a), wide::and(b, 15), wide::shr::<G, 4, 15>(b)]
     }
 }
 
@@ -270,13 +290,13 @@ impl Quant for Q5_K {
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+    unsafe fn wide<const G: bool>(p: *const u8) -> [__m512i; 4] {
         let (high, a, b) = (wide::twice(p.add(16)), wide::load(p.add(48)), wide::load(p.add(112)));
         [
-            wide::or(wide::and(a, 15), wide::moved(high, [4, 2], 16)),
-            wide::or(wide::shr::<4>(a, 15), wide::moved(high, [3, 1], 16)),
-            wide::or(wide::and(b, 15), wide::moved(high, [0, -2], 16)),
-            wide::or(wide::shr::<4>(b, 15), wide::moved(high, [-1, -3], 16)),
+            wide::or(wide::and(a, 15), wide::moved::<G, 4, 2, 16>(high)),
+            wide::or(wide::shr::<G, 4, 15>(a), wide::moved::<G, 3, 1, 16>(high)),
+            wide::or(wide::and(b, 15), wide::moved::<G, 0, -2, 16>(high)),
+            wide::or(wide::shr::<G, 4, 15>(b), wide::moved::<G, -1, -3, 16>(high)),
         ]
     }
 }
@@ -310,14 +330,14 @@ impl Quant for Q6_K {
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide(p: *const u8) -> [__m512i; 4] {
+    unsafe fn wide<const G: bool>(p: *const u8) -> [__m512i; 4] {
         let (a, b) = (wide::load(p), wide::load(p.add(64)));
         let (low, high) = (wide::twice(p.add(128)), wide::twice(p.add(160)));
         [
-            wide::or(wide::and(a, 15), wide::moved(low, [4, 2], 48)),
-            wide::or(wide::shr::<4>(a, 15), wide::moved(low, [0, -2], 48)),
-            wide::or(wide::and(b, 15), wide::moved(high, [4, 2], 48)),
-            wide::or(wide::shr::<4>(b, 15), wide::moved(high, [0, -2], 48)),
+            wide::or(wide::and(a, 15), wide::moved::<G, 4, 2, 48>(low)),
+            wide::or(wide::shr::<G, 4, 15>(a), wide::moved::<G, 0, -2, 48>(low)),
+            wide::or(wide::and(b, 15), wide::moved::<G, 4, 2, 48>(high)),
+            wide::or(wide::shr::<G, 4, 15>(b), wide::moved::<G, 0, -2, 48>(high)),
         ]
     }
 }

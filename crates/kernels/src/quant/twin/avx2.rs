@@ -68,6 +68,7 @@ type Words = [__m256i; 2];
 
 impl TwoRows for Twin {
     /// Each half is of one row.
+    type Parts = __m256;
     type Sum = __m256;
 
     const HALF: usize = 8;
@@ -92,6 +93,10 @@ impl TwoRows for Twin {
         }
     }
     #[inline(always)]
+    unsafe fn sum<Q: Quant>(parts: __m256) -> __m256 {
+        parts
+    }
+    #[inline(always)]
     unsafe fn store(v: &mut [__m256; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]) {
         fold_step::<Avx2, 1>(v, 8, |a, b| Avx2::add(a, b));
         fold_step::<Avx2, 2>(v, 8, |a, b| Avx2::add(a, b));
@@ -100,7 +105,7 @@ impl TwoRows for Twin {
         Avx2::store_part_or_all(out[1], second, rows[1]);
     }
     #[inline(always)]
-    unsafe fn ask(line: *const u8, [_, far]: [usize; 2]) {
+    unsafe fn ask(line: *const u8, [_, _, far]: [usize; 3]) {
         // From the second cache it comes by itself (measured on Zen 3, see docs/performance.md).
         Avx2::prefetch_far(line.wrapping_add(far));
     }

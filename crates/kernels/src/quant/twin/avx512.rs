@@ -5,33 +5,62 @@
 //! Broadcasts and insertions of 256 bits are avoided: where vectors are carried out in halves (Zen 4) each costs a shuffle.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::{TwinLevels, TwoRows};
 use crate::quant::dots::sums_whole;
 use crate::quant::{Quant, Rounded};
-use crate::simd::{Avx512, MAX_LANES, Simd};
+use crate::simd::{Avx2, Avx512, MAX_LANES, Simd};
 
-/// Both rows, 64 codes at a time.
-pub(super) struct Twin;
+/// Both rows, 64 codes at a time. `G`: with GFNI, whose one instruction shifts the bits of bytes and drops some.
+pub(super) struct Twin<const G: bool>;
 
-impl TwoRows for Twin {
-    type Sum = __m512;
+/// Parts of a product of each row.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    /// What codes and levels come to; of every four lanes the first two are of the first row.
+    sum: __m256,
+    /// What mins take from it; the lower half is of the first row.
+    less: __m256,
+    /// Added when the next chunk has begun: so no instruction waits for long in the processor's queues, where there is room for few.
+    last: Chunk,
+}
+
+/// What a chunk comes to, but for its factors.
+#[derive(Clone, Copy)]
+struct Chunk {
+    /// Of every four lanes the first two are of the first row.
+    whole: __m512i,
+    /// The lower half is of the first row.
+    mins: __m256i,
+    /// Of codes and of mins of the first row, then of the second.
+    factors: __m128,
+}
+
+impl<const G: bool> TwoRows for Twin<G> {
+    type Parts = Parts;
+    /// Of every four lanes the first two are of the first row.
+    type Sum = __m256;
 
     const HALF: usize = 16;
 
     #[inline(always)]
-    unsafe fn zero() -> __m512 {
-        _mm512_setzero_ps()
+    unsafe fn zero() -> Parts {
+        let last = Chunk { whole: _mm512_setzero_si512(), mins: _mm256_setzero_si256(), factors: _mm_setzero_ps() };
+        Parts { sum: _mm256_setzero_ps(), less: _mm256_setzero_ps(), last }
     }
     #[inline(always)]
-    unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], sums: &mut [__m512; T]) {
+    unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], parts: &mut [Parts; T]) {
         const { assert!(!sums_whole::<Q>() || 4 * Q::MOST as i32 * 127 <= i16::MAX as i32, "four products fit 16 bits") };
+        for t in 0..T {
+            parts[t] = with_last::<Q>(parts[t]);
+        }
         let levels = Q::twin_levels(p);
-        let words = words::<Q>(&levels);
-        let codes = [Q::wide(p[0]), Q::wide(p[1])];
+        let of_vectors = OfVectors::<Q>::new(&levels);
+        let codes = [Q::wide::<G>(p[0]), Q::wide::<G>(p[1])];
         let mut whole = [_mm512_setzero_si512(); T];
         for i in 0..4 {
-            let level = shuffled(words, _mm512_broadcast_i32x4(_mm_loadu_si128(WORDS[i].as_ptr().cast())));
+            let level = of_vectors.level(i);
             for t in 0..T {
                 let x = groups(x[t], Q::WIDE[i]);
                 let fours = |codes: __m512i| _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x);
@@ -40,34 +69,42 @@ impl TwoRows for Twin {
             }
         }
         for t in 0..T {
-            sums[t] = close::<Q>(sums[t], &levels, words, whole[t], x[t]);
+            parts[t].last = chunk(&levels, &of_vectors, whole[t], x[t]);
         }
     }
     #[inline(always)]
-    unsafe fn store(v: &mut [__m512; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]) {
+    unsafe fn sum<Q: Quant>(parts: Parts) -> __m256 {
+        let Parts { sum, less, .. } = with_last::<Q>(parts);
+        _mm256_sub_ps(sum, _mm256_permutevar8x32_ps(less, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7)))
+    }
+    #[inline(always)]
+    unsafe fn store(v: &mut [__m256; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]) {
         join::<1>(v, 8);
         join::<4>(v, 4);
-        join::<8>(v, 2);
-        let first = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
-        let second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+        let first = _mm256_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13);
+        let second = _mm256_add_epi32(first, _mm256_set1_epi32(2));
         for (i, which) in [first, second].into_iter().enumerate() {
-            let mask = ((1_u32 << rows[i]) - 1) as u16;
-            _mm512_mask_storeu_ps(out[i], mask, _mm512_permutex2var_ps(v[0], which, v[1]));
+            let mask = (1_u32 << rows[i]) - 1;
+            for half in 0..2 {
+                let eight = _mm256_permutex2var_ps(v[2 * half], which, v[2 * half + 1]);
+                _mm256_mask_storeu_ps(out[i].wrapping_add(8 * half), (mask >> (8 * half)) as u8, eight);
+            }
         }
     }
     #[inline(always)]
-    unsafe fn ask(line: *const u8, ahead: [usize; 2]) {
-        Avx512::prefetch(line.wrapping_add(ahead[0]));
-        Avx512::prefetch_far(line.wrapping_add(ahead[1]));
+    unsafe fn ask(line: *const u8, [near, middle, far]: [usize; 3]) {
+        Avx512::prefetch(line.wrapping_add(near));
+        Avx512::prefetch_far(line.wrapping_add(middle));
+        Avx512::prefetch_far(line.wrapping_add(far));
     }
 }
 
 /// Adds lanes that are `L` apart, of two vectors in one: lanes without bit `L` become those of the first.
 #[inline(always)]
-unsafe fn join<const L: usize>(v: &mut [__m512; MAX_LANES], pairs: usize) {
+unsafe fn join<const L: usize>(v: &mut [__m256; MAX_LANES], pairs: usize) {
     for i in 0..pairs {
-        let (a, b) = Avx512::swap::<L>(v[2 * i], v[2 * i + 1]);
-        v[i] = _mm512_add_ps(a, b);
+        let (a, b) = Avx2::swap::<L>(v[2 * i], v[2 * i + 1]);
+        v[i] = _mm256_add_ps(a, b);
     }
 }
 
@@ -97,78 +134,107 @@ const fn order<Q: Quant>() -> [u8; 16] {
     order
 }
 
-/// Fours of the first row and of the second by turns.
-#[inline(always)]
-unsafe fn alternating(fours: __m256i) -> __m256i {
-    _mm256_permutevar8x32_epi32(fours, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+/// What the levels of the vectors of [`Quant::WIDE`] are taken from.
+struct OfVectors<Q> {
+    /// With groups of 32, whose levels are unsigned, the eight bytes of the first row and then of the second, in every quarter. Else
+    /// words: in every quarter those that it has in the four vectors, of the first row and then of the second.
+    levels: __m512i,
+    of: PhantomData<Q>,
 }
 
-/// Levels as words: in every quarter those that it has in the four vectors, of the first row and then of the second.
-#[inline(always)]
-unsafe fn words<Q: Quant>(levels: &TwinLevels) -> __m512i {
-    let order = const { order::<Q>() };
-    let order = _mm256_broadcastsi128_si256(_mm_loadu_si128(order.as_ptr().cast()));
-    _mm512_cvtepi8_epi16(alternating(_mm256_shuffle_epi8(levels.scales, order)))
+impl<Q: Quant> OfVectors<Q> {
+    #[inline(always)]
+    unsafe fn new(levels: &TwinLevels) -> Self {
+        let levels = if Q::GROUP == 32 {
+            let rows = _mm512_castsi256_si512(levels.scales);
+            _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 0, 2, 0, 2, 0, 2), rows)
+        } else {
+            let order = const { order::<Q>() };
+            let order = _mm256_broadcastsi128_si256(_mm_loadu_si128(order.as_ptr().cast()));
+            // Fours of the first row and of the second by turns.
+            let turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let fours = _mm256_shuffle_epi8(levels.scales, order);
+            _mm512_cvtepi8_epi16(_mm256_permutevar8x32_epi32(fours, turns))
+        };
+        Self { levels, of: PhantomData }
+    }
+
+    /// Words for vector `i`: of every quarter the first half is of the first row.
+    #[inline(always)]
+    unsafe fn level(&self, i: usize) -> __m512i {
+        let which = const { which::<Q>() };
+        shuffled(self.levels, _mm512_loadu_si512(which[i].as_ptr().cast()))
+    }
 }
 
-/// The words of a quarter that its halves become in vector `i`.
-static WORDS: [[[u8; 2]; 8]; 4] = {
-    let mut all = [[[0; 2]; 8]; 4];
-    let mut i = 0;
-    while i < 32 {
-        let word = i / 8 + i % 8 / 4 * 4;
-        all[i / 8][i % 8] = [2 * word as u8, 2 * word as u8 + 1];
-        i += 1;
+/// The bytes of the quarters of [`OfVectors`] that become the words of each vector.
+const fn which<Q: Quant>() -> [[u8; 64]; 4] {
+    let order = order::<Q>();
+    let mut all = [[0; 64]; 4];
+    let mut at = 0;
+    while at < 4 * 32 {
+        let (vector, word) = (at / 32, at % 32);
+        let (quarter, second) = (word / 8, word % 8 / 4);
+        all[vector][2 * word] = if Q::GROUP == 32 {
+            order[4 * quarter + vector] + 8 * second as u8
+        } else {
+            2 * (vector + 4 * second) as u8
+        };
+        // From where bit 7 is set a zero comes.
+        all[vector][2 * word + 1] = if Q::GROUP == 32 { 0x80 } else { all[vector][2 * word] + 1 };
+        at += 1;
     }
     all
-};
+}
 
-/// Adds what a chunk comes to: the sum of its codes with levels, less mins and offset, times its factors.
+/// What the sums of a chunk's codes with their levels come to, less the offset.
 #[inline(always)]
-unsafe fn close<Q: Quant>(
-    sum: __m512,
+unsafe fn chunk<Q: Quant>(
     levels: &TwinLevels,
-    words: __m512i,
+    of_vectors: &OfVectors<Q>,
     mut whole: __m512i,
     x: *const Rounded,
-) -> __m512 {
+) -> Chunk {
     if Q::OFFSET > 0 {
         const { assert!(Q::OFFSET == 0 || Q::GROUP == 16 || !sums_whole::<Q>(), "sums of 16 activations") };
         let which = const { sums_by_words(order::<Q>()) };
         let of_groups = _mm512_castsi256_si512(_mm256_loadu_si256(Rounded::sums(x, 16).cast()));
         let of_groups = _mm512_permutexvar_epi16(_mm512_loadu_si512(which.as_ptr().cast()), of_groups);
-        let less = _mm512_madd_epi16(words, of_groups);
+        let less = _mm512_madd_epi16(of_vectors.levels, of_groups);
         whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(less, _mm512_set1_epi32(i32::from(Q::OFFSET))));
     }
-    let factors = _mm512_castps128_ps512(_mm_cvtph_ps(levels.factors));
-    let d = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2), factors);
-    let chunk = _mm512_cvtepi32_ps(whole);
-    let chunk =
-        if Q::MINS { _mm512_fmsub_ps(chunk, d, mins::<Q>(levels, factors, x)) } else { _mm512_mul_ps(chunk, d) };
-    _mm512_fmadd_ps(chunk, _mm512_set1_ps(Rounded::scale(x)), sum)
+    let mins = if Q::MINS { of_mins::<Q>(levels, x) } else { _mm256_setzero_si256() };
+    Chunk { whole, mins, factors: _mm_mul_ps(_mm_cvtph_ps(levels.factors), _mm_set1_ps(Rounded::scale(x))) }
 }
 
-/// What the mins take from a chunk.
+/// Adds the last chunk, times its factors.
 #[inline(always)]
-unsafe fn mins<Q: Quant>(levels: &TwinLevels, factors: __m512, x: *const Rounded) -> __m512 {
-    let dmin = _mm512_setr_epi32(1, 1, 3, 3, 1, 1, 3, 3, 1, 1, 3, 3, 1, 1, 3, 3);
-    let bytes = alternating(levels.mins);
-    if Q::GROUP == 32 {
-        // Eight of each row.
-        let dmin = _mm256_permutevar8x32_ps(_mm512_castps512_ps256(factors), _mm512_castsi512_si256(dmin));
-        let of_groups = _mm256_broadcastsi128_si256(_mm_loadu_si128(Rounded::sums(x, 32).cast()));
-        let of_groups = _mm256_permute4x64_epi64::<0b01_01_00_00>(of_groups);
-        let less = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(bytes)), of_groups);
-        _mm512_zextps256_ps512(_mm256_mul_ps(_mm256_cvtepi32_ps(less), dmin))
-    } else {
-        let of_groups = _mm512_castsi256_si512(_mm256_loadu_si256(Rounded::sums(x, 16).cast()));
-        let of_groups = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3), of_groups);
-        let less = _mm512_madd_epi16(_mm512_cvtepu8_epi16(bytes), of_groups);
-        _mm512_mul_ps(_mm512_cvtepi32_ps(less), _mm512_permutexvar_ps(dmin, factors))
+unsafe fn with_last<Q: Quant>(Parts { mut sum, mut less, last }: Parts) -> Parts {
+    let Chunk { whole, mins, factors } = last;
+    let factors = _mm256_castps128_ps256(factors);
+    let whole = _mm256_add_epi32(_mm512_castsi512_si256(whole), _mm512_extracti64x4_epi64::<1>(whole));
+    let d = _mm256_permutevar8x32_ps(factors, _mm256_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2));
+    sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), d, sum);
+    if Q::MINS {
+        let dmin = _mm256_permutevar8x32_ps(factors, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3));
+        less = _mm256_fmadd_ps(_mm256_cvtepi32_ps(mins), dmin, less);
     }
+    Parts { sum, less, last }
 }
 
-/// The groups whose levels are [`words`].
+/// The products of mins with the sums of their groups, in four parts of each row.
+#[inline(always)]
+unsafe fn of_mins<Q: Quant>(levels: &TwinLevels, x: *const Rounded) -> __m256i {
+    let zero = _mm256_setzero_si256();
+    let part = |words: __m256i, i: usize| {
+        let sums = _mm_loadu_si128(Rounded::sums(x, Q::GROUP).add(8 * i).cast());
+        _mm256_madd_epi16(words, _mm256_broadcastsi128_si256(sums))
+    };
+    let first = part(_mm256_unpacklo_epi8(levels.mins, zero), 0);
+    if Q::GROUP == 32 { first } else { _mm256_add_epi32(first, part(_mm256_unpackhi_epi8(levels.mins, zero), 1)) }
+}
+
+/// The groups whose levels are the words of [`OfVectors`].
 const fn sums_by_words(order: [u8; 16]) -> [u16; 32] {
     let mut which = [0; 32];
     let mut at = 0;

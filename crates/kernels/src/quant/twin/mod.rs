@@ -10,7 +10,13 @@ use std::arch::x86_64::*;
 
 use super::{CHUNK, Quant, Rounded, chunk_bytes};
 use crate::simd::{Isa, MAX_LANES};
-use crate::tile::AHEAD;
+
+/// How far ahead weights are asked for, in bytes: into the nearest cache, and before that twice into the next one, since a processor
+/// forgets what it is asked for while it waits for too much else (measured on Zen 4, see docs/performance.md).
+const AHEAD: [usize; 3] = [2048, 4096, 8192];
+
+/// How far ahead that is in each of two streams.
+type Ahead = [[usize; 2]; 3];
 
 /// What all the work on a block but that on its codes needs, of two rows: half of a vector is of one.
 #[derive(Clone, Copy)]
@@ -61,19 +67,22 @@ impl TwinLevels {
 /// As for [`Simd`](crate::simd::Simd).
 #[allow(clippy::missing_safety_doc, reason = "stated once, above")]
 trait TwoRows {
+    /// Parts of a product of each row, as they are gathered.
+    type Parts: Copy;
     /// Parts of a product of each row: half of them belong to the first.
     type Sum: Copy;
 
     /// Rows of half a tile.
     const HALF: usize;
 
-    unsafe fn zero() -> Self::Sum;
+    unsafe fn zero() -> Self::Parts;
     /// Adds the products of the block of each row at `p` with the chunks at `x`.
-    unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], sums: &mut [Self::Sum; T]);
+    unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], parts: &mut [Self::Parts; T]);
+    unsafe fn sum<Q: Quant>(parts: Self::Parts) -> Self::Sum;
     /// Stores the products of so many first and second rows.
     unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]);
-    /// Asks for what lies so far ahead of a cache line, nearer and farther.
-    unsafe fn ask(line: *const u8, ahead: [usize; 2]);
+    /// Asks for what lies so far ahead of a cache line, as [`AHEAD`] has it.
+    unsafe fn ask(line: *const u8, ahead: [usize; 3]);
 }
 
 /// Rows that are multiplied side by side: of two matrices, or of the halves of one. Each stream is read in order.
@@ -94,7 +103,7 @@ impl Streams {
     /// How far ahead of row `r` is asked for, in each stream, if it is so many rows. It changes twice or so in a stream, and the
     /// loop over its rows needs the registers.
     #[inline(never)]
-    fn ahead(&self, r: usize, rows: [usize; 2]) -> [[usize; 2]; 2] {
+    fn ahead(&self, r: usize, rows: [usize; 3]) -> Ahead {
         rows.map(|rows| {
             [0, 1].map(|i| {
                 let jump = (self.next[i] as usize).wrapping_sub(self.start[i] as usize + self.rows[i] * self.stride);
@@ -111,9 +120,13 @@ impl Streams {
 /// # Safety
 /// As for [`rounded_dots`](super::rounded_dots); the set must be one that [takes two rows](Isa::takes_two_rows).
 pub(super) unsafe fn dots<Q: Quant, const T: usize>(isa: Isa, streams: &Streams, x: [*const Rounded; 4]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,gfni,avx2,fma,f16c")]
+    unsafe fn wide_gfni<Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
+        tiles::<avx512::Twin<true>, Q, T>(streams, x);
+    }
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     unsafe fn wide<Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
-        tiles::<avx512::Twin, Q, T>(streams, x);
+        tiles::<avx512::Twin<false>, Q, T>(streams, x);
     }
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn narrow<Q: Quant, const T: usize>(streams: &Streams, x: [*const Rounded; 4]) {
@@ -121,6 +134,7 @@ pub(super) unsafe fn dots<Q: Quant, const T: usize>(isa: Isa, streams: &Streams,
     }
     match isa {
         Isa::Avx2 => narrow::<Q, T>(streams, x),
+        _ if is_x86_feature_detected!("gfni") => wide_gfni::<Q, T>(streams, x),
         _ => wide::<Q, T>(streams, x),
     }
 }
@@ -131,7 +145,7 @@ unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*co
     let rows_ahead = AHEAD.map(|bytes| bytes.div_ceil(streams.stride));
     let mut ahead = streams.ahead(0, rows_ahead);
     for start in (0..streams.rows[0]).step_by(S::HALF) {
-        let mut all = [[S::zero(); MAX_LANES]; T];
+        let mut all = [[S::sum::<Q>(S::zero()); MAX_LANES]; T];
         let count = streams.rows.map(|rows| (rows - start.min(rows)).min(S::HALF));
         for i in 0..count[0] {
             let r = start + i;
@@ -154,11 +168,11 @@ unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*co
     }
 }
 
-/// Asks for what lies ahead of these cache lines, as far as [`AHEAD`] says.
+/// Asks for what lies ahead of these cache lines.
 #[inline(always)]
-unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], [near, far]: [[usize; 2]; 2]) {
+unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], [near, middle, far]: Ahead) {
     for i in 0..2 {
-        S::ask(lines[i], [near[i], far[i]]);
+        S::ask(lines[i], [near[i], middle[i], far[i]]);
     }
 }
 
@@ -167,10 +181,10 @@ unsafe fn ask<S: TwoRows>(lines: [*const u8; 2], [near, far]: [[usize; 2]; 2]) {
 unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
     rows: [*const u8; 2],
     cols: usize,
-    ahead: [[usize; 2]; 2],
+    ahead: Ahead,
     x: [*const Rounded; 4],
 ) -> [S::Sum; T] {
-    let mut sums = [S::zero(); T];
+    let mut parts = [S::zero(); T];
     for c in 0..cols / CHUNK {
         let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
         // As many cache lines as the chunk has, and now and then one more (a loop whose end varies costs more than it spares).
@@ -183,10 +197,15 @@ unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
         if (c + 1) * bytes / 64 - line > bytes / 64 {
             ask::<S>(lines.map(|at| at.wrapping_add(bytes / 64 * 64)), ahead);
         }
-        S::add::<Q, T>(p, std::array::from_fn(|t| x[t].add(c)), &mut sums);
+        S::add::<Q, T>(p, std::array::from_fn(|t| x[t].add(c)), &mut parts);
     }
     // Rows that begin within a cache line may reach into one more.
     let rest = cols / CHUNK * chunk_bytes::<Q>() / 64 * 64;
     ask::<S>(rows.map(|row| row.wrapping_add(rest)), ahead);
+    // A loop, since a closure given to a library function need not become part of the kernel.
+    let mut sums = [S::sum::<Q>(S::zero()); T];
+    for t in 0..T {
+        sums[t] = S::sum::<Q>(parts[t]);
+    }
     sums
 }
