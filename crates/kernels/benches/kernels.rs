@@ -160,7 +160,7 @@ impl Bench {
             (DType::Q4_K, 64, 8, 2048, 1024),
         ] {
             let of = format!("{} of {e}, d {d}, I {i}, k {k}", dtype.name());
-            let names = ["expert_hidden", "expert_down", "experts", "combine"];
+            let names = ["expert_hidden", "expert_down", "experts", "combine", "expert_ffn"];
             let sizes = [1, 8, 32, 128, 512];
             let wanted = |f: &&str| sizes.iter().any(|n| self.wants(&format!("{f} {of}, n {n}")));
             if !names.iter().any(wanted) {
@@ -208,6 +208,12 @@ impl Bench {
         self.case(&format!("combine {of}"), 0.0, 4.0 * out.len() as f64, |pool| {
             combine(pool, &out, &gates, &ids, n, k, d, &mut y);
         });
+        if n == 1 {
+            let chosen: Vec<_> = ids.iter().filter_map(|&id| experts[id as usize]).collect();
+            self.case(&format!("expert_ffn {of}"), 3.0 * flops, 3.0 * bytes, |pool| {
+                expert_ffn(pool, &chosen, &gates, &x, Act::Silu, &mut y);
+            });
+        }
     }
 
     fn attention(&self) {
@@ -249,12 +255,21 @@ impl Bench {
             pages.extend(&noise((pos0 + 1) * width));
             pages
         };
-        let caches: Vec<_> = (0..LAYERS).map(|_| [pages(), pages()]).collect();
+        let mut caches: Vec<_> = (0..LAYERS).map(|_| [pages(), pages()]).collect();
         let (q, mut z) = (noise(width), Vec::new());
         let bytes = LAYERS * 4 * (pos0 + 1) * width;
         self.case(&name, 0.0, bytes as f64, |pool| {
             for [k, v] in &caches {
                 attention(pool, &shape, &q, &[AttnSegment { row0: 0, len: 1, pos0, k, v }], &mut z);
+            }
+        });
+        let (cos, sin) = (noise(shape.head_dim / 2), noise(shape.head_dim / 2));
+        let turn = Turn { norms: None, eps: 1e-5, cos: &cos, sin: &sin };
+        self.case(&format!("{name}, at once"), 0.0, bytes as f64, |pool| {
+            for caches in &mut caches {
+                caches.iter_mut().for_each(|pages| pages.truncate(pos0));
+                let [k, v] = caches;
+                attention_of_next(pool, &shape, &turn, [&q; 3], [k, v], &mut z);
             }
         });
     }

@@ -508,3 +508,38 @@ fn tiles_of_whole_numbers_are_those_of_vectors() {
         }
     }
 }
+
+/// The two ways in which AVX-512 unpacks codes, with GFNI and without.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn codes_are_the_same_with_and_without_gfni() {
+    use crate::quant::*;
+    use std::arch::x86_64::{__m512i, _mm512_storeu_si512};
+
+    #[target_feature(enable = "avx512f,avx512bw,gfni")]
+    unsafe fn both<Q: Quant>(block: *const u8) -> [[[u8; 64]; 4]; 2] {
+        // SAFETY: there is a block, and the caller saw to the instructions.
+        let vectors: [[__m512i; 4]; 2] = unsafe { [Q::wide::<true>(block), Q::wide::<false>(block)] };
+        let mut bytes = [[[0; 64]; 4]; 2];
+        for (vector, bytes) in vectors.iter().flatten().zip(bytes.iter_mut().flatten()) {
+            // SAFETY: as many bytes as a vector has.
+            unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), *vector) };
+        }
+        bytes
+    }
+    if !Isa::available().any(|isa| isa == Isa::Avx512) || !is_x86_feature_detected!("gfni") {
+        return;
+    }
+    let random = &mut Random(29);
+    for dtype in [DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K] {
+        for _ in 0..20 {
+            let block: Vec<u8> = (0..dtype.block_bytes()).map(|_| random.next() as u8).collect();
+            let [with, without] = with_quant!(dtype, Q => {
+                // SAFETY: a block, and instructions that were detected.
+                unsafe { both::<Q>(block.as_ptr()) }
+            }, else unreachable!());
+            assert_eq!(with, without, "{}", dtype.name());
+            assert!(with.as_flattened().iter().any(|&code| code != 0), "{} has codes", dtype.name());
+        }
+    }
+}

@@ -37,6 +37,8 @@ pub(super) struct Ring {
     flights: [Option<Flight>; DEPTH],
     /// Reads that the system has not completed.
     pending: usize,
+    /// Whether the system refused to go on: what is to be read is then read when it lands, one by one.
+    refused: bool,
 }
 
 /// An expert on its way into memory.
@@ -44,8 +46,8 @@ struct Flight {
     layer: usize,
     expert: usize,
     layout: Layout,
-    /// Only the system touches it while reads are open.
-    buffer: Buffer,
+    /// Only the system touches it while reads are open. An error if there was no other memory in its place.
+    buffer: Result<Buffer>,
     /// Bytes that came, by read.
     came: [usize; READS],
     /// Reads that are open.
@@ -68,7 +70,7 @@ impl Ring {
         if !ring.params().is_feature_ext_arg() {
             return None;
         }
-        Some(Self { ring, flights: [const { None }; DEPTH], pending: 0 })
+        Some(Self { ring, flights: [const { None }; DEPTH], pending: 0, refused: false })
     }
 
     /// The life of the thread.
@@ -113,6 +115,7 @@ impl Ring {
         match ready() {
             Ok((layout, buffer)) => {
                 let place = self.flights.iter().position(Option::is_none).expect("jobs are taken for free places");
+                let buffer = Ok(buffer);
                 let flight = Flight { layer, expert, layout, buffer, came: [0; READS], open: 0, begin };
                 self.flights[place] = Some(flight);
                 for read in 0..self.flights[place].as_ref().map_or(0, |f| f.layout.reads.len()) {
@@ -123,15 +126,16 @@ impl Ring {
         }
     }
 
-    /// Submits what has not come yet of a read.
+    /// Submits what has not come yet of a read, unless the system refuses all.
     fn submit(&mut self, shared: &Shared, place: usize, read: usize) {
-        let Some(flight) = &mut self.flights[place] else { return };
+        let Some(flight) = self.flights[place].as_mut().filter(|_| !self.refused) else { return };
+        let Ok(buffer) = &mut flight.buffer else { return };
         let came = flight.came[read];
         let what = &flight.layout.reads[read];
         let pages = what.pages();
         let Some(file) = shared.checkpoint.files()[what.file].uncached_handle() else { return };
         let offset = what.offset - (what.range.start - pages.start) as u64 + came as u64;
-        let into = &mut flight.buffer.as_mut_slice()[pages][came..];
+        let into = &mut buffer.as_mut_slice()[pages][came..];
         let entry = opcode::Read::new(Fd(file.as_raw_fd()), into.as_mut_ptr(), into.len().min(READ_BYTES) as u32)
             .offset(offset)
             .build()
@@ -148,10 +152,17 @@ impl Ring {
 
     /// Waits for a completion, and submits again what was cut short.
     fn wait(&mut self, shared: &Shared) {
+        if self.refused {
+            return;
+        }
         let full = self.flights.iter().all(Option::is_some);
         let arguments = if full { SubmitArgs::new() } else { SubmitArgs::new().timespec(&PAUSE) };
-        // Interrupted or out of time: what came is looked at all the same, and the rest is waited for the next time.
-        let _ = self.ring.submitter().submit_with_args(usize::from(self.pending > 0), &arguments);
+        // Interrupted, out of time or short of something: what came is looked at all the same, and the rest is waited for the next
+        // time.
+        let waited = self.ring.submitter().submit_with_args(usize::from(self.pending > 0), &arguments);
+        if waited.is_err_and(|error| !passes(&error)) {
+            return self.give_up();
+        }
         let done: Vec<(u64, i32)> = self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
         for (which, result) in done {
             self.pending -= 1;
@@ -175,6 +186,16 @@ impl Ring {
         }
     }
 
+    /// Asks the system for nothing any more. It may still write where reads are open, and not say so: those buffers are never used
+    /// again, and what was under way is read into others when it lands.
+    fn give_up(&mut self) {
+        (self.refused, self.pending) = (true, 0);
+        for flight in self.flights.iter_mut().flatten().filter(|flight| flight.open > 0) {
+            std::mem::forget(std::mem::replace(&mut flight.buffer, Buffer::pages(flight.layout.len)));
+            (flight.open, flight.came) = (0, [0; READS]);
+        }
+    }
+
     /// Hands over the experts that are complete; others are submitted first, so that the disk goes on.
     fn land(&mut self, shared: &Shared) {
         let landed: Vec<Flight> =
@@ -183,8 +204,10 @@ impl Ring {
             return;
         }
         self.fill(shared, false);
-        // What could not be submitted now is submitted by the next wait.
-        let _ = self.ring.submit();
+        if !self.refused {
+            // What could not be submitted now is submitted by the next wait.
+            let _ = self.ring.submit();
+        }
         for flight in landed {
             let (layer, expert, begin) = (flight.layer, flight.expert, flight.begin);
             arrived(shared, layer, expert, settled(shared, flight), begin);
@@ -192,9 +215,18 @@ impl Ring {
     }
 }
 
+/// Whether the system may well do what it did not do this time.
+fn passes(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, ResourceBusy, TimedOut, WouldBlock};
+    // Out of time, which is an error of its own here.
+    const ETIME: i32 = 62;
+    [Interrupted, ResourceBusy, TimedOut, WouldBlock].contains(&error.kind()) || error.raw_os_error() == Some(ETIME)
+}
+
 /// The expert of a flight all of whose reads are done.
 fn settled(shared: &Shared, flight: Flight) -> Result<Expert> {
-    let Flight { layer, expert, layout, mut buffer, came, .. } = flight;
+    let Flight { layer, expert, layout, buffer, came, .. } = flight;
+    let mut buffer = buffer?;
     for (read, came) in layout.reads.iter().zip(came) {
         let file = &shared.checkpoint.files()[read.file];
         file.settle_uncached(read.offset, read.range.len(), &mut buffer.as_mut_slice()[read.pages()], came)?;
@@ -223,6 +255,54 @@ impl Drop for Ring {
         if self.pending > 0 {
             // The system still has them, and does not say when it is done: their memory stays.
             std::mem::forget(std::mem::take(&mut self.flights));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Condvar, Mutex};
+
+    use super::super::state::{Content, State};
+    use super::super::{CachePolicy, most_stream_bytes};
+    use super::*;
+    use crate::load::{Spare, read_expert};
+
+    /// The system stops to answer while experts are on their way, and later ones are not even asked for: all come.
+    #[test]
+    fn experts_come_when_the_system_refuses_to_go_on() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/olmoe");
+        let checkpoint = Arc::new(Checkpoint::open(path.as_ref()).expect("the fixture"));
+        // Where there is no io_uring, or nothing is read past the system's cache, there is no ring either.
+        let Some(mut ring) = Ring::open(&checkpoint) else { return };
+        let room = most_stream_bytes(&checkpoint).expect("sizes");
+        let state = State::new(&checkpoint, room, CachePolicy::Lru).expect("room for all");
+        let shared = Shared { checkpoint, state: Mutex::new(state), work: Condvar::new(), ready: Condvar::new() };
+        shared.lock().visit(0, &[(0, 1), (1, 1), (2, 1), (3, 1)], 4);
+        assert!(ring.fill(&shared, false), "nobody stops");
+        assert!(ring.pending > 0 && ring.flights.iter().all(Option::is_some), "experts are on their way");
+        ring.give_up();
+        // The first ones land, and the last is taken, which lands then.
+        for _ in 0..2 {
+            ring.wait(&shared);
+            ring.land(&shared);
+        }
+        for expert in 0..4 {
+            let want =
+                read_expert(&shared.checkpoint, 0, expert, &Spare::of(Vec::new(), crate::buffer::Slabs::of_all([])));
+            let want = want.expect("the fixture's expert");
+            let state = shared.lock();
+            let Content::Here(got) = &state.slots[0][expert].content else { panic!("expert {expert} did not come") };
+            for (got, want) in [(&got.gate, &want.gate), (&got.up, &want.up), (&got.down, &want.down)] {
+                assert_eq!(got.data()[..], want.data()[..], "expert {expert}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_passes_is_waited_for() {
+        for (code, want) in [(4, true), (11, true), (16, true), (62, true), (1, false), (9, false), (22, false)] {
+            assert_eq!(passes(&io::Error::from_raw_os_error(code)), want, "error {code}");
         }
     }
 }
