@@ -22,6 +22,9 @@ use crate::stream;
 use compare::{PeerArg, Setting};
 use roofline::{Bandwidth, Need};
 
+/// Tokens after which the memory's speed is measured again.
+const SAMPLE_EVERY: usize = 8;
+
 /// Arguments of `bench`.
 #[derive(Args)]
 #[command(after_help = "\
@@ -81,6 +84,8 @@ struct Run {
     lens: LensArg,
     prefill: f64,
     decode: f64,
+    /// Bytes a second that the memory gave between its tokens, if that was measured.
+    memory: Option<f64>,
     first_token_s: f64,
     /// Seconds of each decoded token.
     tokens_s: Vec<f64>,
@@ -111,18 +116,16 @@ impl Bench {
         let disk_bytes = disk_read_bytes().zip(disk_before).map(|(after, before)| after - before);
         let mut runs: Vec<Run> = Vec::new();
         let mut progress = common.progress("bench", (self.repeat * self.lens.len()) as u64, "runs");
-        let first_run = self.once(&model, LensArg::None)?; // warms caches and buffers
         let mut bandwidth = Bandwidth::of(&model);
-        bandwidth.measure(model.pool());
+        let first_run = self.once(&model, LensArg::None, &mut bandwidth)?; // warms caches and buffers
         for repeat in 0..self.repeat {
             for (i, &lens) in self.lens.iter().enumerate() {
-                runs.push(self.once(&model, lens)?);
+                runs.push(self.once(&model, lens, &mut bandwidth)?);
                 progress.set((repeat * self.lens.len() + i + 1) as u64);
                 if interrupted() {
                     bail!("interrupted");
                 }
             }
-            bandwidth.measure(model.pool());
         }
         progress.finish();
         let stages = if self.stages { Some(self.staged(&model)?) } else { None };
@@ -143,10 +146,11 @@ impl Bench {
             })
             .collect();
         let peak_rss = peak_rss_bytes();
-        let decodes: Vec<f64> = first.iter().map(|r| r.decode).collect();
-        let (prefill, decode) = (median(first.iter().map(|r| r.prefill).collect()), median(decodes.clone()));
+        let prefill = median(first.iter().map(|r| r.prefill).collect());
+        let decode = median(first.iter().map(|r| r.decode).collect());
         let need = Need::of(&model);
-        let machine = need.report(&model, prefill, &decodes, self.prefill + self.decode / 2, &bandwidth);
+        let decodes: Vec<_> = first.iter().map(|r| (r.decode, r.memory)).collect();
+        let machine = need.report(&model, prefill, &decodes, self.prefill + self.decode / 2);
         let document = json!({
             "model": common.model_path()?, "threads": model.pool().threads(),
             "instructions": model.pool().isa().name(), "memory_limit": self.experts.memory,
@@ -199,7 +203,7 @@ impl Bench {
         let giga = |name: &str| machine[name].as_f64().map_or(f64::NAN, |v| v / 1e9);
         if let Some(share) = machine["decode_share_of_bandwidth"].as_f64() {
             say!(
-                "memory gives {:.1} GB/s; decoding reads {} a token, {:.1} GB/s, {:.0} % of what was read around each run; the prompt {:.0} Gop/s",
+                "memory gives {:.1} GB/s; decoding reads {} a token, {:.1} GB/s, {:.0} % of what was read between its tokens; the prompt {:.0} Gop/s",
                 giga("read_bandwidth_bytes_per_s"),
                 human_bytes(need.token_bytes),
                 giga("decode_bytes_per_s"),
@@ -291,8 +295,8 @@ impl Bench {
         Ok(())
     }
 
-    /// One prompt and one answer of random tokens.
-    fn once(&self, model: &Model, lens: LensArg) -> Result<Run> {
+    /// One prompt and one answer of random tokens, between which the memory's speed is measured.
+    fn once(&self, model: &Model, lens: LensArg, bandwidth: &mut Bandwidth<'_>) -> Result<Run> {
         let map = ExpertMap::of(model.spec());
         let mut none = NoLens;
         let mut recorder = Recorder::new(&[Site::RouterLogits], None);
@@ -317,14 +321,18 @@ impl Bench {
         let first_token_s = start.elapsed().as_secs_f64();
         let between = stream::stats(model);
         let mut tokens_s = Vec::with_capacity(self.decode);
-        for _ in 0..self.decode {
+        for i in 0..self.decode {
+            if i % SAMPLE_EVERY == 0 {
+                bandwidth.sample(model.pool());
+            }
             let start = Instant::now();
             model.forward(&[Segment::decode(0, token())], &mut cache, chosen)?;
             tokens_s.push(start.elapsed().as_secs_f64());
         }
         let decode = self.decode as f64 / tokens_s.iter().sum::<f64>();
         let streamed = [between.since(&before), stream::stats(model).since(&between)];
-        Ok(Run { lens, prefill: self.prefill as f64 / first_token_s, decode, first_token_s, tokens_s, streamed })
+        let (prefill, memory) = (self.prefill as f64 / first_token_s, bandwidth.take());
+        Ok(Run { lens, prefill, decode, memory, first_token_s, tokens_s, streamed })
     }
 }
 
