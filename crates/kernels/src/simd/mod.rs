@@ -39,7 +39,7 @@ pub(crate) const MAX_LANES: usize = 16;
 pub enum Isa {
     /// x86-64 with all of [`Isa::Avx512`], and tiles of whole numbers: AMX-INT8 (Linux).
     Amx,
-    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI; where there is GFNI that unpacks codes, with the same results.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
