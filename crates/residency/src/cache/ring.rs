@@ -218,9 +218,10 @@ impl Ring {
 /// Whether the system may well do what it did not do this time.
 fn passes(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, ResourceBusy, TimedOut, WouldBlock};
-    // Out of time, which is an error of its own here.
-    const ETIME: i32 = 62;
-    [Interrupted, ResourceBusy, TimedOut, WouldBlock].contains(&error.kind()) || error.raw_os_error() == Some(ETIME)
+    // Out of time is an error of its own here.
+    let out_of_time = rustix::io::Errno::TIME.raw_os_error();
+    [Interrupted, ResourceBusy, TimedOut, WouldBlock].contains(&error.kind())
+        || error.raw_os_error() == Some(out_of_time)
 }
 
 /// The expert of a flight all of whose reads are done.

@@ -295,7 +295,7 @@ impl Bench {
         Ok(())
     }
 
-    /// One prompt and one answer of random tokens, between which the memory's speed is measured.
+    /// One prompt and one answer of random tokens, between whose tokens the memory's speed is measured.
     fn once(&self, model: &Model, lens: LensArg, bandwidth: &mut Bandwidth<'_>) -> Result<Run> {
         let map = ExpertMap::of(model.spec());
         let mut none = NoLens;

@@ -36,13 +36,13 @@ impl<'a> Bandwidth<'a> {
     pub fn of(model: &'a Model) -> Bandwidth<'a> {
         let (mut weights, mut bytes) = (Vec::new(), 0);
         for matrix in model.weights().resident_matrices() {
-            if bytes >= BYTES || model.weights().stream().is_some() {
+            if bytes >= BYTES {
                 break;
             }
             weights.push(&matrix.data()[..]);
             bytes += matrix.data().len();
         }
-        if bytes < BYTES_LEAST {
+        if bytes < BYTES_LEAST || model.weights().stream().is_some() {
             (weights, bytes) = (Vec::new(), 0);
         }
         Bandwidth { weights, bytes, at: 0, sampled: 0, seconds: 0.0 }

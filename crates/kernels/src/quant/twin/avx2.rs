@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::{TwinLevels, TwoRows};
+use super::{TwinLevels, TwoRows, of_groups};
 use crate::quant::{Quant, Rounded, Sink};
 use crate::simd::{Avx2, Codes, MAX_LANES, Simd, fold_step};
 
@@ -69,7 +69,6 @@ type Words = [__m256i; 2];
 impl TwoRows for Twin {
     /// Each half is of one row.
     type Parts = __m256;
-    type Sum = __m256;
 
     const HALF: usize = 8;
 
@@ -180,28 +179,19 @@ unsafe fn add_pair(
 #[inline(always)]
 unsafe fn close<Q: Quant>(sum: __m256, levels: &TwinLevels, whole: Whole, x: *const Rounded) -> __m256 {
     let zero = _mm256_setzero_si256();
-    // The products of a row's bytes, whose upper halves as words are `high`, with the sums of the groups of `x`.
-    let of_groups = |bytes: __m256i, high: __m256i| {
-        let part = |words: __m256i, i: usize| {
-            let sums = _mm_loadu_si128(Rounded::sums(x, Q::GROUP).add(8 * i).cast());
-            _mm256_madd_epi16(words, _mm256_broadcastsi128_si256(sums))
-        };
-        let first = part(_mm256_unpacklo_epi8(bytes, high), 0);
-        if Q::GROUP == 32 { first } else { _mm256_add_epi32(first, part(_mm256_unpackhi_epi8(bytes, high), 1)) }
-    };
     let mut all = _mm256_add_epi32(
         _mm256_permute2x128_si256::<0x20>(whole[0], whole[1]),
         _mm256_permute2x128_si256::<0x31>(whole[0], whole[1]),
     );
     if Q::OFFSET > 0 {
-        let less = of_groups(levels.scales, _mm256_cmpgt_epi8(zero, levels.scales));
+        let less = of_groups::<Q>(levels.scales, _mm256_cmpgt_epi8(zero, levels.scales), x);
         all = _mm256_sub_epi32(all, _mm256_mullo_epi32(less, _mm256_set1_epi32(i32::from(Q::OFFSET))));
     }
     let factors = _mm256_castps128_ps256(_mm_cvtph_ps(levels.factors));
     let factor = |i: i32| _mm256_permutevar8x32_ps(factors, _mm256_setr_epi32(i, i, i, i, i + 2, i + 2, i + 2, i + 2));
     let mut chunk = _mm256_mul_ps(_mm256_cvtepi32_ps(all), factor(0));
     if Q::MINS {
-        let less = _mm256_cvtepi32_ps(of_groups(levels.mins, zero));
+        let less = _mm256_cvtepi32_ps(of_groups::<Q>(levels.mins, zero, x));
         chunk = _mm256_fnmadd_ps(less, factor(1), chunk);
     }
     _mm256_fmadd_ps(chunk, _mm256_set1_ps(Rounded::scale(x)), sum)

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::{TwinLevels, TwoRows};
+use super::{TwinLevels, TwoRows, of_groups};
 use crate::quant::dots::sums_whole;
 use crate::quant::{Quant, Rounded};
 use crate::simd::{Avx2, Avx512, MAX_LANES, Simd};
@@ -39,8 +39,6 @@ struct Chunk {
 
 impl<const G: bool> TwoRows for Twin<G> {
     type Parts = Parts;
-    /// Of every four lanes the first two are of the first row.
-    type Sum = __m256;
 
     const HALF: usize = 16;
 
@@ -203,7 +201,8 @@ unsafe fn chunk<Q: Quant>(
         let less = _mm512_madd_epi16(of_vectors.levels, of_groups);
         whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(less, _mm512_set1_epi32(i32::from(Q::OFFSET))));
     }
-    let mins = if Q::MINS { of_mins::<Q>(levels, x) } else { _mm256_setzero_si256() };
+    let zero = _mm256_setzero_si256();
+    let mins = if Q::MINS { of_groups::<Q>(levels.mins, zero, x) } else { zero };
     Chunk { whole, mins, factors: _mm_mul_ps(_mm_cvtph_ps(levels.factors), _mm_set1_ps(Rounded::scale(x))) }
 }
 
@@ -220,18 +219,6 @@ unsafe fn with_last<Q: Quant>(Parts { mut sum, mut less, last }: Parts) -> Parts
         less = _mm256_fmadd_ps(_mm256_cvtepi32_ps(mins), dmin, less);
     }
     Parts { sum, less, last }
-}
-
-/// The products of mins with the sums of their groups, in four parts of each row.
-#[inline(always)]
-unsafe fn of_mins<Q: Quant>(levels: &TwinLevels, x: *const Rounded) -> __m256i {
-    let zero = _mm256_setzero_si256();
-    let part = |words: __m256i, i: usize| {
-        let sums = _mm_loadu_si128(Rounded::sums(x, Q::GROUP).add(8 * i).cast());
-        _mm256_madd_epi16(words, _mm256_broadcastsi128_si256(sums))
-    };
-    let first = part(_mm256_unpacklo_epi8(levels.mins, zero), 0);
-    if Q::GROUP == 32 { first } else { _mm256_add_epi32(first, part(_mm256_unpackhi_epi8(levels.mins, zero), 1)) }
 }
 
 /// The groups whose levels are the words of [`OfVectors`].

@@ -69,8 +69,6 @@ impl TwinLevels {
 trait TwoRows {
     /// Parts of a product of each row, as they are gathered.
     type Parts: Copy;
-    /// Parts of a product of each row: half of them belong to the first.
-    type Sum: Copy;
 
     /// Rows of half a tile.
     const HALF: usize;
@@ -78,11 +76,23 @@ trait TwoRows {
     unsafe fn zero() -> Self::Parts;
     /// Adds the products of the block of each row at `p` with the chunks at `x`.
     unsafe fn add<Q: Quant, const T: usize>(p: [*const u8; 2], x: [*const Rounded; T], parts: &mut [Self::Parts; T]);
-    unsafe fn sum<Q: Quant>(parts: Self::Parts) -> Self::Sum;
+    /// Eight parts in all: half of them belong to the first row.
+    unsafe fn sum<Q: Quant>(parts: Self::Parts) -> __m256;
     /// Stores the products of so many first and second rows.
-    unsafe fn store(sums: &mut [Self::Sum; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]);
+    unsafe fn store(sums: &mut [__m256; MAX_LANES], rows: [usize; 2], out: [*mut f32; 2]);
     /// Asks for what lies so far ahead of a cache line, as [`AHEAD`] has it.
     unsafe fn ask(line: *const u8, ahead: [usize; 3]);
+}
+
+/// The products of bytes of each row, which `high` makes words, with the sums of the groups of `x`: the lower four are of the first row.
+#[inline(always)]
+unsafe fn of_groups<Q: Quant>(bytes: __m256i, high: __m256i, x: *const Rounded) -> __m256i {
+    let part = |words: __m256i, i: usize| {
+        let sums = _mm_loadu_si128(Rounded::sums(x, Q::GROUP).add(8 * i).cast());
+        _mm256_madd_epi16(words, _mm256_broadcastsi128_si256(sums))
+    };
+    let first = part(_mm256_unpacklo_epi8(bytes, high), 0);
+    if Q::GROUP == 32 { first } else { _mm256_add_epi32(first, part(_mm256_unpackhi_epi8(bytes, high), 1)) }
 }
 
 /// Rows that are multiplied side by side: of two matrices, or of the halves of one. Each stream is read in order.
@@ -145,7 +155,7 @@ unsafe fn tiles<S: TwoRows, Q: Quant, const T: usize>(streams: &Streams, x: [*co
     let rows_ahead = AHEAD.map(|bytes| bytes.div_ceil(streams.stride));
     let mut ahead = streams.ahead(0, rows_ahead);
     for start in (0..streams.rows[0]).step_by(S::HALF) {
-        let mut all = [[S::sum::<Q>(S::zero()); MAX_LANES]; T];
+        let mut all = [[_mm256_setzero_ps(); MAX_LANES]; T];
         let count = streams.rows.map(|rows| (rows - start.min(rows)).min(S::HALF));
         for i in 0..count[0] {
             let r = start + i;
@@ -183,7 +193,7 @@ unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
     cols: usize,
     ahead: Ahead,
     x: [*const Rounded; 4],
-) -> [S::Sum; T] {
+) -> [__m256; T] {
     let mut parts = [S::zero(); T];
     for c in 0..cols / CHUNK {
         let p = rows.map(|row| row.add(c * chunk_bytes::<Q>()));
@@ -203,7 +213,7 @@ unsafe fn two_rows<S: TwoRows, Q: Quant, const T: usize>(
     let rest = cols / CHUNK * chunk_bytes::<Q>() / 64 * 64;
     ask::<S>(rows.map(|row| row.wrapping_add(rest)), ahead);
     // A loop, since a closure given to a library function need not become part of the kernel.
-    let mut sums = [S::sum::<Q>(S::zero()); T];
+    let mut sums = [_mm256_setzero_ps(); T];
     for t in 0..T {
         sums[t] = S::sum::<Q>(parts[t]);
     }
